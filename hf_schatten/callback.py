@@ -1,0 +1,134 @@
+"""What a Trainer shows of the optimizer: p in its logs, a quiet progress bar, and the picture at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+from transformers import (
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import IntervalStrategy
+
+from .optimizer import SchattenP
+from .options import OPTIMIZER_NAME, SchattenOptions
+from .report import FIGURE, LAYER_PREFIX, log_entry, plot_p_by_layer
+
+
+class SchattenCallback(TrainerCallback):
+    """Logs the learned p and draws it at the end of training; does nothing with other optimizers.
+
+    ``import hf_schatten`` adds it to every Trainer. A step that re-estimates p is always logged, so that
+    ``trainer_state.json`` and the loggers hold every estimate: per layer as ``schatten_p/<layer>``, and the summary
+    ``schatten_p_min``, ``schatten_p_median`` and ``schatten_p_max``. The cadence of the estimates itself is the
+    optimizer's (:class:`hf_schatten.adaptation.Adaptation`), which works without a Trainer too.
+    """
+
+    def __init__(self) -> None:
+        self._logged_estimates = 0
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Report malformed options when the Trainer is made, not when training starts."""
+        if args.optim == OPTIMIZER_NAME:
+            SchattenOptions.from_optim_args(args.optim_args)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Stop a resumed run that has lost its optimizer state.
+
+        Raises:
+            RuntimeError: when the run continues at a later step and the optimizer starts at its first.
+        """
+        schatten = unwrap_optimizer(optimizer)
+        if schatten is None:
+            return
+        self._logged_estimates = schatten.adaptation.estimates if schatten.adaptation else 0
+        if state.global_step > 0 and not schatten.state:
+            raise RuntimeError(
+                f"Training resumes at step {state.global_step}, but the checkpoint's optimizer state was not loaded: "
+                "a plain Trainer reads optimizer.pt only. Resume with hf_schatten.SchattenTrainer, which wrote the "
+                "checkpoint, or start a new run from the model's weights."
+            )
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Ask for a log when the step has re-estimated p."""
+        if self._has_news(optimizer) and args.logging_strategy != IntervalStrategy.NO:
+            control.should_log = True
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add p to the logs of the step that has estimated it."""
+        if logs is None or not self._has_news(optimizer):
+            return
+        schatten = unwrap_optimizer(optimizer)
+        assert schatten is not None
+        assert schatten.adaptation is not None
+        self._logged_estimates = schatten.adaptation.estimates
+        entry = log_entry(schatten.learned_p())
+        logs.update(entry)
+        state.log_history[-1].update(entry)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **kwargs: Any,
+    ) -> None:
+        """Draw p by layer and step into the output folder, where an estimate was logged."""
+        if state.is_world_process_zero and args.output_dir:
+            plot_p_by_layer(state.log_history, Path(args.output_dir) / FIGURE)
+
+    def _has_news(self, optimizer: Any) -> bool:
+        schatten = unwrap_optimizer(optimizer)
+        adaptation = schatten.adaptation if schatten else None
+        return adaptation is not None and adaptation.estimates > self._logged_estimates
+
+
+class SchattenProgressCallback(ProgressCallback):
+    """Transformers' progress bar without the per-layer values, which would fill the terminal."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the logs above the bar, with the summary of p instead of every layer's."""
+        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(LAYER_PREFIX)}
+        super().on_log(args, state, control, logs=shown, **kwargs)
+
+
+def unwrap_optimizer(optimizer: Optimizer | None) -> SchattenP | None:
+    """Return the SchattenP inside accelerate's wrapper, or None when it is another optimizer."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    return inner if isinstance(inner, SchattenP) else None

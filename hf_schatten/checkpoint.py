@@ -1,0 +1,242 @@
+"""The optimizer's state on disk: ``optimizer.safetensors`` and ``optimizer_config.json``, and no pickle.
+
+``optimizer.safetensors`` holds every state tensor under ``<parameter name>/<state name>``; a matrix's learned p is
+``<parameter name>/p``. ``optimizer_config.json`` holds the format version, the options and the parameter groups. Both
+are written under a temporary name and renamed, the configuration last: where it exists, the state is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .optimizer import P, SchattenP
+from .options import SchattenOptions
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "optimizer.safetensors"
+CONFIG_FILE = "optimizer_config.json"
+FORMAT_VERSION = 1
+
+_TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
+# The only hyperparameters that a schedule changes; every other one is the present run's.
+_SCHEDULED = ("lr", "initial_lr")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or is not of this model; the message names the file and what is wrong."""
+
+
+def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None:
+    """Write the optimizer's state and configuration into a checkpoint folder.
+
+    Args:
+        optimizer: optimizer with named parameters.
+        folder: exists.
+    """
+    folder = Path(folder)
+    tensors = {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, parameter in _named_parameters(optimizer)
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+    config = {
+        "format_version": FORMAT_VERSION,
+        "package_version": version("hf_schatten"),
+        "options": asdict(optimizer.options) if optimizer.options else None,
+        "groups": [
+            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
+        ],
+    }
+    _replace(folder / STATE_FILE, lambda path: save_file(tensors, path))
+    text = json.dumps(_json_ready(config), indent=2, allow_nan=False) + "\n"
+    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None:
+    """Load the state that :func:`save_optimizer` wrote, after checking that it is this model's.
+
+    The learning rates come from the checkpoint, whose schedule they belong to. All other options are the present
+    optimizer's; those that differ from the checkpoint's are logged as a warning.
+
+    Args:
+        optimizer: optimizer of the same model, with named parameters.
+        folder: the checkpoint.
+
+    Raises:
+        CheckpointError: when a file is missing, truncated, foreign, of another format version or of another model.
+            The optimizer is unchanged then.
+    """
+    folder = Path(folder)
+    config = _read_config(folder / CONFIG_FILE)
+    saved = _read_state(folder / STATE_FILE)
+    _require_same_model(optimizer, saved, folder / STATE_FILE)
+    learning_rates = {name: group for group in config["groups"] for name in group["param_names"]}
+    names = dict(_named_parameters(optimizer))
+    state_dict = optimizer.state_dict()
+    ids = dict(zip(names, (i for group in state_dict["param_groups"] for i in group["params"]), strict=True))
+    state_dict["state"] = {ids[name]: state for name, state in saved.items()}
+    for group in state_dict["param_groups"]:
+        then = learning_rates[group["param_names"][0]]
+        group.update({key: then[key] for key in _SCHEDULED if key in then})
+    optimizer.load_state_dict(state_dict)
+    if optimizer.options and config["options"]:
+        _honour_present_options(optimizer, optimizer.options, config["options"])
+
+
+def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
+    """Return the learned p of every matrix in a checkpoint.
+
+    Args:
+        checkpoint: folder ``checkpoint-<step>`` of a ``SchattenTrainer``, or of a plain ``Trainer``.
+
+    Returns:
+        p by parameter name, in the order of the file.
+
+    Raises:
+        CheckpointError: when the folder holds no such state, or the file cannot be read.
+    """
+    folder = Path(checkpoint)
+    if (folder / STATE_FILE).is_file():
+        states = _read_state(folder / STATE_FILE, only=P)
+        return {name: state[P].item() for name, state in states.items()}
+    if (folder / _TORCH_FILE).is_file():
+        return _learned_p_of_torch_file(folder / _TORCH_FILE)
+    newest = max(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=_step_of, default=None)
+    hint = f" Did you mean {newest.parent}?" if newest else ""
+    raise CheckpointError(f"{folder} has no {STATE_FILE}.{hint}")
+
+
+def _named_parameters(optimizer: SchattenP) -> Iterator[tuple[str, Tensor]]:
+    for group in optimizer.param_groups:
+        if "param_names" not in group:
+            raise ValueError(
+                "The optimizer's parameters have no names, by which a checkpoint is keyed; pass (name, parameter) "
+                "pairs, or use hf_schatten.create_schatten_optimizer(model)."
+            )
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def _replace(path: Path, write: Any) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, path)
+
+
+def _json_ready(value: Any) -> Any:
+    """Return the value with infinities as the strings that options are parsed from: JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: _json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_ready(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing, so the checkpoint is incomplete: resume from an earlier one."
+        ) from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is no valid JSON ({error}): resume from an earlier checkpoint.") from error
+    found = config.get("format_version") if isinstance(config, dict) else None
+    if found != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} has format_version {found!r}, and this version of hf_schatten reads {FORMAT_VERSION}: "
+            "resume with the version that wrote it."
+        )
+    return config
+
+
+def _read_state(path: Path, only: str | None = None) -> dict[str, dict[str, Tensor]]:
+    """Return the state tensors by parameter name and state name; with ``only``, of that state name."""
+    states: dict[str, dict[str, Tensor]] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - a file handle, no mapping
+                name, _, state_name = key.rpartition("/")
+                if only in (None, state_name):
+                    states.setdefault(name, {})[state_name] = file.get_tensor(key)
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} is missing, so the optimizer cannot resume; was the checkpoint saved with save_only_model?"
+        ) from error
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} is truncated or no safetensors file ({error}): resume from an earlier checkpoint."
+        ) from error
+    return states
+
+
+def _require_same_model(optimizer: SchattenP, saved: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
+    present = dict(_named_parameters(optimizer))
+    missing, extra = sorted(present.keys() - saved.keys()), sorted(saved.keys() - present.keys())
+    if missing or extra:
+        raise CheckpointError(
+            f"{path} is not of this model: "
+            + "; ".join(
+                f"{len(names)} parameters {what}, such as {names[0]!r}"
+                for names, what in ((missing, "are missing from it"), (extra, "are only in it"))
+                if names
+            )
+            + "."
+        )
+    expected = optimizer.expected_state()
+    for name, state in saved.items():
+        if state.keys() != expected[name].keys():
+            raise CheckpointError(
+                f"{path} holds {sorted(state)} for {name!r}, but its update now needs {sorted(expected[name])}: the "
+                "parameter was routed elsewhere. Use the routing options (exclude) of the run that wrote it."
+            )
+        for key, shape in expected[name].items():
+            if state[key].shape != shape:
+                raise CheckpointError(
+                    f"{path} holds {name}/{key} of shape {tuple(state[key].shape)}, and this model needs "
+                    f"{tuple(shape)}: the checkpoint is of another model."
+                )
+
+
+def _honour_present_options(optimizer: SchattenP, options: SchattenOptions, saved_options: Mapping[str, Any]) -> None:
+    present = _json_ready(asdict(options))
+    changed = {name: value for name, value in present.items() if saved_options.get(name) != value}
+    if changed:
+        logger.warning(
+            "Options changed since the checkpoint was written, and the new values are used: %s.",
+            ", ".join(f"{name} {saved_options.get(name)!r} -> {value!r}" for name, value in changed.items()),
+        )
+    if not options.adaptive:
+        for _, parameter in optimizer.matrices():
+            optimizer.state[parameter][P].fill_(options.initial_p)
+
+
+def _learned_p_of_torch_file(path: Path) -> dict[str, float]:
+    try:
+        state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        names = {
+            index: name
+            for group in state_dict["param_groups"]
+            for index, name in zip(group["params"], group["param_names"], strict=True)
+        }
+        return {names[index]: state[P].item() for index, state in state_dict["state"].items() if P in state}
+    except Exception as error:  # whatever torch raises on a truncated or foreign file
+        raise CheckpointError(f"{path} is no state of SchattenP ({error}).") from error
+
+
+def _step_of(path: Path) -> int:
+    suffix = path.parent.name.rpartition("-")[2]
+    return int(suffix) if suffix.isdigit() else -1

@@ -1,0 +1,57 @@
+"""What the processes of one run share: statistics, and the right to print."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
+
+
+class UnsupportedEngineError(RuntimeError):
+    """A training engine hands the optimizer something other than the model's own matrices."""
+
+
+def is_main_process() -> bool:
+    """Return whether this process prints; true where no process group exists."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def mean_over_processes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """Average rows over the processes that have them, by one fused reduction.
+
+    Every process must call it, also one that has no valid row.
+
+    Args:
+        values: (L, …) rows; what an invalid row holds does not matter.
+        valid: (L,) bool, whether this process has the row.
+
+    Returns:
+        The means, of the shape of ``values``, zero where no process has the row, and (L,) bool, whether any has.
+    """
+    flat = values.flatten(1)
+    mask = valid.unsqueeze(1)
+    packed = torch.cat([torch.where(mask, flat, 0.0), mask.to(flat.dtype)], dim=1)
+    if dist.is_available() and dist.is_initialized() and PartialState().num_processes > 1:
+        packed = reduce(packed, reduction="sum")
+    count = packed[:, -1:]
+    means = packed[:, :-1] / count.clamp_min(1.0)
+    return means.view_as(values), count.squeeze(1) > 0
+
+
+def refuse_unsupported_engines(model: nn.Module) -> None:
+    """Raise when the model is wrapped by an engine that flattens its parameters.
+
+    Raises:
+        UnsupportedEngineError: for DeepSpeed ZeRO and FSDP version 1.
+    """
+    for module in model.modules():
+        engine = {"DeepSpeedEngine": "DeepSpeed", "FullyShardedDataParallel": "FSDP version 1"}.get(
+            type(module).__name__
+        )
+        if engine:
+            raise UnsupportedEngineError(
+                f"schatten_p needs whole weight matrices, and {engine} hands the optimizer flat pieces of them. "
+                "Use DDP, or optim='adamw_torch' with this engine."
+            )

@@ -1,0 +1,199 @@
+"""Which parameter goes where: matrices of the backbone to the Schatten-p update, everything else to AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal, cast
+
+from accelerate.utils import extract_model_from_parallel
+from torch import nn
+from transformers import Trainer
+from transformers.pytorch_utils import Conv1D
+
+Destination = Literal["schatten_p", "adamw", "frozen"]
+
+# Wrappers that put a component of their own into a parameter's name.
+_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+
+
+class RoutingError(ValueError):
+    """The model cannot be routed; the message says why and what to change."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where one parameter goes and why.
+
+    Attributes:
+        name: parameter name without wrapper components; the key of state and checkpoints.
+        parameter: the parameter.
+        module: the module that owns it.
+        destination: ``schatten_p``, ``adamw`` or ``frozen``.
+        reason: why, in a few words.
+        transposed: the weight is stored (in, out), as GPT-2's ``Conv1D`` does.
+        decay: whether weight decay applies.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    module: nn.Module
+    destination: Destination
+    reason: str
+    transposed: bool
+    decay: bool
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routes of a model, in the order of ``named_parameters``; ``str()`` is the printable table."""
+
+    routes: tuple[Route, ...]
+
+    def to(self, destination: Destination) -> tuple[Route, ...]:
+        """Return the routes with this destination."""
+        return tuple(route for route in self.routes if route.destination == destination)
+
+    def __str__(self) -> str:
+        groups: dict[tuple[str, str], list[Route]] = {}
+        for destination in ("schatten_p", "adamw", "frozen"):
+            for route in self.to(destination):
+                groups.setdefault((destination, route.reason), []).append(route)
+        header = ("update", "tensors", "parameters", "reason", "for example")
+        rows = [
+            (
+                destination,
+                f"{len(routes):,}",
+                f"{sum(route.parameter.numel() for route in routes):,}",
+                reason,
+                ", ".join(route.name for route in routes[:2]) + (", …" if len(routes) > 2 else ""),
+            )
+            for (destination, reason), routes in groups.items()
+        ]
+        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
+        right_aligned = {1, 2}
+        lines = [
+            "  ".join(
+                cell.rjust(width) if column in right_aligned else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in [header, tuple("-" * width for width in widths), *rows]
+        ]
+        return "\n".join(lines)
+
+
+def route_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> Routing:
+    """Decide for every parameter of a model which update it gets.
+
+    A weight goes to the Schatten-p update when an ``nn.Linear`` or a transformers ``Conv1D`` owns it, it lies
+    in the backbone, both its sides are longer than 1, and it is neither an input or output embedding nor tied
+    to one. The owning module decides, not the number of dimensions, so that routers, relative position
+    biases and task heads stay with AdamW. A model that is no ``PreTrainedModel`` is its own backbone: name
+    its output head in ``exclude``.
+
+    Args:
+        model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
+        exclude: parameter name patterns (``fnmatch``) that go to AdamW whatever they are.
+
+    Raises:
+        RoutingError: when no matrix is routed or a pattern of ``exclude`` matches nothing.
+    """
+    model = extract_model_from_parallel(model)
+    backbone = {id(module) for module in _backbone(model).modules()}
+    embeddings = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
+    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type] # needs no self
+    routes = []
+    for raw_name, parameter in model.named_parameters():
+        module = model.get_submodule(raw_name.rpartition(".")[0])
+        name = clean_name(raw_name)
+        destination, reason = _destination(
+            name,
+            parameter,
+            module,
+            in_backbone=id(module) in backbone,
+            embeddings=embeddings,
+            exclude=exclude,
+        )
+        routes.append(
+            Route(
+                name,
+                parameter,
+                module,
+                destination,
+                reason,
+                transposed=isinstance(module, Conv1D),
+                decay=raw_name in decayed,
+            )
+        )
+    routing = Routing(tuple(routes))
+    _require_matches(exclude, [route.name for route in routes])
+    if not routing.to("schatten_p"):
+        raise RoutingError(_nothing_routed(model, routing))
+    return routing
+
+
+def clean_name(name: str) -> str:
+    """Remove the components that ``torch.compile`` and checkpoint wrappers insert into a parameter name."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
+
+
+def _destination(
+    name: str,
+    parameter: nn.Parameter,
+    module: nn.Module,
+    *,
+    in_backbone: bool,
+    embeddings: set[int],
+    exclude: Sequence[str],
+) -> tuple[Destination, str]:
+    owner = type(module).__name__
+    rules: tuple[tuple[bool, Destination, str], ...] = (
+        (not parameter.requires_grad, "frozen", "requires no gradient"),
+        (any(fnmatchcase(name, pattern) for pattern in exclude), "adamw", "excluded by option"),
+        (id(parameter) in embeddings, "adamw", "embedding, or tied to one"),
+        (parameter.ndim < 2, "adamw", "vector or scalar"),
+        (not isinstance(module, nn.Linear | Conv1D), "adamw", f"owned by {owner}"),
+        (not in_backbone, "adamw", "outside the backbone (task head)"),
+        (min(parameter.shape, default=1) == 1, "adamw", "a side of length 1"),
+        (True, "schatten_p", f"matrix of {owner} in the backbone"),
+    )
+    return next((destination, reason) for holds, destination, reason in rules if holds)
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    if hasattr(model, "get_base_model"):  # PEFT
+        model = cast(nn.Module, model.get_base_model())  # type: ignore[operator]
+    return getattr(model, "base_model", model)
+
+
+def _embeddings(model: nn.Module) -> Iterable[nn.Module]:
+    """Yield input and output embeddings and every ``nn.Embedding``; tied weights are theirs by identity."""
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        if hasattr(model, getter):
+            try:
+                module = getattr(model, getter)()
+            except NotImplementedError:  # CLIP and other two-tower models: nn.Embedding finds theirs
+                continue
+            if isinstance(module, nn.Module):
+                yield module
+    yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
+
+
+def _require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            shown = ", ".join(names[:3])
+            raise RoutingError(f"exclude has {pattern!r}, which matches no parameter; names look like {shown}.")
+
+
+def _nothing_routed(model: nn.Module, routing: Routing) -> str:
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return (
+            f"All parameters of {type(model).__name__} are frozen, so there is nothing to train; set "
+            "requires_grad on some, or attach an adapter."
+        )
+    return (
+        f"No matrix of {type(model).__name__} is routed to the Schatten-p update, so it would train with AdamW "
+        "alone; use optim='adamw_torch' if that is meant. The routes are:\n" + str(routing)
+    )

@@ -1,0 +1,59 @@
+"""How large an update is: the rules that pin its Frobenius norm, so that one learning rate serves every p."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .options import ScaleRule
+
+# AdamW's updates have a root mean square of about 0.2 to 0.4 on language models
+# (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).
+ADAMW_RMS = 0.2
+
+
+def _match_rms_adamw(m: int, n: int, s: Tensor, rho: float) -> Tensor:
+    return s.new_full(s.shape, ADAMW_RMS * math.sqrt(m * n))
+
+
+def _muon(m: int, n: int, s: Tensor, rho: float) -> Tensor:
+    return s.new_full(s.shape, math.sqrt(min(m, n) * max(1.0, m / n)))
+
+
+def _interpolate(m: int, n: int, s: Tensor, rho: float) -> Tensor:
+    kappa = rho * math.sqrt(max(m, n))
+    return math.sqrt(min(m, n)) * kappa**s
+
+
+_RULES: dict[ScaleRule, Callable[[int, int, Tensor, float], Tensor]] = {
+    "match_rms_adamw": _match_rms_adamw,
+    "muon": _muon,
+    "interpolate": _interpolate,
+}
+
+
+def update_norm(rule: ScaleRule, m: int, n: int, s: Tensor, *, beta1: float, lr_ratio: float) -> Tensor:
+    r"""Return the Frobenius norm that the update of an (m, n) matrix is scaled to (design, section 2).
+
+    ``match_rms_adamw``
+        0.2 √(mn), whatever the exponent: entries as large as AdamW's, so AdamW's learning rate carries over.
+    ``muon``
+        √min(m, n) · √max(1, m/n): Muon's original rule, at every exponent.
+    ``interpolate``
+        √min(m, n) · κ^s with κ = ρ √max(m, n) / lr_ratio and ρ = √((1 − β₁)/(1 + β₁)): the norm of the
+        polar factor at s = 0, the norm of Adam's update under a pure-noise gradient at s = 1.
+
+    Args:
+        rule: one of the rules above.
+        m: output features.
+        n: input features.
+        s: spectral exponents 1/p, any shape.
+        beta1: Adam's first-moment decay.
+        lr_ratio: learning rate of the matrices divided by that of AdamW.
+
+    Returns:
+        Norms of the shape, dtype and device of ``s``.
+    """
+    return _RULES[rule](m, n, s, math.sqrt((1 - beta1) / (1 + beta1)) / lr_ratio)
