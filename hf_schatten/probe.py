@@ -38,9 +38,9 @@ class RowSample:
         chosen = self._chosen(index)
         self._rows.append(rows[chosen.to(rows.device)])
         self._kept = torch.cat([self._kept, index[chosen]])
-        while len(self._kept) > self._capacity:
-            self._threshold //= 2
-            chosen = self._chosen(self._kept)
+        if len(self._kept) > self._capacity:
+            while len(chosen := self._chosen(self._kept)) > self._capacity:
+                self._threshold = self._threshold * 7 // 8
             self._rows = [torch.cat(self._rows)[chosen.to(rows.device)]]
             self._kept = self._kept[chosen]
 

@@ -36,9 +36,10 @@ class SchattenTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if unwrap_optimizer(self.optimizer) is None and self.args.optim != OPTIMIZER_NAME:
+            other = OptimizerNames(self.args.optim).value
             logger.warning_once(
-                f"SchattenTrainer trains with optim={OptimizerNames(self.args.optim).value!r}, as a plain Trainer; set "
-                f"optim={OPTIMIZER_NAME!r} for the Schatten-p update."
+                f"SchattenTrainer trains with optim={other!r}, as a plain Trainer; set optim={OPTIMIZER_NAME!r} for "
+                "the Schatten-p update."
             )
         elif self.pop_callback(ProgressCallback):
             self.add_callback(SchattenProgressCallback())

@@ -1,18 +1,54 @@
-"""The stored coefficients of the multi-scale iteration: reads them and interpolates between their columns.
+"""The coefficients of the multi-scale iteration: what they are, their stored tables, interpolation in the exponent.
 
-The data, one file for each number of steps, is made by ``python -m hf_schatten.linalg.coefficients``.
+The tables, one JSON file for each number of steps, are made by ``python -m hf_schatten.linalg.coefficients``.
 """
 
 import functools
 import json
+from dataclasses import dataclass
 from importlib import resources
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 MIN_EXPONENT = -0.25
 MAX_EXPONENT = 1.0
 STEPS = (3, 4, 5, 6, 7, 8)
+
+Argument = TypeVar("Argument", np.ndarray, Tensor)
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """One column: the polynomial iteration ``x ↦ Σ_k w_k y_k``, an odd function on (0, 1].
+
+    Attributes:
+        a: Coefficient of ``y_{k-1}`` in ``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵``, for k = 1 … K.
+        b: Coefficient of its cube.
+        c: Coefficient of its fifth power.
+        w: Weights of ``y_0 = x`` to ``y_K`` in the sum, K + 1 numbers.
+    """
+
+    a: tuple[float, ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+    w: tuple[float, ...]
+
+    @property
+    def steps(self) -> int:
+        """Number of steps K."""
+        return len(self.a)
+
+    def transfer(self, x: Argument) -> Argument:
+        """What the iteration makes of singular values x, an array or tensor of any shape."""
+        y = x
+        total = self.w[0] * y
+        for a, b, c, weight in zip(self.a, self.b, self.c, self.w[1:], strict=True):
+            y = y * (a + y**2 * (b + y**2 * c))
+            total = total + weight * y
+        return total
 
 
 def table_filename(steps: int) -> str:
@@ -21,53 +57,53 @@ def table_filename(steps: int) -> str:
 
 
 @functools.cache
-def load_table(steps: int) -> dict:
-    """Read the stored table for ``steps`` steps.
+def load_table(steps: int) -> dict[str, Any]:
+    """Read the stored table for ``steps`` Newton–Schulz steps.
 
     Args:
-        steps: Number of Newton–Schulz steps K, one of `STEPS`.
+        steps: Number of steps K, one of `STEPS`.
 
     Returns:
-        The parsed file: ``columns`` is a list in ascending, equally spaced exponent ``s``, each with ``a``,
-        ``b``, ``c`` (K numbers), ``w`` (K + 1 numbers) and the errors of its fit.
+        The file's content. ``columns``: one dict for each of the equally spaced exponents ``s`` from -0.25 to 1,
+        with the coefficients ``a``, ``b``, ``c``, ``w`` and the fit's ``max_error`` (absolute) and
+        ``relative_error`` (root mean square over log x, relative to the target's) on ``domain``. ``curves``: the
+        Chebyshev coefficients in s from which the columns were made.
 
     Raises:
         ValueError: If no table is stored for ``steps``.
     """
     if steps not in STEPS:
         raise ValueError(f"steps must be one of {STEPS}, got {steps!r}")
-    return json.loads(resources.files(__package__).joinpath(table_filename(steps)).read_text("utf-8"))
+    content: dict[str, Any] = json.loads(
+        resources.files(__package__).joinpath(table_filename(steps)).read_text("utf-8")
+    )
+    return content
 
 
 @torch.compiler.assume_constant_result
 @functools.cache
 def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All columns as one tensor (columns, 4K + 1) on ``device``; cached, so that no step copies it again."""
+    """All columns as one tensor (columns, 4K + 1) on ``device``; cached, so that no call copies it again."""
     rows = [[*c["a"], *c["b"], *c["c"], *c["w"]] for c in load_table(steps)["columns"]]
     return torch.tensor(rows, dtype=dtype, device=device)
 
 
-def interpolate(
-    s: Tensor, steps: int, dtype: torch.dtype
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Coefficients for each exponent, linear between the stored columns (hence continuous in s).
+def interpolate(s: Tensor, steps: int) -> Tensor:
+    """Coefficients for each exponent, linear between the stored columns and hence continuous in s.
 
     Args:
-        s: Exponents, shape (B,); values outside [-0.25, 1] are clamped, NaN gives NaN.
+        s: Exponents, shape (B,), float32 or float64. Values outside [-0.25, 1] are clamped; NaN gives NaN.
         steps: Number of Newton–Schulz steps K.
-        dtype: Dtype of the result.
 
     Returns:
-        ``(a, b, c, w)``: three tuples of K tensors and one of K + 1, each tensor of shape (B, 1, 1).
+        Shape (B, 4K + 1), of s's dtype: a, b, c (K numbers each) and w (K + 1 numbers), one after the other.
+
+    Raises:
+        ValueError: If no table is stored for ``steps``.
     """
-    table = _columns(steps, dtype, s.device)
+    table = _columns(steps, s.dtype, s.device)
     intervals = table.shape[0] - 1
-    position = (s.to(dtype).clamp(MIN_EXPONENT, MAX_EXPONENT) - MIN_EXPONENT) * (
-        intervals / (MAX_EXPONENT - MIN_EXPONENT)
-    )
+    position = (s.clamp(MIN_EXPONENT, MAX_EXPONENT) - MIN_EXPONENT) * (intervals / (MAX_EXPONENT - MIN_EXPONENT))
     # An index cannot be NaN; the fraction still is, and carries the NaN to the result.
-    left = position.nan_to_num(0.0).floor().clamp(max=intervals - 1)
-    index = left.long()
-    column = torch.lerp(table[index], table[index + 1], (position - left).unsqueeze(-1))  # (B, 4K + 1)
-    scalars = column[..., None, None].unbind(1)
-    return scalars[:steps], scalars[steps : 2 * steps], scalars[2 * steps : 3 * steps], scalars[3 * steps :]
+    left = position.nan_to_num(0.0).floor().clamp(max=intervals - 1).long()
+    return torch.lerp(table[left], table[left + 1], (position - left).unsqueeze(-1))

@@ -1,0 +1,86 @@
+"""Small models and data that the tests share; nothing is downloaded."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    TrainingArguments,
+)
+
+import hf_schatten  # noqa: F401 - makes optim="schatten_p" valid
+
+VOCABULARY = 64
+LENGTH = 16
+
+
+@pytest.fixture
+def gpt2() -> PreTrainedModel:
+    """Return a two-layer GPT-2 with dropout: Conv1D weights and a tied head."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, vocab_size=VOCABULARY, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config)
+
+
+@pytest.fixture
+def llama() -> PreTrainedModel:
+    """Return a two-layer Llama: nn.Linear weights, an untied head, grouped key and value heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=LENGTH,
+    )
+    return LlamaForCausalLM(config)
+
+
+@pytest.fixture
+def token_dataset() -> list[dict[str, Tensor]]:
+    """Return 64 sequences in which the next token is a function of the last: learnable."""
+    steps = torch.arange(LENGTH)
+    rows = [(start + (start % 5 + 1) * steps) % VOCABULARY for start in range(64)]
+    return [{"input_ids": row, "labels": row} for row in rows]
+
+
+@pytest.fixture
+def training_arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    """Return a maker of quick TrainingArguments on the CPU with ``optim="schatten_p"``."""
+
+    def make(**overrides: Any) -> TrainingArguments:
+        arguments: dict[str, Any] = {
+            "output_dir": str(tmp_path / "run"),
+            "optim": "schatten_p",
+            "max_steps": 10,
+            "per_device_train_batch_size": 4,
+            "learning_rate": 3e-3,
+            "lr_scheduler_type": "cosine",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return TrainingArguments(**(arguments | overrides))
+
+    return make

@@ -1,0 +1,151 @@
+"""Which parameter goes where, on the architectures of issue and notes; small models made from configurations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    CLIPConfig,
+    CLIPModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from hf_schatten import RoutingError, route_parameters
+
+
+def names(routing, destination):
+    return {route.name for route in routing.to(destination)}
+
+
+def reasons(routing):
+    return {route.name: route.reason for route in routing.routes}
+
+
+def test_gpt2_routes_its_conv1d_weights_and_keeps_the_tied_embedding(gpt2):
+    routing = route_parameters(gpt2)
+    blocks = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert names(routing, "schatten_p") == {f"transformer.h.{i}.{block}.weight" for i in (0, 1) for block in blocks}
+    assert all(route.transposed for route in routing.to("schatten_p"))
+    assert reasons(routing)["transformer.wte.weight"] == "embedding, or tied to one"
+    assert {route.name for route in routing.routes} == {name for name, _ in gpt2.named_parameters()}
+
+
+def test_llama_routes_its_linear_weights_and_keeps_the_untied_head(llama):
+    routing = route_parameters(llama)
+    assert len(routing.to("schatten_p")) == 2 * 7
+    assert not any(route.transposed for route in routing.to("schatten_p"))
+    assert reasons(routing)["lm_head.weight"] == "embedding, or tied to one"
+
+
+def test_weight_decay_leaves_out_vectors(llama):
+    decay = {route.name: route.decay for route in route_parameters(llama).routes}
+    assert decay["model.layers.0.self_attn.q_proj.weight"]
+    assert decay["model.embed_tokens.weight"]
+    assert not decay["model.norm.weight"]
+
+
+def test_a_task_head_stays_with_adamw():
+    config = BertConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, vocab_size=30, num_labels=3
+    )
+    routing = route_parameters(BertForSequenceClassification(config))
+    assert reasons(routing)["classifier.weight"] == "outside the backbone (task head)"
+    assert "bert.encoder.layer.0.attention.self.query.weight" in names(routing, "schatten_p")
+
+
+def test_t5_keeps_relative_positions_and_the_tied_head():
+    config = T5Config(d_model=16, d_ff=24, num_layers=1, num_heads=2, d_kv=8, vocab_size=30)
+    routing = route_parameters(T5ForConditionalGeneration(config))
+    adamw = names(routing, "adamw")
+    assert "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight" in adamw
+    assert "shared.weight" in adamw
+    assert "decoder.block.0.layer.1.EncDecAttention.k.weight" in names(routing, "schatten_p")
+
+
+def test_mixtral_keeps_the_router_and_its_3d_experts_with_adamw():
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=30,
+        num_local_experts=2,
+    )
+    routing = route_parameters(MixtralForCausalLM(config))
+    assert {"model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts.gate_up_proj"} <= names(routing, "adamw")
+    assert len(routing.to("schatten_p")) == 4
+
+
+def test_clip_which_has_no_input_embeddings_keeps_every_embedding():
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**sizes, "vocab_size": 30, "max_position_embeddings": 8},
+        vision_config={**sizes, "image_size": 8, "patch_size": 4},
+        projection_dim=8,
+    )
+    routing = route_parameters(CLIPModel(config))
+    adamw = names(routing, "adamw")
+    assert "text_model.embeddings.token_embedding.weight" in adamw
+    assert "vision_model.embeddings.patch_embedding.weight" in adamw
+    assert routing.to("schatten_p")
+
+
+def test_lora_routes_the_adapters_and_freezes_the_rest(llama):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    routing = route_parameters(model)
+    assert len(routing.to("schatten_p")) == 2 * 2 * 2
+    assert all(".lora_" in name for name in names(routing, "schatten_p"))
+    assert "base_model.model.lm_head.weight" in names(routing, "frozen")
+
+
+def test_names_lose_the_components_of_wrappers(llama):
+    bare = {route.name for route in route_parameters(llama).routes}
+    compiled = torch.compile(llama)
+    assert {route.name for route in route_parameters(compiled).routes} == bare
+    llama.model.layers[0] = torch.compile(llama.model.layers[0])
+    assert {route.name for route in route_parameters(llama).routes} == bare
+
+
+def test_any_module_is_its_own_backbone_and_exclude_names_its_head():
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    assert names(route_parameters(model), "schatten_p") == {"0.weight", "2.weight"}
+    routing = route_parameters(model, exclude=["2.*"])
+    assert names(routing, "schatten_p") == {"0.weight"}
+    assert reasons(routing)["2.weight"] == "excluded by option"
+
+
+def test_a_side_of_length_one_is_no_matrix():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1))
+    assert reasons(route_parameters(model))["1.weight"] == "a side of length 1"
+
+
+def test_an_exclude_pattern_without_a_match_is_an_error(llama):
+    with pytest.raises(RoutingError, match=r"exclude has '\*\.heads', which matches no parameter; names look like"):
+        route_parameters(llama, exclude=["*.heads"])
+
+
+def test_no_matrix_routed_is_an_error_that_shows_the_table():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    with pytest.raises(RoutingError, match=r"No matrix of Sequential is routed(.|\n)*owned by Conv2d"):
+        route_parameters(model)
+
+
+def test_a_frozen_model_is_an_error_of_its_own(llama):
+    llama.requires_grad_(False)
+    with pytest.raises(RoutingError, match="All parameters of LlamaForCausalLM are frozen"):
+        route_parameters(llama)
+
+
+def test_the_table_counts_every_parameter_once(gpt2):
+    table = str(route_parameters(gpt2)).splitlines()
+    assert table[0].split()[:4] == ["update", "tensors", "parameters", "reason"]
+    counts = [int(line.split()[2].replace(",", "")) for line in table[2:]]
+    assert sum(counts) == sum(parameter.numel() for parameter in gpt2.parameters())
