@@ -16,13 +16,15 @@ def exact_log_spectrum(X: Tensor) -> Tensor:
         X: (..., m, n), real, any dtype.
 
     Returns:
-        (..., min(m, n)) float64, ascending.
+        (..., min(m, n)) float64, ascending; NaN for a matrix that is not finite.
     """
     X = X.to(torch.float64)
     if X.shape[-2] > X.shape[-1]:
         X = X.mT
-    eigenvalues = torch.linalg.eigvalsh(X @ X.mT)
-    return 0.5 * eigenvalues.clamp_min(0.0).log()
+    gram = X @ X.mT
+    finite = gram.isfinite().all(dim=-1).all(dim=-1)[..., None]  # (..., 1); eigvalsh raises on NaN
+    eigenvalues = torch.linalg.eigvalsh(torch.where(finite[..., None], gram, 0.0))
+    return torch.where(finite, 0.5 * eigenvalues.clamp_min(0.0).log(), torch.nan)
 
 
 def log_schatten_norm(log_spectrum: Tensor, inverse_order: Tensor) -> Tensor:

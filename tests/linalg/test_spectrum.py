@@ -42,3 +42,11 @@ def test_a_huge_norm_does_not_overflow():
     log_spectrum = torch.tensor([600.0, 500.0], dtype=torch.float64)
     norm = log_schatten_norm(log_spectrum, torch.tensor([0.5, 0.0], dtype=torch.float64))
     torch.testing.assert_close(norm, torch.tensor([600.0, 600.0]).double(), atol=1e-9, rtol=1e-9)
+
+
+def test_a_matrix_with_nan_has_a_nan_spectrum_and_spoils_no_other():
+    X = torch.ones(2, 3, 3)
+    X[0, 1, 1] = torch.nan
+    spectrum = exact_log_spectrum(X)
+    assert spectrum[0].isnan().all()
+    assert not spectrum[1].isnan().any()

@@ -1,0 +1,168 @@
+"""The optimizer's files: what they hold, what comes back, and what is refused before any training step."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import hf_schatten
+from hf_schatten import CheckpointError, SchattenP, load_learned_p
+from hf_schatten.checkpoint import CONFIG_FILE, STATE_FILE, load_optimizer, save_optimizer
+
+
+def make(steps=3, **options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+    optimizer = hf_schatten.create_schatten_optimizer(
+        model, lr=0.01, verbose=False, **{"p_interval": 2, "p_first_step": 1} | options
+    )
+    for _ in range(steps):
+        model(torch.randn(5, 6)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizer
+
+
+@pytest.fixture
+def saved(tmp_path):
+    optimizer = make()
+    save_optimizer(optimizer, tmp_path)
+    return optimizer, tmp_path
+
+
+def states(optimizer):
+    return {
+        f"{name}/{key}": value
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["param_names"], group["params"], strict=True)
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def test_the_files_are_safetensors_by_name_and_strict_json(saved):
+    optimizer, folder = saved
+    assert sorted(path.name for path in folder.iterdir()) == [STATE_FILE, CONFIG_FILE]
+    with safe_open(folder / STATE_FILE, framework="pt") as file:
+        keys = set(file.keys())
+    assert keys == set(states(optimizer))
+    assert {"0.weight/momentum", "0.weight/p", "1.bias/exp_avg_sq"} <= keys
+    config = json.loads((folder / CONFIG_FILE).read_text(), parse_constant=pytest.fail)
+    assert config["format_version"] == 1
+    assert config["options"]["p_interval"] == 2
+    assert config["groups"][0]["param_names"] == ["0.weight", "1.weight"]
+
+
+def test_infinite_options_are_written_as_words(tmp_path):
+    save_optimizer(make(p=math.inf), tmp_path)
+    config = json.loads((tmp_path / CONFIG_FILE).read_text(), parse_constant=pytest.fail)
+    assert config["options"]["p"] == "inf"
+    assert load_learned_p(tmp_path) == {"0.weight": math.inf, "1.weight": math.inf}
+
+
+def test_the_state_comes_back_exactly(saved):
+    optimizer, folder = saved
+    again = make(steps=0)
+    again.param_groups[0]["lr"] = 123.0
+    load_optimizer(again, folder)
+    assert states(again).keys() == states(optimizer).keys()
+    for key, value in states(optimizer).items():
+        loaded = states(again)[key]
+        assert loaded.dtype == value.dtype
+        assert torch.equal(loaded, value)
+    assert again.param_groups[0]["lr"] == 0.01
+
+
+def test_learned_p_is_read_without_a_model(saved):
+    optimizer, folder = saved
+    assert load_learned_p(folder) == optimizer.learned_p()
+    assert load_learned_p(str(folder)) == optimizer.learned_p()
+
+
+def test_learned_p_is_read_from_a_plain_trainers_file(tmp_path):
+    optimizer = make()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    assert load_learned_p(tmp_path) == optimizer.learned_p()
+
+
+def test_changed_options_are_said_and_honoured(saved, caplog):
+    _, folder = saved
+    again = make(steps=0, p=4.0, p_interval=7, momentum=0.8)
+    load_optimizer(again, folder)
+    assert set(again.learned_p().values()) == {4.0}
+    assert again.param_groups[0]["momentum"] == 0.8
+    assert "p 'adaptive' -> 4.0" in caplog.text
+    assert "p_interval 2 -> 7" in caplog.text
+    assert "p_max" not in caplog.text
+
+
+@pytest.mark.parametrize("name", [STATE_FILE, CONFIG_FILE])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "foreign", "empty"])
+def test_a_damaged_file_is_named_and_the_optimizer_untouched(saved, name, damage):
+    _, folder = saved
+    path = folder / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes({"truncated": content[: len(content) // 2], "foreign": b"[1, 2]", "empty": b""}[damage])
+    again = make(steps=0)
+    with pytest.raises(CheckpointError, match=name):
+        load_optimizer(again, folder)
+    assert not again.state
+
+
+def test_another_format_version_is_refused(saved):
+    _, folder = saved
+    path = folder / CONFIG_FILE
+    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
+    with pytest.raises(CheckpointError, match="has format_version 99, and this version of hf_schatten reads 1"):
+        load_optimizer(make(steps=0), folder)
+
+
+def edit(folder, change):
+    tensors = load_file(folder / STATE_FILE)
+    change(tensors)
+    save_file(tensors, folder / STATE_FILE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: [t.pop(key) for key in list(t) if key.startswith("1.weight/")], "are missing from it.*'1.weight'"),
+        (lambda t: t.update({"2.weight/p": torch.tensor(1.0)}), "are only in it.*'2.weight'"),
+        (lambda t: t.update({"0.weight/momentum": torch.ones(3, 3)}), r"0.weight/momentum of shape \(3, 3\)"),
+        (lambda t: t.pop("0.weight/statistics"), "the parameter was routed elsewhere"),
+    ],
+    ids=["missing layer", "extra layer", "other shape", "other routing"],
+)
+def test_a_checkpoint_of_another_model_is_refused(saved, change, message):
+    _, folder = saved
+    edit(folder, change)
+    with pytest.raises(CheckpointError, match=message):
+        load_optimizer(make(steps=0), folder)
+
+
+def test_a_parameter_that_moved_to_adamw_is_refused(saved):
+    _, folder = saved
+    with pytest.raises(CheckpointError, match="'1.weight', but its update now needs.*exclude"):
+        load_optimizer(make(steps=0, exclude=("1.*",)), folder)
+
+
+def test_a_folder_without_state_points_to_the_newest_checkpoint(tmp_path):
+    for step in (5, 10):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        save_optimizer(make(), folder)
+    with pytest.raises(CheckpointError, match=r"has no optimizer\.safetensors\. Did you mean .*checkpoint-10\?"):
+        load_learned_p(tmp_path)
+
+
+def test_parameters_without_names_cannot_be_saved(tmp_path):
+    with pytest.raises(ValueError, match="have no names, by which a checkpoint is keyed"):
+        save_optimizer(SchattenP([nn.Parameter(torch.ones(2, 2))]), tmp_path)

@@ -1,0 +1,249 @@
+"""SchattenP against independent references: the SVD in float64, torch.optim.AdamW, and the definition."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import hf_schatten
+from hf_schatten import SchattenP, UnsupportedEngineError
+
+SHAPES = [(24, 24), (16, 40), (40, 16)]
+
+
+def reference_updates(gradients, *, p, momentum, nesterov, norm):
+    """Return the update of each step in float64: EMA, bias correction, look-ahead, SVD, pinned norm."""
+    average, updates = torch.zeros_like(gradients[0], dtype=torch.float64), []
+    for step, gradient in enumerate((g.double() for g in gradients), start=1):
+        average = momentum * average + (1 - momentum) * gradient
+        ahead = momentum * average + (1 - momentum) * gradient if nesterov else average
+        corrected = ahead / (1 - momentum ** (step + 1 if nesterov else step))
+        U, sigma, Vh = torch.linalg.svd(corrected, full_matrices=False)
+        update = U @ torch.diag(sigma ** (1 / p)) @ Vh
+        updates.append(norm * update / update.norm())
+    return updates
+
+
+def norm_of(scale, m, n):
+    return {"match_rms_adamw": 0.2 * math.sqrt(m * n), "muon": math.sqrt(min(m, n) * max(1, m / n))}[scale]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(
+    ("p", "nesterov", "scale", "rtol"),
+    # The tolerance is the accuracy of five Newton-Schulz steps, which at p = 1 is rounding.
+    [
+        (1.0, True, "match_rms_adamw", 1e-5),
+        (1.0, False, "muon", 1e-5),
+        (2.0, True, "muon", 0.03),
+        (math.inf, True, "muon", 0.13),
+        (math.inf, False, "match_rms_adamw", 0.13),
+    ],
+)
+def test_steps_equal_the_svd_reference(shape, transposed, p, nesterov, scale, rtol):
+    torch.manual_seed(0)
+    m, n = shape
+    W = torch.randn(m, n)
+    gradients = [torch.randn(m, n) for _ in range(3)]
+    lr, decay, momentum = 0.1, 0.2, 0.9
+    stored = nn.Parameter((W.mT if transposed else W).clone())
+    optimizer = SchattenP(
+        [{"params": [("w", stored)], "transposed": transposed}],
+        lr,
+        p=p,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=decay,
+        scale=scale,
+    )
+    expected = W.double()
+    updates = reference_updates(gradients, p=p, momentum=momentum, nesterov=nesterov, norm=norm_of(scale, m, n))
+    for gradient, update in zip(gradients, updates, strict=True):
+        before = stored.detach().clone()
+        stored.grad = (gradient.mT if transposed else gradient).clone()
+        optimizer.step()
+        taken = (1 - lr * decay) * before - stored.detach()
+        taken = (taken.mT if transposed else taken).double() / lr
+        assert (taken - update).norm() <= rtol * update.norm()
+        expected = (1 - lr * decay) * expected - lr * update
+    assert optimizer.steps_taken() == 3
+    assert (stored.detach().norm() - expected.norm()).abs() <= rtol * expected.norm()
+
+
+def test_at_p_infinity_with_scale_muon_the_update_is_the_polar_factor():
+    torch.manual_seed(0)
+    W = nn.Parameter(torch.zeros(64, 64))
+    optimizer = SchattenP([W], lr=1.0, p=math.inf, scale="muon", weight_decay=0.0)
+    W.grad = torch.randn(64, 64)
+    U, _, Vh = torch.linalg.svd(W.grad.double())
+    optimizer.step()
+    relative_error = (-W.detach().double() - U @ Vh).norm() / 8
+    assert relative_error <= 0.13
+
+
+def test_the_direction_is_torch_muons_where_its_own_iteration_has_converged():
+    """On an orthogonal gradient both are the gradient itself, so that momentum and decay are compared exactly."""
+    torch.manual_seed(0)
+    Q = torch.linalg.qr(torch.randn(32, 32)).Q
+    ours, theirs = nn.Parameter(torch.eye(32)), nn.Parameter(torch.eye(32))
+    schatten = SchattenP([ours], lr=0.1, p=math.inf, scale="muon", weight_decay=0.1)
+    muon = torch.optim.Muon([theirs], lr=0.1, weight_decay=0.1, adjust_lr_fn="original")
+    for parameter, optimizer in ((ours, schatten), (theirs, muon)):
+        parameter.grad = Q.clone()
+        optimizer.step()
+    # Muon's update is a multiple of Q between 0.7 and 1.2; ours is Q.
+    update = (0.99 * torch.eye(32) - theirs.detach()) / 0.1
+    assert (update / update.norm() - Q / Q.norm()).norm() < 3e-2  # torch computes in bf16
+    torch.testing.assert_close((0.99 * torch.eye(32) - ours.detach()) / 0.1, Q, atol=1e-4, rtol=1e-4)
+
+
+def test_adamw_groups_equal_torch_adamw(gpt2):
+    torch.manual_seed(0)
+    twin = copy.deepcopy(gpt2)
+    ours = hf_schatten.create_schatten_optimizer(gpt2, lr=1e-3, weight_decay=0.1, p=2, verbose=False)
+    routing = hf_schatten.route_parameters(gpt2)
+    decay = [dict(twin.named_parameters())[route.name] for route in routing.to("adamw") if route.decay]
+    rest = [dict(twin.named_parameters())[route.name] for route in routing.to("adamw") if not route.decay]
+    groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
+    theirs = torch.optim.AdamW(groups, lr=1e-3)
+    pairs = [(dict(gpt2.named_parameters())[r.name], dict(twin.named_parameters())[r.name]) for r in routing.to("adamw")]
+    for _ in range(3):
+        for mine, their in pairs:
+            mine.grad = torch.randn_like(mine)
+            their.grad = mine.grad.clone()
+        ours.step()
+        theirs.step()
+    for mine, their in pairs:
+        torch.testing.assert_close(mine, their, atol=0.0, rtol=0.0)
+
+
+def test_each_matrix_of_a_batch_has_its_own_p():
+    torch.manual_seed(0)
+    gradient = torch.randn(16, 16)
+    alone = {}
+    for p in (1.0, 3.0, math.inf):
+        W = nn.Parameter(torch.zeros(16, 16))
+        optimizer = SchattenP([W], p=p)
+        W.grad = gradient.clone()
+        optimizer.step()
+        alone[p] = W.detach()
+    together = {p: nn.Parameter(torch.zeros(16, 16)) for p in alone}
+    optimizer = SchattenP(list(together.values()))
+    optimizer.create_matrix_state()
+    for p, W in together.items():
+        optimizer.state[W]["p"].fill_(p)
+        W.grad = gradient.clone()
+    optimizer.step()
+    for p, W in together.items():
+        torch.testing.assert_close(W.detach(), alone[p], atol=1e-7, rtol=1e-4)
+
+
+def test_the_schedule_drives_both_updates_and_the_ratio_stays():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    optimizer = hf_schatten.create_schatten_optimizer(
+        model, lr=0.5, weight_decay=0.0, p=2, schatten_lr_ratio=0.1, exclude=["1.*"], verbose=False
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.25)
+    before = copy.deepcopy(model)
+    model(torch.randn(4, 8)).square().sum().backward()
+    optimizer.step()
+    scheduler.step()
+    matrix_step = (model[0].weight - before[0].weight).norm()
+    torch.testing.assert_close(matrix_step.item(), 0.5 * 0.25 * 0.1 * 0.2 * 8, atol=1e-6, rtol=1e-4)
+    bias_step = (model[0].bias - before[0].bias).abs()
+    torch.testing.assert_close(bias_step, torch.full((8,), 0.5 * 0.25), atol=1e-6, rtol=1e-4)
+
+
+def test_a_zero_gradient_moves_nothing_but_the_decay():
+    W = nn.Parameter(torch.ones(4, 4))
+    optimizer = SchattenP([W], lr=0.1, weight_decay=0.5, p=2)
+    W.grad = torch.zeros(4, 4)
+    optimizer.step()
+    torch.testing.assert_close(W.detach(), torch.full((4, 4), 0.95), atol=1e-7, rtol=1e-7)
+
+
+def test_all_state_is_tensors_and_created_at_the_first_step(llama):
+    optimizer = hf_schatten.create_schatten_optimizer(llama, verbose=False)
+    assert not optimizer.state_dict()["state"]
+    tokens = torch.randint(0, 64, (2, 16))
+    keys = []
+    for _ in range(11):  # over the first estimate of p
+        llama(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        state = optimizer.state_dict()["state"]
+        keys.append({index: set(entry) for index, entry in state.items()})
+        assert all(isinstance(value, torch.Tensor) for entry in state.values() for value in entry.values())
+    assert all(later == keys[0] for later in keys)
+    expected = optimizer.expected_state()
+    for name, parameter in optimizer.matrices():
+        found = {key: value.shape for key, value in optimizer.state[parameter].items()}
+        assert found == expected[name]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_parameters_keep_fp32_state_through_load_state_dict(dtype):
+    torch.manual_seed(0)
+    W, b = nn.Parameter(torch.randn(8, 8, dtype=dtype)), nn.Parameter(torch.randn(8, dtype=dtype))
+    groups = lambda: [{"params": [("w", W)]}, {"params": [("b", b)], "spectral": False}]  # noqa: E731
+    optimizer = SchattenP(groups(), p=3.0)
+    for _ in range(300):  # 300 is no bf16 number
+        W.grad, b.grad = torch.randn_like(W), torch.randn_like(b)
+        optimizer.step()
+    again = SchattenP(groups())
+    again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for parameter in (W, b):
+        for key, value in optimizer.state[parameter].items():
+            loaded = again.state[parameter][key]
+            assert loaded.dtype == value.dtype != dtype
+            assert torch.equal(loaded, value)
+            assert loaded.data_ptr() != value.data_ptr()
+
+
+def test_a_closure_is_called_with_gradients_enabled():
+    W = nn.Parameter(torch.ones(2, 2))
+    optimizer = SchattenP([W])
+
+    def closure():
+        optimizer.zero_grad()
+        loss = W.square().sum()
+        loss.backward()
+        return loss
+
+    assert optimizer.step(closure).item() == 4.0
+
+
+def test_a_spectral_group_refuses_a_vector_by_name():
+    pairs = [("w", nn.Parameter(torch.ones(2, 2))), ("b", nn.Parameter(torch.ones(2)))]
+    with pytest.raises(ValueError, match=r"'b' of shape \(2,\) is no matrix.*create_schatten_optimizer"):
+        SchattenP(pairs)
+
+
+def test_p_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=r"p=0.5 is not allowed"):
+        SchattenP([nn.Parameter(torch.ones(2, 2))], p=0.5)
+
+
+def test_a_flattened_matrix_is_refused_with_the_engines_names():
+    W = nn.Parameter(torch.ones(2, 2))
+    optimizer = SchattenP([W])
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(4))
+    with pytest.raises(UnsupportedEngineError, match="DeepSpeed ZeRO or FSDP version 1"):
+        optimizer.step()
+
+
+def test_a_method_that_overrides_direction_needs_nothing_else():
+    class SignDescent(SchattenP):
+        def direction(self, momentum, p, group):
+            return momentum.sign()
+
+    W = nn.Parameter(torch.zeros(2, 2))
+    optimizer = SignDescent([W], lr=1.0, weight_decay=0.0)
+    W.grad = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    optimizer.step()
+    torch.testing.assert_close(W.detach(), -0.2 * W.grad.sign(), atol=1e-6, rtol=1e-6)

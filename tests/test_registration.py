@@ -1,0 +1,86 @@
+"""``optim="schatten_p"`` in every form that transformers takes it; a canary for the private registries it uses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import HfArgumentParser, Seq2SeqTrainingArguments, TrainingArguments
+from transformers import trainer as transformers_trainer
+from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
+from transformers.training_args import OptimizerNames
+
+from hf_schatten import SchattenCallback, SchattenP, UnsupportedEngineError
+from hf_schatten.registration import register
+
+
+def test_the_name_is_a_member_like_any_other():
+    member = OptimizerNames("schatten_p")
+    assert member in list(OptimizerNames)
+    assert OptimizerNames["SCHATTEN_P"] is member
+    assert member == "schatten_p"
+    assert member.value == "schatten_p"
+    assert member in _OPTIMIZER_HANDLERS
+    assert SchattenCallback in transformers_trainer.DEFAULT_CALLBACKS
+
+
+def test_registering_again_changes_nothing():
+    before = list(OptimizerNames), list(transformers_trainer.DEFAULT_CALLBACKS)
+    register()
+    assert (list(OptimizerNames), list(transformers_trainer.DEFAULT_CALLBACKS)) == before
+
+
+@pytest.mark.parametrize("arguments_class", [TrainingArguments, Seq2SeqTrainingArguments])
+def test_constructor_command_line_and_json_take_it(arguments_class, tmp_path):
+    values = {"output_dir": str(tmp_path), "optim": "schatten_p", "optim_args": "p=adaptive,p_interval=50"}
+    by_constructor = arguments_class(**values)
+    flags = [text for name, value in values.items() for text in (f"--{name}", value)]
+    (by_flags,) = HfArgumentParser(arguments_class).parse_args_into_dataclasses(flags)
+    (tmp_path / "arguments.json").write_text(json.dumps(values))
+    (by_json,) = HfArgumentParser(arguments_class).parse_json_file(tmp_path / "arguments.json")
+    for arguments in (by_constructor, by_flags, by_json):
+        assert arguments.optim == "schatten_p"
+        assert arguments.optim_args == "p=adaptive,p_interval=50"
+        assert json.loads(arguments.to_json_string())["optim"] == "schatten_p"
+
+
+def test_set_optimizer_takes_it(tmp_path):
+    arguments = TrainingArguments(output_dir=str(tmp_path)).set_optimizer("schatten_p", learning_rate=1e-3)
+    assert arguments.optim == "schatten_p"
+
+
+def test_training_args_bin_loads_without_the_package(tmp_path):
+    path = tmp_path / "training_args.bin"
+    torch.save(TrainingArguments(output_dir=str(tmp_path), optim="schatten_p", use_cpu=True), path)
+    program = (
+        "import sys, torch; arguments = torch.load(sys.argv[1], weights_only=False); "
+        "assert 'hf_schatten' not in sys.modules; print(arguments.optim)"
+    )
+    result = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "schatten_p", result.stderr
+
+
+def test_the_factory_gets_the_arguments_of_the_command_line(gpt2, training_arguments):
+    arguments = training_arguments(
+        optim_args="p=3,momentum=0.8", learning_rate=0.5, weight_decay=0.25, adam_beta1=0.7, adam_epsilon=1e-4
+    )
+    optimizer = transformers_trainer.Trainer(model=gpt2, args=arguments).create_optimizer()
+    assert isinstance(optimizer, SchattenP)
+    matrices, decayed, rest = optimizer.param_groups
+    assert (matrices["spectral"], matrices["p"], matrices["momentum"]) == (True, 3.0, 0.8)
+    assert [group["weight_decay"] for group in (matrices, decayed, rest)] == [0.25, 0.25, 0.0]
+    assert all(group["lr"] == 0.5 for group in optimizer.param_groups)
+    assert rest["betas"] == (0.7, 0.999)
+    assert rest["eps"] == 1e-4
+
+
+@pytest.mark.parametrize(("argument", "engine"), [({"fsdp": "full_shard"}, "FSDP"), ({"deepspeed": "x"}, "DeepSpeed")])
+def test_sharding_engines_are_refused_by_name(gpt2, training_arguments, argument, engine):
+    arguments = training_arguments()
+    for name, value in argument.items():
+        setattr(arguments, name, value)  # their constructors need the engine itself
+    with pytest.raises(UnsupportedEngineError, match=f"does not support {engine}"):
+        transformers_trainer.Trainer.get_optimizer_cls_and_kwargs(arguments, gpt2)

@@ -1,0 +1,59 @@
+"""The picture and the card section, from logs and numbers."""
+
+from __future__ import annotations
+
+import math
+
+from matplotlib.image import imread
+
+from hf_schatten.report import card_section, log_entry, plot_p_by_layer, write_card_section
+
+
+def test_a_log_entry_has_summary_and_layers():
+    entry = log_entry({"a.weight": 1.0, "b.weight": 4.0, "c": math.inf})
+    assert entry == {
+        "schatten_p_min": 1.0,
+        "schatten_p_median": 4.0,
+        "schatten_p_max": math.inf,
+        "schatten_p/a": 1.0,
+        "schatten_p/b": 4.0,
+        "schatten_p/c": math.inf,
+    }
+
+
+def test_the_picture_shows_layers_by_estimates(tmp_path):
+    history = [
+        {"step": 10, **log_entry({"a.weight": 1.0, "b.weight": math.inf})},
+        {"step": 11, "loss": 1.0},
+        {"step": 20, **log_entry({"a.weight": 2.0, "b.weight": -4.0})},
+    ]
+    path = tmp_path / "figures" / "p.png"
+    assert plot_p_by_layer(history, path)
+    height, width, _ = imread(path).shape
+    assert height > 100
+    assert width > 500
+
+
+def test_nothing_is_drawn_without_an_estimate(tmp_path):
+    path = tmp_path / "figures" / "p.png"
+    assert not plot_p_by_layer([{"step": 1, "loss": 2.0}], path)
+    assert not path.parent.exists()
+
+
+def test_the_section_replaces_an_earlier_one_and_keeps_the_rest(tmp_path):
+    card = tmp_path / "README.md"
+    card.write_text("---\ntags: demo\n---\n# Title\n\nBefore.\n")
+    learned_p = {f"layer.{i}.weight": float(i + 1) for i in range(20)}
+    first = card_section({"p": "adaptive"}, {"schatten_p": (20, 1000)}, {}, None)
+    write_card_section(card, first, ["schatten-p"])
+    card.write_text(card.read_text() + "\nAfter.\n")
+    second = card_section({"p": 4.0}, {"schatten_p": (20, 1000)}, learned_p, tmp_path / "p.png")
+    write_card_section(card, second, ["schatten-p"])
+    text = card.read_text()
+    assert text.count("## Optimizer: Schatten-p") == 1
+    assert text.index("Before.") < text.index("`p=4.0`") < text.index("After.")
+    assert "`p=adaptive`" not in text
+    assert "minimum 1, median 10.5, maximum 20" in text
+    assert "… 8 more" in text
+    assert text.count("- schatten-p") == 1
+    assert "- demo" in text
