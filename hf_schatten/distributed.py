@@ -33,11 +33,20 @@ def mean_over_processes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     flat = values.flatten(1)
     mask = valid.unsqueeze(1)
     packed = torch.cat([torch.where(mask, flat, 0.0), mask.to(flat.dtype)], dim=1)
-    if dist.is_available() and dist.is_initialized() and PartialState().num_processes > 1:
-        packed = reduce(packed, reduction="sum")
+    packed = _sum_over_processes(packed)
     count = packed[:, -1:]
     means = packed[:, :-1] / count.clamp_min(1.0)
     return means.view_as(values), count.squeeze(1) > 0
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return values
+    if PartialState().num_processes == dist.get_world_size():
+        return reduce(values, reduction="sum")
+    # A process group that Accelerate was not told of, for which its reduce would silently do nothing.
+    dist.all_reduce(values)
+    return values
 
 
 def refuse_unsupported_engines(model: nn.Module) -> None:

@@ -1,0 +1,71 @@
+"""Two real processes over gloo: p is the same on every rank and follows all ranks' data."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import hf_schatten
+from hf_schatten.criterion import holder_exponent, holder_statistics
+from hf_schatten.linalg.spectrum import exact_log_spectrum
+
+STEPS, RANKS = 4, 2
+
+
+def data(rank: int) -> torch.Tensor:
+    """Return inputs whose spectrum depends on the rank: flat on rank 0, steep on rank 1."""
+    generator = torch.Generator().manual_seed(7 + rank)
+    return torch.randn(STEPS, 24, 12, generator=generator) * torch.linspace(1, 1 - 0.95 * rank, 12)
+
+
+def run(rank: int, port: int, folder: str, rank_without_samples: int | None) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == RANKS
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
+    optimizer = hf_schatten.create_schatten_optimizer(
+        model, p_interval=2, p_first_step=1, p_ema_decay=0.0, p_max=1000.0, verbose=False
+    )
+    wrapped = DistributedDataParallel(model)
+    if rank == rank_without_samples:
+        model[0].eval()  # changes nothing but that the probe passes it over
+    for inputs in data(rank):
+        wrapped(inputs).square().mean().backward()
+        gradient = model[0].weight.grad.clone()
+        optimizer.step()
+        optimizer.zero_grad()
+    result = {"p": optimizer.learned_p(), "gradient": gradient, "weights": model.state_dict()}
+    torch.save(result, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("rank_without_samples", [None, 1])
+def test_p_is_shared_and_follows_every_ranks_inputs(tmp_path, rank_without_samples):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(run, args=(port, str(tmp_path), rank_without_samples), nprocs=RANKS)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
+    assert first["p"] == second["p"]
+    assert all(torch.equal(a, b) for a, b in zip(first["weights"].values(), second["weights"].values(), strict=True))
+
+    sampled = [rank for rank in range(RANKS) if rank != rank_without_samples]
+    gradient = exact_log_spectrum(first["gradient"])
+    curves = [holder_statistics(gradient, exact_log_spectrum(data(rank)[-1])) for rank in range(RANKS)]
+    s = 1 / first["p"]["0.weight"]
+    expected = holder_exponent(torch.stack([curves[rank] for rank in sampled]).mean(0), 1e-3, 1.0)
+    torch.testing.assert_close(torch.tensor(s, dtype=torch.float64), expected, atol=1e-6, rtol=0.0)
+    if rank_without_samples is None:  # a p from one rank's data alone would be another
+        local = torch.stack([holder_exponent(curve, 1e-3, 1.0) for curve in curves])
+        assert ((local - s).abs() > 1e-3).all()
