@@ -1,0 +1,222 @@
+"""Pretrain a causal language model from scratch with `--optim schatten_p`, or any other optimizer of Trainer.
+
+Usage:
+    python pretrain_clm.py gpt2_stdlib.yaml                       # the default job, on the embedded corpus
+    python pretrain_clm.py gpt2_stdlib.yaml --learning_rate 1e-3  # a flag overrides the file
+    python pretrain_clm.py --train_file my.txt --optim schatten_p --max_steps 500
+    python pretrain_clm.py --help
+"""
+
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import blocks
+import corpus
+from arguments import DataTrainingArguments, ModelArguments, parse_arguments
+from corpus import InputError
+from datasets import Dataset, DatasetDict
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_schatten import SchattenTrainer
+
+logger = logging.getLogger("pretrain_clm")
+
+
+def load_documents(args: DataTrainingArguments) -> DatasetDict:
+    """Load the chosen text as the splits `train` and `validation`."""
+    if args.dataset_name:
+        return corpus.load_hub_dataset(
+            args.dataset_name, args.dataset_config_name, args.text_column, args.validation_fraction
+        )
+    if args.train_file:
+        return corpus.load_files(args.train_file, args.validation_file, args.text_column, args.validation_fraction)
+    return corpus.load_stdlib(args.validation_fraction)
+
+
+def load_tokenizer(args: ModelArguments, train_documents: Dataset) -> PreTrainedTokenizerBase:
+    """Load the chosen tokenizer, or train one on the train split."""
+    if name := args.tokenizer_name or args.model_name_or_path:
+        return AutoTokenizer.from_pretrained(name)
+    return blocks.train_tokenizer(train_documents, args.vocab_size)
+
+
+def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PreTrainedModel:
+    """Make a model with fresh weights, or load the one to continue from.
+
+    Raises:
+        InputError: The model cannot take blocks of this size, or its shape is impossible.
+    """
+    if args.model_name_or_path:
+        if args.config_overrides:
+            raise InputError("--config_overrides changes a new model; it cannot go with --model_name_or_path.")
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+    else:
+        config = new_config(args, tokenizer, block_size)
+        model = AutoModelForCausalLM.from_config(config)
+    context = getattr(model.config, "max_position_embeddings", block_size)
+    if block_size > context:
+        raise InputError(f"--block_size {block_size} exceeds the model's context of {context} tokens.")
+    if len(tokenizer) > model.config.vocab_size:
+        model.resize_token_embeddings(len(tokenizer))
+    return model
+
+
+def new_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_size: int) -> PretrainedConfig:
+    """Describe the new model: a GPT-2 of the given size, or `--config_name`, for the tokenizer's tokens."""
+    vocabulary = {
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    if args.config_name:
+        config = AutoConfig.from_pretrained(args.config_name, **vocabulary)
+    else:
+        if args.n_embd % args.n_head:
+            raise InputError(f"--n_embd {args.n_embd} is not a multiple of --n_head {args.n_head}.")
+        config = GPT2Config(
+            n_layer=args.n_layer,
+            n_embd=args.n_embd,
+            n_head=args.n_head,
+            n_positions=block_size,
+            embd_pdrop=args.dropout,
+            attn_pdrop=args.dropout,
+            resid_pdrop=args.dropout,
+            **vocabulary,
+        )
+    if args.config_overrides:
+        config.update_from_string(args.config_overrides)
+    return config
+
+
+def sample(dataset: Dataset, limit: int | None) -> Dataset:
+    """Keep at most `limit` rows, evenly spaced: the first ones would show only a corner of the corpus."""
+    total = len(dataset)
+    if limit is None or limit >= total:
+        return dataset
+    return dataset.select([row * total // limit for row in range(limit)])
+
+
+def checkpoint_to_resume(args: TrainingArguments) -> str | None:
+    """Find the folder that `--resume_from_checkpoint` means: a path, or `last` (or `true`) for the newest.
+
+    Raises:
+        InputError: There is no such checkpoint.
+    """
+    wanted = args.resume_from_checkpoint
+    if not wanted or str(wanted).lower() in {"false", "none"}:
+        return None
+    if str(wanted).lower() in {"last", "true"}:
+        output_dir = Path(args.output_dir or "")
+        newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        if newest is None:
+            raise InputError(f"--resume_from_checkpoint {wanted}: no checkpoint-* folder in {output_dir}.")
+        return str(newest)
+    if not Path(wanted).is_dir():
+        raise InputError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
+    return str(wanted)
+
+
+def evaluate(trainer: SchattenTrainer, name: str) -> dict[str, float]:
+    """Evaluate the model as it is, and store loss and perplexity in `{name}_results.json`."""
+    metrics = trainer.evaluate(metric_key_prefix=name)
+    try:
+        metrics[f"{name}_perplexity"] = math.exp(metrics[f"{name}_loss"])
+    except OverflowError:
+        metrics[f"{name}_perplexity"] = math.inf
+    trainer.save_metrics(name, metrics)
+    return metrics
+
+
+def comparison(before: dict[str, float], after: dict[str, float]) -> str:
+    """Lay out loss and perplexity on the validation split before and after training, side by side."""
+    lines = [f"{'validation':<12}{'start':>12}{'end':>12}"]
+    for quantity in ("loss", "perplexity"):
+        values = before[f"eval_start_{quantity}"], after[f"eval_{quantity}"]
+        lines.append(f"{quantity:<12}" + "".join(f"{value:>12.4g}" for value in values))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Load, tokenize, evaluate, train, evaluate, save."""
+    model_args, data_args, training_args = parse_arguments(argv)
+    logging.basicConfig(
+        level=logging.INFO if training_args.should_log else logging.WARNING,
+        format="%(asctime)s %(name)s: %(message)s",
+    )
+    checkpoint = checkpoint_to_resume(training_args)
+    set_seed(training_args.seed)
+
+    with training_args.main_process_first(desc="text and tokenizer"):
+        documents = load_documents(data_args)
+        tokenizer = load_tokenizer(model_args, documents["train"])
+        examples = blocks.make_blocks(
+            documents,
+            tokenizer,
+            data_args.block_size,
+            data_args.preprocessing_num_workers,
+            data_args.overwrite_cache,
+        )
+    train_blocks = sample(examples["train"], data_args.max_train_samples)
+    eval_blocks = sample(examples["validation"], data_args.max_eval_samples)
+    model = build_model(model_args, tokenizer, data_args.block_size)
+    logger.info(
+        "%s: %s documents, vocabulary %s; blocks of %s tokens: %s to train, %s to evaluate; %s parameters",
+        *(data_args.source, len(documents["train"]), len(tokenizer), data_args.block_size),
+        *(len(train_blocks), len(eval_blocks), f"{model.num_parameters():,}"),
+    )
+
+    trainer = SchattenTrainer(
+        model=model,
+        args=training_args,
+        train_dataset=train_blocks,
+        eval_dataset=eval_blocks,
+        processing_class=tokenizer,
+        data_collator=blocks.collate,
+    )
+    # A resumed run, too, evaluates the weights of step 0 here; `train` then loads the checkpoint's.
+    before = evaluate(trainer, "eval_start") if training_args.do_eval else None
+    if training_args.do_train:
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model()  # with the tokenizer
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        trainer.save_state()
+    if before is not None and training_args.do_train:
+        after = evaluate(trainer, "eval")
+        if trainer.is_world_process_zero():
+            print(comparison(before, after), flush=True)
+
+    if model_args.model_name_or_path is None:
+        # Trainer's card calls a model without a path "fine-tuned", and one in a folder "trained from scratch".
+        model.config.name_or_path = training_args.output_dir
+    card = {
+        "tasks": "text-generation",
+        "finetuned_from": model_args.model_name_or_path,
+        "dataset": data_args.source,
+        "dataset_tags": data_args.dataset_name or [],
+    }
+    if training_args.push_to_hub:
+        trainer.push_to_hub(**card)
+    else:
+        trainer.create_model_card(**card)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except InputError as error:
+        sys.exit(f"pretrain_clm.py: error: {error}")
