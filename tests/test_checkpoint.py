@@ -150,7 +150,7 @@ def test_a_checkpoint_of_another_model_is_refused(saved, change, message):
 
 def test_a_parameter_that_moved_to_adamw_is_refused(saved):
     _, folder = saved
-    with pytest.raises(CheckpointError, match="'1.weight', but its update now needs.*exclude"):
+    with pytest.raises(CheckpointError, match=r"'1\.weight', but its update now needs.*exclude"):
         load_optimizer(make(steps=0, exclude=("1.*",)), folder)
 
 

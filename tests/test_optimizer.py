@@ -107,11 +107,12 @@ def test_adamw_groups_equal_torch_adamw(gpt2):
     twin = copy.deepcopy(gpt2)
     ours = hf_schatten.create_schatten_optimizer(gpt2, lr=1e-3, weight_decay=0.1, p=2, verbose=False)
     routing = hf_schatten.route_parameters(gpt2)
-    decay = [dict(twin.named_parameters())[route.name] for route in routing.to("adamw") if route.decay]
-    rest = [dict(twin.named_parameters())[route.name] for route in routing.to("adamw") if not route.decay]
+    of_twin = dict(twin.named_parameters())
+    decay = [of_twin[route.name] for route in routing.to("adamw") if route.decay]
+    rest = [of_twin[route.name] for route in routing.to("adamw") if not route.decay]
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}]
     theirs = torch.optim.AdamW(groups, lr=1e-3)
-    pairs = [(dict(gpt2.named_parameters())[r.name], dict(twin.named_parameters())[r.name]) for r in routing.to("adamw")]
+    pairs = [(route.parameter, of_twin[route.name]) for route in routing.to("adamw")]
     for _ in range(3):
         for mine, their in pairs:
             mine.grad = torch.randn_like(mine)

@@ -5,6 +5,7 @@ The tables, one JSON file for each number of steps, are made by ``python -m hf_s
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, TypeVar
@@ -35,6 +36,18 @@ class Coefficients:
     b: tuple[float, ...]
     c: tuple[float, ...]
     w: tuple[float, ...]
+
+    @classmethod
+    def from_row(cls, row: Sequence[float]) -> "Coefficients":
+        """Split one sequence of 4K + 1 numbers: a, b, c and w."""
+        steps = len(row) // 4
+        a, b, c, w = (tuple(row[k * steps : (k + 1) * steps + k // 3]) for k in range(4))
+        return cls(a, b, c, w)
+
+    @property
+    def row(self) -> tuple[float, ...]:
+        """All 4K + 1 numbers: a, b, c and w."""
+        return (*self.a, *self.b, *self.c, *self.w)
 
     @property
     def steps(self) -> int:
@@ -80,12 +93,18 @@ def load_table(steps: int) -> dict[str, Any]:
     return content
 
 
+# A dict and not functools.cache, of which torch.compile warns.
+_COLUMNS: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+
+
 @torch.compiler.assume_constant_result
-@functools.cache
 def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """All columns as one tensor (columns, 4K + 1) on ``device``; cached, so that no call copies it again."""
-    rows = [[*c["a"], *c["b"], *c["c"], *c["w"]] for c in load_table(steps)["columns"]]
-    return torch.tensor(rows, dtype=dtype, device=device)
+    key = steps, dtype, device
+    if key not in _COLUMNS:
+        rows = [[*c["a"], *c["b"], *c["c"], *c["w"]] for c in load_table(steps)["columns"]]
+        _COLUMNS[key] = torch.tensor(rows, dtype=dtype, device=device)
+    return _COLUMNS[key]
 
 
 def interpolate(s: Tensor, steps: int) -> Tensor:

@@ -6,7 +6,6 @@ same numbers each time) and writes them next to this file.
 
 import argparse
 import json
-import math
 import multiprocessing
 from collections.abc import Callable
 from functools import partial
@@ -32,8 +31,12 @@ from hf_schatten.linalg.multiscale_fit import Array, MultiscaleFit, perturbed, r
 # ends at 7.5e-4.
 _LOWEST = 5e-4
 _POINTS = 240
+_SPACING = 0.35
+_DAMPING = 0.02  # at s = 0; falls like the error as s goes to 1
 _DEGREE = 4  # of the curves b_k(s) and c_k(s)
 _EXPONENTS = np.linspace(MIN_EXPONENT, MAX_EXPONENT, 41)  # 1/32 apart: 0, 1/4, 1/2 and 1 are columns
+# Monotone in p where p >= 1; beyond Muon the price would be high, and the penalty only smooths.
+_STRICTNESS = np.where(_EXPONENTS[:-1] >= 0, 10.0, 3.0)
 
 
 def multiscale(s: float, steps: int = 5) -> Coefficients:
@@ -49,8 +52,7 @@ def multiscale(s: float, steps: int = 5) -> Coefficients:
     Raises:
         ValueError: If no table is stored for ``steps``.
     """
-    row = interpolate(torch.tensor([s], dtype=torch.float64), steps)[0].tolist()
-    return Coefficients(*(tuple(row[k * steps : (k + 1) * steps]) for k in range(3)), tuple(row[3 * steps :]))
+    return Coefficients.from_row(interpolate(torch.tensor([s], dtype=torch.float64), steps)[0].tolist())
 
 
 def lagrange(s: float, steps: int = 5) -> Coefficients:
@@ -103,28 +105,32 @@ def least_squares(f_target: Callable[[Array], Array], steps: int = 1, *, lowest:
         raise ValueError(f"lowest must lie in (0, 1), got {lowest!r}")
     if steps == 1:
         x = np.linspace(lowest, 1, _POINTS)
-        quintic = np.linalg.lstsq(np.stack([x, x**3, x**5], 1), f_target(x), rcond=None)[0].tolist()
-        return Coefficients(*((coefficient,) for coefficient in quintic), (0.0, 1.0))
-    x = _log_uniform(_POINTS, lowest)
-    fit = MultiscaleFit(steps, x, f_target(x)[None], np.ones((1, 1)))
+        a, b, c = np.linalg.lstsq(np.stack([x, x**3, x**5], 1), f_target(x), rcond=None)[0].tolist()
+        return Coefficients((a,), (b,), (c,), (0.0, 1.0))
+    x = _points(_POINTS, lowest)
+    fit = MultiscaleFit(steps, x, f_target(x)[None], np.ones((1, 1)), np.full(1, _DAMPING))
     starts = [np.array([*c["b"], *c["c"]])[:, None] for c in load_table(steps)["columns"]]
     _, curves = min((fit.minimise(start, 100) for start in starts), key=_value)
-    return _columns_of(fit, curves)[0]
+    return _columns_of(fit, curves, np.empty(0))[0]
 
 
-def _log_uniform(count: int, lowest: float) -> Array:
-    """Points in [lowest, 1]: spectra spread over decades, each of which must count."""
-    return np.exp(np.linspace(math.log(lowest), 0, count))
+def _points(count: int, lowest: float) -> Array:
+    """Points in [lowest, 1], equally spaced in a small power of x: nearly log-uniform, but denser towards 1.
+
+    Spectra spread over decades, each of which must count; the largest values carry most of the result's norm.
+    """
+    return np.linspace(lowest**_SPACING, 1, count) ** (1 / _SPACING)
 
 
 def _power_family(steps: int, exponents: Array, points: int = _POINTS, degree: int = _DEGREE) -> MultiscaleFit:
     """The targets x^s for each exponent, with Chebyshev polynomials of s on [-0.25, 1] as the curves' basis."""
-    x = _log_uniform(points, _LOWEST)
+    x = _points(points, _LOWEST)
     centre, half = (MAX_EXPONENT + MIN_EXPONENT) / 2, (MAX_EXPONENT - MIN_EXPONENT) / 2
-    return MultiscaleFit(steps, x, x ** exponents[:, None], chebyshev.chebvander((exponents - centre) / half, degree))
+    basis = np.asarray(chebyshev.chebvander((exponents - centre) / half, degree), dtype=np.float64)
+    return MultiscaleFit(steps, x, x ** exponents[:, None], basis, _DAMPING * (1 - exponents) ** 2)
 
 
-def search_curves(steps: int, *, starts: int = 240, kept: int = 6, hops: int = 30) -> Array:
+def search_curves(steps: int, *, starts: int = 600, kept: int = 8, hops: int = 120) -> Array:
     """Find the curves of the power family by a seeded multi-start search, coarse to fine.
 
     s = 1 takes no part: there the identity is exact, and the logarithm of its error infinite.
@@ -132,7 +138,7 @@ def search_curves(steps: int, *, starts: int = 240, kept: int = 6, hops: int = 3
     Args:
         steps: Number of Newton–Schulz steps K.
         starts: Random starts on a coarse problem (few columns and points, straight curves).
-        kept: How many of the best are refined.
+        kept: How many of the best go on to each finer problem.
         hops: Perturbed restarts from the best.
 
     Returns:
@@ -146,7 +152,11 @@ def search_curves(steps: int, *, starts: int = 240, kept: int = 6, hops: int = 3
     for _ in range(hops):
         pool = sorted(pool, key=_value)[:kept]
         pool.append(medium.minimise(perturbed(pool[rng.integers(len(pool))][1], rng), 100))
-    return refine_curves(steps, min(pool, key=_value)[1])
+    finalists = [refine_curves(steps, curves) for _, curves in pool]
+    errors = np.array([_interpolated_errors(steps, curves) for curves in finalists])
+    # The fit's objective forgives one bad column, and knows nothing of what lies between columns.
+    regret = ((errors / errors.min(0)) ** 2).sum(1)
+    return finalists[int(regret.argmin())]
 
 
 def refine_curves(steps: int, curves: Array) -> Array:
@@ -154,11 +164,23 @@ def refine_curves(steps: int, curves: Array) -> Array:
     return _power_family(steps, _EXPONENTS[:-1]).minimise(curves, 300)[1]
 
 
+def _interpolated_errors(steps: int, curves: Array) -> Array:
+    """Relative errors half-way between neighbouring columns, shape (columns - 1,); infinite if s = 1 overflows."""
+    family = _power_family(steps, _EXPONENTS)
+    if family.linearize(curves) is None:
+        return np.full(len(_EXPONENTS) - 1, np.inf)
+    columns = np.array([c.row for c in _columns_of(family, curves, _STRICTNESS)])
+    targets = family.x ** ((_EXPONENTS[1:] + _EXPONENTS[:-1]) / 2)[:, None]
+    between = (columns[1:] + columns[:-1]) / 2
+    values = [Coefficients.from_row(row).transfer(family.x) for row in between]
+    return np.linalg.norm(np.array(values) - targets, axis=1) / np.linalg.norm(targets, axis=1)
+
+
 def tabulate(steps: int, curves: Array) -> dict[str, Any]:
     """The content of a table's file, see `load_table`, for given curves."""
     family = _power_family(steps, _EXPONENTS)
     columns = []
-    for s, column, target in zip(_EXPONENTS, _columns_of(family, curves), family.targets, strict=True):
+    for s, column, target in zip(_EXPONENTS, _columns_of(family, curves, _STRICTNESS), family.targets, strict=True):
         error = column.transfer(family.x) - target
         columns.append(
             {
@@ -171,12 +193,9 @@ def tabulate(steps: int, curves: Array) -> dict[str, Any]:
     return {"steps": steps, "domain": [_LOWEST, 1], "columns": columns, "curves": curves.round(9).tolist()}
 
 
-def _columns_of(fit: MultiscaleFit, curves: Array) -> list[Coefficients]:
-    solved = fit.linearize(curves)
-    if solved is None:
-        raise ValueError("the iterates of these curves overflow")
-    groups = [group.round(9).tolist() for group in (*fit.steps_of(curves), solved.weights)]
-    return [Coefficients(*map(tuple, column)) for column in zip(*groups, strict=True)]
+def _columns_of(fit: MultiscaleFit, curves: Array, strictness: Array) -> list[Coefficients]:
+    groups = [*fit.steps_of(curves), fit.ordered_weights(curves, strictness)]
+    return [Coefficients(*map(tuple, column)) for column in zip(*(g.round(9).tolist() for g in groups), strict=True)]
 
 
 def _value(candidate: tuple[float, Array]) -> float:

@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Damping of the weights of X_1 … X_K, relative to the target's root mean square. Large weights that cancel amplify
-# half precision's rounding; X_0, which is never rounded, is free, so that f(x) = x is reproduced exactly.
-_WEIGHT_RIDGE = 1e-3
 # Damping of the curves, which keeps a step that a column does not need from running off to infinity.
 _CURVE_RIDGE = 3e-5
 _OVERFLOW = 1e6
+_SMALLEST_ERROR = 1e-5  # the identity's is zero
 
 
 @dataclass(frozen=True)
@@ -41,17 +39,37 @@ class MultiscaleFit:
         x: Points in (0, 1], shape (N,). All weigh the same: their density is the measure of the error.
         targets: Values of the targets at the points, shape (S, N).
         basis: Values of the D basis functions of the curves at the columns, shape (S, D).
+        damping: Damping of the weights of X_1 … X_K in each column, relative to the target's root mean square,
+            shape (S,). Large weights that cancel amplify half precision's rounding, and jump from column to
+            column. X_0 is never rounded and goes free, so that the target x is met exactly.
     """
 
     steps: int
     x: Array
     targets: Array
     basis: Array
+    damping: Array
 
     def steps_of(self, curves: Array) -> tuple[Array, Array, Array]:
         """The coefficients ``(a, b, c)``, each (S, K), of curves (2K, D)."""
         b, c = np.split(self.basis @ curves.T, 2, axis=1)
         return 1 - b - c, b, c
+
+    @property
+    def _root_mean_squares(self) -> Array:
+        return np.sqrt((self.targets**2).mean(1))
+
+    def _run(self, curves: Array) -> tuple[Array, Array] | None:
+        """Iterates y_0 … y_K (S, N, K+1) and derivatives dy_{k+1}/dy_k (S, N, K); None if they overflow."""
+        iterates, slopes = [np.broadcast_to(self.x, self.targets.shape)], []
+        with np.errstate(over="ignore", invalid="ignore"):
+            for a, b, c in zip(*(coefficient.T[:, :, None] for coefficient in self.steps_of(curves)), strict=True):
+                y = iterates[-1]
+                slopes.append(a + y**2 * (3 * b + 5 * c * y**2))
+                iterates.append(y * (a + y**2 * (b + c * y**2)))
+        if not (np.abs(iterates) < _OVERFLOW).all():  # true of NaN too
+            return None
+        return np.stack(iterates, -1), np.stack(slopes, -1)
 
     def linearize(self, curves: Array) -> Linearization | None:
         """Solve for the weights and differentiate the rest (Kaufman's variant of variable projection).
@@ -63,20 +81,14 @@ class MultiscaleFit:
             The residual is relative to each target's root mean square, so that ``error`` is a relative error;
             None where the iterates exceed a million.
         """
-        a, b, c = (coefficient.T[:, :, None] for coefficient in self.steps_of(curves))  # (K, S, 1)
-        columns, points = self.targets.shape
-        scale = 1 / (np.sqrt(points) * np.sqrt((self.targets**2).mean(1)))  # (S,)
-        iterates, slopes = [np.broadcast_to(self.x, (columns, points))], []
-        with np.errstate(over="ignore", invalid="ignore"):
-            for k in range(self.steps):
-                y = iterates[-1]
-                slopes.append(a[k] + y**2 * (3 * b[k] + 5 * c[k] * y**2))
-                iterates.append(y * (a[k] + y**2 * (b[k] + c[k] * y**2)))
-        if not (np.abs(iterates) < _OVERFLOW).all():  # true of NaN too
+        ran = self._run(curves)
+        if ran is None:
             return None
-
-        ridge = np.broadcast_to(_WEIGHT_RIDGE * np.eye(self.steps + 1)[1:], (columns, self.steps, self.steps + 1))
-        design = np.concatenate([np.stack(iterates, -1) * scale[:, None, None], ridge], 1)  # (S, N + K, K + 1)
+        iterates, slopes = ran
+        columns, points = self.targets.shape
+        scale = 1 / (np.sqrt(points) * self._root_mean_squares)  # (S,)
+        ridge = self.damping[:, None, None] * np.eye(self.steps + 1)[1:]  # (S, K, K + 1)
+        design = np.concatenate([iterates * scale[:, None, None], ridge], 1)  # (S, N + K, K + 1)
         wanted = np.concatenate([self.targets * scale[:, None], np.zeros((columns, self.steps))], 1)[..., None]
         Q, R = np.linalg.qr(design)
         try:
@@ -88,10 +100,10 @@ class MultiscaleFit:
         jacobian = np.zeros((columns, points + self.steps, 2 * self.steps))
         sensitivity = np.broadcast_to(weights[:, self.steps], (columns, points))  # ∂f/∂y_k, from the last k down
         for k in reversed(range(self.steps)):
-            y = iterates[k]
+            y = iterates[..., k]
             jacobian[:, :points, k] = sensitivity * (y**3 - y)
             jacobian[:, :points, self.steps + k] = sensitivity * (y**5 - y)
-            sensitivity = weights[:, k] + sensitivity * slopes[k]
+            sensitivity = weights[:, k] + sensitivity * slopes[..., k]
         jacobian *= scale[:, None, None]
         jacobian -= Q @ (Q.mT @ jacobian)
         return Linearization(weights[..., 0], np.sqrt((residual**2).sum(1)), residual, jacobian)
@@ -131,6 +143,50 @@ class MultiscaleFit:
             if unproductive > 5:
                 break
         return objective, curves
+
+    def ordered_weights(self, curves: Array, strictness: Array, iterations: int = 60) -> Array:
+        """Weights that also keep f from rising from one column to the next, as x^s falls with s.
+
+        A least-squares problem in the weights of all columns together, in units of each column's own error, with
+        a penalty on the points where the order is violated.
+
+        Args:
+            curves: Curves (2K, D).
+            strictness: Factor of the penalty between neighbours, shape (S - 1,).
+            iterations: Largest number of times that the violated points are determined anew.
+
+        Returns:
+            Weights, shape (S, K + 1).
+
+        Raises:
+            ValueError: If the iterates overflow.
+        """
+        free, ran = self.linearize(curves), self._run(curves)
+        if free is None or ran is None:
+            raise ValueError("the iterates of these curves overflow")
+        iterates, _ = ran
+        columns, points, size = iterates.shape
+        error = np.maximum(free.error, _SMALLEST_ERROR)
+        unit = error * self._root_mean_squares * np.sqrt(points)  # (S,)
+        scaled = iterates / unit[:, None, None]
+        damping = (self.damping / error)[:, None, None] ** 2 * np.diag(np.arange(size) > 0)
+        hessian = np.zeros((columns, size, columns, size))
+        hessian[range(columns), :, range(columns), :] = scaled.mT @ scaled + damping
+        wanted = (scaled.mT @ (self.targets / unit[:, None])[..., None]).ravel()
+
+        weights, violated = free.weights, np.zeros((columns - 1, points), dtype=bool)
+        for _ in range(iterations):
+            values = (iterates @ weights[..., None])[..., 0]
+            before, violated = violated, values[1:] > values[:-1]
+            if (violated == before).all():
+                break
+            penalised = hessian.copy()
+            for s in range(columns - 1):
+                rise = np.concatenate([-iterates[s], iterates[s + 1]], 1)[violated[s]]  # times both weights: f's rise
+                rise *= strictness[s] / np.sqrt(unit[s] * unit[s + 1])
+                penalised[s : s + 2, :, s : s + 2, :] += (rise.T @ rise).reshape(2, size, 2, size)
+            weights = np.linalg.solve(penalised.reshape(wanted.size, -1), wanted).reshape(columns, size)
+        return weights
 
     def _normal_equations(self, at: Linearization, curves: Array) -> tuple[Array, Array]:
         """Gradient (2KD,) and Gauss–Newton matrix (2KD, 2KD) of the objective."""

@@ -30,7 +30,7 @@ def spectral_power(
 
     The scale of X is kept: p = 1 returns X to rounding, and ``t·X`` gives ``t^{1/p}`` times the result of X. A
     zero matrix gives zero. A matrix with NaN or inf gives NaN and leaves the rest of its batch alone. Nothing
-    waits for the device.
+    waits for the device. There is no gradient.
 
     Args:
         X: Matrices, shape (..., m, n), of a floating point dtype; need not be contiguous.
@@ -82,9 +82,7 @@ def spectral_power_from_exponent(
     return _like(X, power)
 
 
-def spectral_function(
-    X: Tensor, coefficients: Coefficients, *, compute_dtype: torch.dtype | None = None
-) -> Tensor:
+def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: torch.dtype | None = None) -> Tensor:
     """Apply any polynomial iteration to the singular values, relative to the Schatten-8 norm c of each matrix.
 
     Args:
@@ -101,8 +99,7 @@ def spectral_function(
     batch = _wide_batch(X)
     if X.numel() == 0:
         return torch.zeros_like(X)
-    row = torch.tensor([*coefficients.a, *coefficients.b, *coefficients.c, *coefficients.w], dtype=_scalar_dtype(X))
-    rows = row.to(X.device).expand(len(batch), -1)
+    rows = torch.tensor(coefficients.row, dtype=_scalar_dtype(X), device=X.device).expand(len(batch), -1)
     return _like(X, _transferred(batch, rows, None, compute_dtype or _default_dtype(X)))
 
 
@@ -161,10 +158,17 @@ def _like(X: Tensor, batch: Tensor) -> Tensor:
     return (batch if X.shape[-2] <= X.shape[-1] else batch.mT).reshape(X.shape).to(X.dtype)
 
 
-def _norm(A: Tensor, order: float, dtype: torch.dtype) -> Tensor:
-    """Element-wise norm of each matrix of A (B, m, n), accumulated in ``dtype``; shape (B, 1, 1), never zero."""
-    norm = torch.linalg.vector_norm(A, order, dim=(-2, -1), keepdim=True, dtype=dtype)
+def _frobenius(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """Frobenius norms of A (B, m, n), accumulated in ``dtype``; shape (B, 1, 1), never zero."""
+    norm = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True, dtype=dtype)
     return norm.clamp(torch.finfo(dtype).tiny)
+
+
+def _largest_element(A: Tensor, dtype: torch.dtype) -> Tensor:
+    """Largest magnitudes of A's (B, m, n) elements; shape (B, 1, 1), never zero, NaN where there is one."""
+    # The infinity norm of torch.linalg takes twenty times as long on a CPU.
+    largest = torch.maximum(A.amax((-2, -1), keepdim=True), -A.amin((-2, -1), keepdim=True))
+    return largest.to(dtype).clamp(torch.finfo(dtype).tiny)
 
 
 class _Step(NamedTuple):
@@ -175,37 +179,80 @@ class _Step(NamedTuple):
     c: Tensor
     w: Tensor
 
-    def weighted(self) -> "_Step":
-        """The step that yields its result times the weight."""
-        return _Step(self.a * self.w, self.b * self.w, self.c * self.w, self.w)
+    def polynomial(self, gram: Tensor, gram_squared: Tensor, *, weighted: bool = False) -> Tensor:
+        """``a I + b A + c A²`` of A = gram (B, m, m), times w if asked; overwrites ``gram_squared``.
 
-    def polynomial(self, gram: Tensor, gram_squared: Tensor) -> Tensor:
-        """``a I + b A + c A²`` of A = gram (B, m, m); summed in the coefficients' dtype, rounded once."""
-        total = (gram_squared * self.c).addcmul_(gram, self.b)
-        total.diagonal(dim1=-2, dim2=-1).add_(self.a.squeeze(-1))
+        The sum is formed in the coefficients' dtype and rounded to A's once, at the end.
+        """
+        a, b, c = (self.a * self.w, self.b * self.w, self.c * self.w) if weighted else self[:3]
+        total = gram_squared.to(c.dtype).mul_(c).addcmul_(gram, b)
+        total.diagonal(dim1=-2, dim2=-1).add_(a.squeeze(-1))
         return total.to(gram.dtype)
 
 
+@torch.no_grad()
 def _transferred(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
-    """Transfer functions of X (B, m, n), m <= n, by coefficients (B, 4K + 1), times c^s where s (B, 1, 1) is given."""
+    """Apply the coefficients ``rows`` (B, 4K + 1) to X (B, m, n), m <= n; times c^s where s (B, 1, 1) is given."""
     steps = rows.shape[-1] // 4
     columns = rows[..., None, None].unbind(1)  # 4K + 1 of (B, 1, 1)
     a, b, c, w = (columns[k * steps : (k + 1) * steps + k // 3] for k in range(4))
+    chain = [_Step(*step) for step in zip(a, b, c, w[1:], strict=True)]
 
-    largest = _norm(X, torch.inf, rows.dtype)
+    largest = _largest_element(X, rows.dtype)
     unit = X / largest  # (B, m, n), elements in [-1, 1]: no Gram matrix overflows
     iterate = unit.to(compute_dtype)
     gram = iterate @ iterate.mT  # (B, m, m)
-    s4 = _norm(gram, 2, rows.dtype)  # ‖iterate‖²_{S4}
-    gram = (gram / s4).to(compute_dtype)
-    gram_squared = gram @ gram
+    s4 = _frobenius(gram, rows.dtype)  # squared Schatten-4 norm
+    gram_squared = gram.div_(s4) @ gram
     # The Schatten-8 norm comes from a product that the first step needs anyway, and is closer to σ_max than S4.
-    s8 = _SAFETY**2 * _norm(gram_squared, 2, rows.dtype).sqrt()
-    norm = (s4 * s8).sqrt()  # X₀ = iterate / norm
+    s8 = _SAFETY**2 * _frobenius(gram_squared, rows.dtype).sqrt()
+    gram.div_(s8)
+    gram_squared.div_(s8.square())
+    norm = s4.sqrt() * s8.sqrt()  # of a zero matrix: s4 * s8 would underflow
+    unit.div_(norm)
+    iterate = unit.to(compute_dtype)  # X₀
 
-    # The first step takes up the normaliser, which saves dividing the matrices by it.
-    first = _Step(a[0] / norm, b[0] / (norm * s8), c[0] / (norm * s8.square()), w[1])
-    rest = [_Step(*step) for step in zip(a[1:], b[1:], c[1:], w[2:], strict=True)]
-    if X.shape[-1] >= _GRAM_ASPECT * X.shape[-2] and compute_dtype in (torch.float32, torch.float64):
-        total = _sum_in_gram_space(iterate, gram / s8, gram_squared / s8.square(), ...)
-    return total
+    total = unit * w[0]
+    direct = _steps_on_iterate(X, steps, compute_dtype)
+    spare = torch.empty_like(iterate)  # fresh memory for every product would cost several per cent on a CPU
+    for k, step in enumerate(chain[:direct]):
+        last = k == steps - 1
+        polynomial = step.polynomial(gram, gram_squared, weighted=last)
+        iterate, spare = torch.bmm(polynomial, iterate, out=spare), iterate  # X_{k+1}
+        if last:
+            total.add_(iterate)
+        else:
+            total.addcmul_(iterate, step.w)
+            torch.bmm(iterate, iterate.mT, out=gram)
+            torch.bmm(gram, gram, out=gram_squared)
+    if direct < steps:
+        total.add_(_sum_in_gram_space(gram, gram_squared, chain[direct:]) @ iterate)
+    return total if s is None else total.mul_(largest**s * norm**s)
+
+
+def _steps_on_iterate(X: Tensor, steps: int, compute_dtype: torch.dtype) -> int:
+    """How many steps act on the iterate before the rest act on its Gram matrix.
+
+    The Gram matrix squares the singular values: in half precision the small ones drown in its rounding, until
+    two steps have lifted them.
+    """
+    if X.shape[-1] < _GRAM_ASPECT * X.shape[-2]:
+        return steps
+    return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps)
+
+
+def _sum_in_gram_space(gram: Tensor, gram_squared: Tensor, chain: list[_Step]) -> Tensor:
+    """``Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m) and its square.
+
+    All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``.
+    """
+    *inner, last = chain
+    Q = total = None
+    for step in inner:
+        P = step.polynomial(gram, gram_squared)
+        Q = P if Q is None else P @ Q
+        total = Q * step.w if total is None else total.addcmul_(Q, step.w)
+        gram = P @ gram @ P
+        gram_squared = gram @ gram
+    P = last.polynomial(gram, gram_squared, weighted=True)
+    return P if Q is None or total is None else total.add_(P @ Q).to(gram.dtype)

@@ -1,0 +1,131 @@
+"""The stored tables are what the fit makes of itself, and the named methods meet their targets."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hf_schatten.linalg import coefficients
+from hf_schatten.linalg.coefficient_table import STEPS, Coefficients, load_table, table_filename
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+X = np.geomspace(5e-4, 1, 400)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_table_is_complete_and_tame(steps: int) -> None:
+    columns = load_table(steps)["columns"]
+    assert [column["s"] for column in columns] == np.linspace(-0.25, 1, 41).tolist()
+    for column in columns:
+        assert len(column["a"]) == len(column["b"]) == len(column["c"]) == len(column["w"]) - 1 == steps
+        assert max(map(abs, column["w"])) < (1.5 if column["s"] >= 0 else 5), "cancelling weights ruin bfloat16"
+    assert columns[-1]["w"] == [1.0] + [0.0] * steps
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_stored_errors_are_the_errors(steps: int) -> None:
+    for column in load_table(steps)["columns"][::8]:
+        fitted = Coefficients(*(tuple(column[name]) for name in "abcw"))
+        error = np.abs(fitted.transfer(X) - X ** column["s"]).max()
+        assert error == pytest.approx(column["max_error"], rel=0.05, abs=1e-6)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_errors_fall_as_s_grows(steps: int) -> None:
+    errors = [column["relative_error"] for column in load_table(steps)["columns"] if column["s"] >= 0]
+    assert all(after < 1.15 * before for before, after in itertools.pairwise(errors))
+
+
+def test_more_steps_fit_better() -> None:
+    for s in (0.0, 0.25, 0.5):
+        errors = [np.abs(coefficients.multiscale(s, steps).transfer(X) - X**s).mean() for steps in STEPS]
+        assert errors[:5] == sorted(errors[:5], reverse=True)
+        assert errors[5] < 1.5 * errors[4]
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_transfer_grows_with_p_and_keeps_its_sign(steps: int) -> None:
+    exponents = np.linspace(0, 1, 161)
+    values = np.array([coefficients.multiscale(s, steps).transfer(X) for s in exponents])
+    assert (values > 0).all()
+    rises = np.maximum(np.diff(values, axis=0), 0)  # there are none in x^s
+    assert rises.sum(0).max() < 0.08
+    assert rises[:, X < 0.1].sum(0).max() < 1e-3
+
+
+def test_below_the_domain_small_values_stay_small() -> None:
+    x = np.geomspace(1e-8, 5e-4, 200)
+    for s in (0.0, 0.25, 0.5, 0.9):
+        values = coefficients.multiscale(s).transfer(x)
+        assert (np.diff(values) > 0).all()
+        assert (values <= 1.2 * x**s).all()
+
+
+def test_refitting_a_table_from_nearby_returns_to_it() -> None:
+    table = load_table(3)
+    curves = np.array(table["curves"])
+    refitted = coefficients.tabulate(3, coefficients.refine_curves(3, curves * 1.001))
+    for stored, column in zip(table["columns"][8:], refitted["columns"][8:], strict=True):  # s >= 0
+        fits = [Coefficients(*(tuple(c[name]) for name in "abcw")).transfer(X) for c in (stored, column)]
+        np.testing.assert_allclose(*fits, rtol=0.01, atol=0.01)
+        assert column["relative_error"] == pytest.approx(stored["relative_error"], rel=0.02, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_remakes_a_stored_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    coefficients.main(["--steps", "3", "--folder", str(tmp_path), "--processes", "1"])
+    assert "3 steps" in capsys.readouterr().out
+    remade = json.loads((tmp_path / table_filename(3)).read_text())
+    for stored, column in zip(load_table(3)["columns"], remade["columns"], strict=True):
+        assert column["relative_error"] == pytest.approx(stored["relative_error"], rel=0.05, abs=1e-5)
+
+
+def test_multiscale_interpolates_to_the_identity() -> None:
+    np.testing.assert_allclose(coefficients.multiscale(1.0).transfer(X), X, rtol=1e-12, atol=1e-12)
+
+
+def test_lagrange_satisfies_its_constraint_and_its_optimality() -> None:
+    fitted = coefficients.lagrange(0.5, 1)
+    a, b, c = fitted.a[0], fitted.b[0], fitted.c[0]
+    assert a + b + c == pytest.approx(1, rel=1e-12, abs=1e-12)
+    x = (np.arange(100_000) + 0.5) / 100_000
+    error = fitted.transfer(x) - np.sqrt(x)
+    for direction in (x - x**3, x**3 - x**5):  # along the constraint
+        assert (error * direction).mean() == pytest.approx(0, rel=1e-6, abs=1e-6)
+
+
+def test_lagrange_composes_equal_steps() -> None:
+    fitted = coefficients.lagrange(1 / 3, 4)
+    assert fitted.steps == 4
+    assert len(set(fitted.a)) == 1
+    x = np.linspace(0.2, 1, 50)
+    np.testing.assert_allclose(fitted.transfer(x), x ** (1 / 3), rtol=0.25, atol=0.1)
+    with pytest.raises(ValueError, match="s must lie in"):
+        coefficients.lagrange(-0.1)
+
+
+def test_least_squares_of_a_quintic_is_exact() -> None:
+    fitted = coefficients.least_squares(lambda x: 2 * x - 3 * x**3 + 1.5 * x**5)
+    np.testing.assert_allclose([fitted.a[0], fitted.b[0], fitted.c[0]], [2, -3, 1.5], rtol=1e-9, atol=1e-9)
+
+
+def test_least_squares_of_any_function() -> None:
+    def target(x: np.ndarray) -> np.ndarray:
+        return np.tanh(5 * x)
+
+    x = np.geomspace(0.01, 1, 200)
+    fitted = coefficients.least_squares(target, 5)
+    np.testing.assert_allclose(fitted.transfer(x), target(x), rtol=0.02, atol=0.01)
+    with pytest.raises(ValueError, match="lowest must lie in"):
+        coefficients.least_squares(target, lowest=0)
+    with pytest.raises(ValueError, match="steps must be one of"):
+        coefficients.least_squares(target, 2)
+
+
+def test_infinite_p_is_the_polar_factor() -> None:
+    values = coefficients.multiscale(1 / math.inf).transfer(np.geomspace(0.01, 1, 100))
+    np.testing.assert_allclose(values, 1, rtol=0.15, atol=0.15)
