@@ -76,9 +76,10 @@ def create_schatten_optimizer(
         nesterov=parsed.nesterov,
         scale=parsed.scale,
         lr_ratio=parsed.schatten_lr_ratio,
-        ns_steps=parsed.ns_steps,
         betas=betas,
         eps=eps,
+        ns_steps=parsed.ns_steps,
+        workspace_mib=parsed.workspace_mib,
     )
     optimizer.options = parsed
     if parsed.adaptive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 # State of a matrix, by name. Every key is a tensor that is created at the first step: sharded checkpoints drop
 # what appears later.
 STEP, MOMENTUM, P, STATISTICS = "step", "momentum", "p", "statistics"
+
+# Temporaries of a matrix (m, n), m <= n, while its batch is updated: momentum, normalised momentum, iterate, product
+# and weighted sum; Gram matrices and polynomials of them.
+_WORKSPACE_RECTANGLES, _WORKSPACE_SQUARES = 5, 4
 
 
 class SchattenP(Optimizer):
@@ -54,9 +59,11 @@ class SchattenP(Optimizer):
         weight_decay: decoupled weight decay λ of every group. Default 0.1.
         scale: rule of the update's norm. Default ``match_rms_adamw``.
         lr_ratio: learning rate of the matrices divided by ``lr``. Default 1.
-        ns_steps: Newton-Schulz steps, 3 to 8. Default 5.
         betas: AdamW's decays. Default (0.9, 0.999).
         eps: AdamW's epsilon. Default 1e-8.
+        ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5.
+        workspace_mib: memory, in MiB, that one batch of matrices may take for its temporaries; a matrix that needs
+            more is a batch of its own. Default 512.
 
     Attributes:
         options: the options it was created with, None where it was made by hand.
@@ -80,10 +87,13 @@ class SchattenP(Optimizer):
         weight_decay: float = 0.1,
         scale: ScaleRule = "match_rms_adamw",
         lr_ratio: float = 1.0,
-        ns_steps: int = 5,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        ns_steps: int = 5,
+        workspace_mib: int = 512,
     ) -> None:
+        self.ns_steps = ns_steps
+        self.workspace_mib = workspace_mib
         defaults = {
             "spectral": True,
             "transposed": False,
@@ -94,7 +104,6 @@ class SchattenP(Optimizer):
             "weight_decay": weight_decay,
             "scale": scale,
             "lr_ratio": lr_ratio,
-            "ns_steps": ns_steps,
             "betas": betas,
             "eps": eps,
         }
@@ -119,18 +128,17 @@ class SchattenP(Optimizer):
                     "spectral=False, or let hf_schatten.create_schatten_optimizer(model) make the groups."
                 )
 
-    def direction(self, momentum: Tensor, p: Tensor, group: dict[str, Any]) -> Tensor:
+    def direction(self, momenta: Tensor, p: Tensor) -> Tensor:
         """Return the update direction of a batch of matrices, of any scale: the method to override.
 
         Args:
-            momentum: (B, m, n) bias-corrected momenta.
+            momenta: (B, m, n) bias-corrected momenta with m <= n: tall matrices come transposed.
             p: (B,) exponents.
-            group: the parameter group, for its options.
 
         Returns:
             (B, m, n) U Σ^{1/p} Vᵀ of each momentum.
         """
-        return spectral_power(momentum, p, steps=group["ns_steps"])
+        return spectral_power(momenta, p, steps=self.ns_steps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -150,12 +158,15 @@ class SchattenP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.create_matrix_state()
+        matrices = []
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if parameters and group["spectral"]:
-                self._spectral_step(group, parameters)
+            if group["spectral"]:
+                matrices += [_Matrix(parameter, self.state[parameter], group) for parameter in parameters]
             elif parameters:
                 self._adamw_step(group, parameters)
+        for batch in _batches(matrices, self.workspace_mib):
+            self._update_batch(batch)
         return loss
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
@@ -227,32 +238,19 @@ class SchattenP(Optimizer):
                         _require_whole_matrix(parameter)
                         self.state[parameter] = _new_state(parameter, group)
 
-    def _spectral_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        states = [self.state[parameter] for parameter in parameters]
-        torch._foreach_add_([state[STEP] for state in states], 1)
-        batches: dict[tuple[torch.Size, torch.device], list[int]] = {}
-        for index, parameter in enumerate(parameters):
-            batches.setdefault((parameter.shape, parameter.device), []).append(index)
-        for indices in batches.values():
-            self._update_batch(group, [parameters[i] for i in indices], [states[i] for i in indices])
-
-    def _update_batch(self, group: dict[str, Any], parameters: list[Tensor], states: list[dict[str, Tensor]]) -> None:
-        """Update matrices of one shape: one batched spectral power, each matrix with its own p."""
-        momenta = [
-            _advance_momentum(parameter, state, group) for parameter, state in zip(parameters, states, strict=True)
-        ]
-        if group["transposed"]:
-            momenta = [momentum.mT for momentum in momenta]
-        p = torch.stack([state[P] for state in states])  # (B,)
-        update = self.direction(torch.stack(momenta), p, group)  # (B, out, in)
-        _, m, n = update.shape
-        target = update_norm(group["scale"], m, n, p.reciprocal(), beta1=group["betas"][0], lr_ratio=group["lr_ratio"])
-        norm = torch.linalg.matrix_norm(update)  # (B,)
-        update *= torch.where(norm > 0, target / norm, 0.0).to(update.dtype)[:, None, None]
-        lr = float(group["lr"]) * group["lr_ratio"]
-        for parameter, matrix in zip(parameters, update, strict=True):
-            parameter.mul_(1 - lr * group["weight_decay"])
-            parameter.add_(matrix.mT if group["transposed"] else matrix, alpha=-lr)
+    def _update_batch(self, batch: list[_Matrix]) -> None:
+        """Update matrices of one shape or its transpose: one batched direction, each matrix with its own p."""
+        average = batch[0].state[MOMENTUM]
+        momenta = average.new_empty(len(batch), *batch[0].wide_shape)
+        for matrix, slot in zip(batch, momenta, strict=True):
+            matrix.advance_momentum(slot)
+        p = torch.stack([matrix.state[P] for matrix in batch])  # (B,)
+        directions = self.direction(momenta, p)  # (B, m, n)
+        norms = torch.linalg.matrix_norm(directions)  # (B,)
+        targets = torch.stack([matrix.update_norm() for matrix in batch])  # (B,)
+        factors = torch.where(norms > 0, targets / norms, 0.0)
+        for matrix, direction, factor in zip(batch, directions, factors, strict=True):
+            matrix.apply(direction, factor)
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -282,6 +280,64 @@ class SchattenP(Optimizer):
                 parameter.copy_(master)
 
 
+@dataclass(frozen=True)
+class _Matrix:
+    """One matrix at one step: what of the update concerns it alone."""
+
+    parameter: Tensor  # (r, c), as stored
+    state: dict[str, Tensor]
+    group: dict[str, Any]
+
+    @property
+    def wide_shape(self) -> tuple[int, int]:
+        """The shape with the shorter side first, in which equal matrices and their transposes share a batch."""
+        rows, columns = self.parameter.shape
+        return min(rows, columns), max(rows, columns)
+
+    def advance_momentum(self, wide: Tensor) -> None:
+        """Update the moving average in place and write the bias-corrected (look-ahead) momentum into ``wide``.
+
+        The look-ahead is what the average would be if the gradient came once more, so that its bias is that of one
+        step more.
+        """
+        beta, average = self.group["momentum"], self.state[MOMENTUM]
+        gradient = self.parameter.grad.to(average.dtype)  # type: ignore[union-attr]
+        step = self.state[STEP].add_(1).item()
+        average.lerp_(gradient, 1 - beta)
+        if self.group["nesterov"]:
+            torch.lerp(average, gradient, 1 - beta, out=self._stored(wide)).div_(1 - beta ** (step + 1))
+        else:
+            torch.div(average, 1 - beta**step, out=self._stored(wide))
+
+    def update_norm(self) -> Tensor:
+        """Return the Frobenius norm that the update is scaled to, a scalar."""
+        rows, columns = self.parameter.shape
+        m, n = (columns, rows) if self.group["transposed"] else (rows, columns)
+        s = self.state[P].reciprocal()
+        return update_norm(self.group["scale"], m, n, s, beta1=self.group["betas"][0], lr_ratio=self.group["lr_ratio"])
+
+    def apply(self, wide: Tensor, factor: Tensor) -> None:
+        """Decay the weights and take the step ``factor * wide``."""
+        lr = float(self.group["lr"]) * self.group["lr_ratio"]
+        self.parameter.mul_(1 - lr * self.group["weight_decay"])
+        self.parameter.addcmul_(self._stored(wide), factor, value=-lr)
+
+    def _stored(self, wide: Tensor) -> Tensor:
+        return wide if self.parameter.shape == wide.shape else wide.mT
+
+
+def _batches(matrices: Iterable[_Matrix], workspace_mib: int) -> Iterator[list[_Matrix]]:
+    """Yield batches of one shape (or its transpose), dtype and device that stay within the workspace."""
+    alike: dict[Any, list[_Matrix]] = {}
+    for matrix in matrices:
+        momentum = matrix.state[MOMENTUM]
+        alike.setdefault((matrix.wide_shape, momentum.dtype, momentum.device), []).append(matrix)
+    for ((m, n), dtype, _), batch in alike.items():
+        needed = (_WORKSPACE_RECTANGLES * m * n + _WORKSPACE_SQUARES * m * m) * dtype.itemsize
+        size = max(1, (workspace_mib << 20) // needed)
+        yield from (batch[start : start + size] for start in range(0, len(batch), size))
+
+
 def _named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, parameter) of a group; without names, the position stands in."""
     names = group.get("param_names") or [str(index) for index in range(len(group["params"]))]
@@ -303,21 +359,6 @@ def _new_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         P: torch.tensor(group["p"], dtype=torch.float32, device=parameter.device),
         STATISTICS: torch.zeros(2, NODES, dtype=torch.float64, device=parameter.device),
     }
-
-
-def _advance_momentum(parameter: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
-    """Update the moving average in place and return the bias-corrected (look-ahead) momentum.
-
-    The look-ahead is what the average would be if the gradient came once more, so that its bias is that of one
-    step more.
-    """
-    beta, average = group["momentum"], state[MOMENTUM]
-    gradient = parameter.grad.to(average.dtype)  # type: ignore[union-attr]
-    average.lerp_(gradient, 1 - beta)
-    step = state[STEP].item()
-    if group["nesterov"]:
-        return average.lerp(gradient, 1 - beta) / (1 - beta ** (step + 1))
-    return average / (1 - beta**step)
 
 
 def _require_whole_matrix(parameter: Tensor) -> None:

@@ -48,6 +48,7 @@ class SchattenOptions:
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;
             both follow the one schedule. Default 1.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
+        workspace_mib: memory, in MiB, that a batch of equally shaped matrices may take for temporaries. Default 512.
         exclude: parameter name patterns (``fnmatch``; several joined by ``;`` in ``--optim_args``) that go to
             AdamW although they are matrices. A pattern without a match is an error. Default none.
 
@@ -68,6 +69,7 @@ class SchattenOptions:
     scale: ScaleRule = "match_rms_adamw"
     schatten_lr_ratio: float = 1.0
     ns_steps: int = 5
+    workspace_mib: int = 512
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -87,6 +89,7 @@ class SchattenOptions:
         self._require(self.scale in get_args(ScaleRule), "scale", f"one of {', '.join(get_args(ScaleRule))}")
         self._require(0 < self.schatten_lr_ratio < math.inf, "schatten_lr_ratio", "a positive finite number")
         self._require(3 <= self.ns_steps <= 8, "ns_steps", "a whole number from 3 to 8")
+        self._require(self.workspace_mib >= 1, "workspace_mib", "a number of MiB, 1 or more")
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import ProgressCallback
 from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from .callback import SchattenCallback
+from .callback import SchattenCallback, SchattenProgressCallback
 from .distributed import UnsupportedEngineError
 from .factory import create_schatten_optimizer
 from .optimizer import SchattenP
@@ -17,14 +18,15 @@ from .options import OPTIMIZER_NAME, SchattenOptions
 
 
 def register() -> None:
-    """Add the optimizer's name, its handler and its callback to transformers; a second call changes nothing.
+    """Add the optimizer's name, its handler and its callbacks to transformers; a second call changes nothing.
 
-    The registries are private to transformers (notes in ``pyproject.toml`` pin the major version, and a test
-    watches them).
+    The registries are private to transformers: ``pyproject.toml`` pins its major version, and a test watches them.
     """
     if OPTIMIZER_NAME in OptimizerNames._value2member_map_:
         return
     _OPTIMIZER_HANDLERS[_new_optimizer_name()] = _handle
+    if transformers_trainer.DEFAULT_PROGRESS_CALLBACK is ProgressCallback:  # a notebook has another
+        transformers_trainer.DEFAULT_PROGRESS_CALLBACK = SchattenProgressCallback
     transformers_trainer.DEFAULT_CALLBACKS.append(SchattenCallback)  # type: ignore[arg-type] # inferred too narrowly
 
 

@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
-from transformers.trainer_callback import ProgressCallback
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from .callback import SchattenProgressCallback, unwrap_optimizer
+from .callback import unwrap_optimizer
 from .checkpoint import STATE_FILE, CheckpointError, load_optimizer, save_optimizer
 from .optimizer import SchattenP
 from .options import OPTIMIZER_NAME
@@ -41,8 +40,6 @@ class SchattenTrainer(Trainer):
                 f"SchattenTrainer trains with optim={other!r}, as a plain Trainer; set optim={OPTIMIZER_NAME!r} for "
                 "the Schatten-p update."
             )
-        elif self.pop_callback(ProgressCallback):
-            self.add_callback(SchattenProgressCallback())
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Create the model card as ``Trainer`` does, with a section on the optimizer."""

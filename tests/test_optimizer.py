@@ -13,6 +13,7 @@ import hf_schatten
 from hf_schatten import SchattenP, UnsupportedEngineError
 
 SHAPES = [(24, 24), (16, 40), (40, 16)]
+SHAPES_OF_ONE_BATCH = [(128, 256), (256, 128), (256, 128)]
 
 
 def reference_updates(gradients, *, p, momentum, nesterov, norm):
@@ -144,6 +145,31 @@ def test_each_matrix_of_a_batch_has_its_own_p():
         torch.testing.assert_close(W.detach(), alone[p], atol=1e-7, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("workspace_mib", "calls"), [(512, 1), (1, 6)])
+def test_equal_shapes_and_their_transposes_share_batches_within_the_workspace(workspace_mib, calls):
+    """A 128 × 256 matrix in fp32 takes 0.9 MiB of temporaries, so that 1 MiB holds one at a time."""
+
+    class Counting(SchattenP):
+        batches = ()
+
+        def direction(self, momenta, p):
+            self.batches += (tuple(momenta.shape),)
+            return super().direction(momenta, p)
+
+    torch.manual_seed(0)
+    wide, tall, conv1d = ([nn.Parameter(torch.zeros(shape)) for _ in range(2)] for shape in SHAPES_OF_ONE_BATCH)
+    groups = [{"params": wide + tall}, {"params": conv1d, "transposed": True}]
+    optimizer = Counting(groups, p=3.0, workspace_mib=workspace_mib, scale="muon")
+    alone = SchattenP([{"params": [nn.Parameter(torch.zeros_like(tall[1]))]}], p=3.0, scale="muon")
+    for parameter in (*wide, *tall, *conv1d):
+        parameter.grad = torch.randn_like(parameter)
+    alone.param_groups[0]["params"][0].grad = tall[1].grad.clone()
+    optimizer.step()
+    alone.step()
+    assert optimizer.batches == ((6 // calls, 128, 256),) * calls
+    torch.testing.assert_close(tall[1], alone.param_groups[0]["params"][0], atol=1e-7, rtol=1e-4)
+
+
 def test_the_schedule_drives_both_updates_and_the_ratio_stays():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
@@ -240,8 +266,8 @@ def test_a_flattened_matrix_is_refused_with_the_engines_names():
 
 def test_a_method_that_overrides_direction_needs_nothing_else():
     class SignDescent(SchattenP):
-        def direction(self, momentum, p, group):
-            return momentum.sign()
+        def direction(self, momenta, p):
+            return momenta.sign()
 
     W = nn.Parameter(torch.zeros(2, 2))
     optimizer = SignDescent([W], lr=1.0, weight_decay=0.0)

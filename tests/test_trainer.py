@@ -130,9 +130,12 @@ def test_training_twice_continues(gpt2, token_dataset, training_arguments):
     assert estimated == [2, 6, 10]  # steps 12, 16 and 20 of the optimizer
 
 
-def test_the_progress_bar_shows_the_summary_and_no_layers(gpt2, token_dataset, training_arguments, capsys):
+@pytest.mark.parametrize("trainer_class", [Trainer, SchattenTrainer])
+def test_the_progress_bar_shows_the_summary_and_no_layers(
+    trainer_class, gpt2, token_dataset, training_arguments, capsys
+):
     arguments = training_arguments(optim_args=ADAPTIVE, disable_tqdm=False)
-    SchattenTrainer(model=gpt2, args=arguments, train_dataset=token_dataset).train()
+    trainer_class(model=gpt2, args=arguments, train_dataset=token_dataset).train()
     shown = capsys.readouterr()
     assert "schatten_p_median" in shown.out + shown.err
     assert "schatten_p/" not in shown.out + shown.err
