@@ -19,8 +19,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT
 from .linalg.spectrum import log_schatten_norm
-from .options import MAX_EXPONENT, MIN_EXPONENT
 
 # Chebyshev nodes in s. The curves are analytic in s, but the norm of A bends within about 1/k of s = 1 when the
 # gap below the largest singular value is small: 64 nodes keep the maximiser within 1e-3 of the brute-force one.

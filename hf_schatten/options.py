@@ -8,13 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
+from .linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT, STEPS
+
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
 ScaleRule = Literal["match_rms_adamw", "muon", "interpolate"]
-
-# The range of the spectral exponent s = 1/p that spectral_power covers (design, section 4).
-MIN_EXPONENT = -0.25
-MAX_EXPONENT = 1.0
 
 
 class OptionError(ValueError):
@@ -88,7 +86,7 @@ class SchattenOptions:
         self._require(0 <= self.momentum < 1, "momentum", "0 <= momentum < 1")
         self._require(self.scale in get_args(ScaleRule), "scale", f"one of {', '.join(get_args(ScaleRule))}")
         self._require(0 < self.schatten_lr_ratio < math.inf, "schatten_lr_ratio", "a positive finite number")
-        self._require(3 <= self.ns_steps <= 8, "ns_steps", "a whole number from 3 to 8")
+        self._require(self.ns_steps in STEPS, "ns_steps", f"one of {', '.join(map(str, STEPS))}")
         self._require(self.workspace_mib >= 1, "workspace_mib", "a number of MiB, 1 or more")
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
