@@ -19,7 +19,7 @@ from hf_schatten.linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT, Coe
 _SAFETY = 1.01
 
 # Iterating on the m × m Gram matrix takes 4K - 3 products of m³ and two of m²n, where iterating on X takes 3K of
-# m²n: fewer from n/m = 1.31 on at K = 5, and 1.27 to 1.33 for the other K.
+# m²n: fewer from n/m = 1.31 on at K = 5, from 1.29 to 1.32 for the other K.
 _GRAM_ASPECT = 1.35
 
 
