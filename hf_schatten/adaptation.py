@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .criterion import NODES, holder_exponent, holder_statistics
 from .distributed import mean_over_processes
@@ -22,16 +20,15 @@ logger = logging.getLogger(__name__)
 class Adaptation:
     """Re-estimates p of every routed matrix on due steps, from the step's own gradient and inputs.
 
-    Works through the optimizer's public hooks, so that it needs no Trainer: before a due step p is estimated from
-    the gradients that the step uses and the rows that the probe sampled; after every step, and after a state is
-    loaded, the probe is armed if the next step is due. A step is due when its number (counted from 1, and kept in
-    the optimizer's state) is ``p_first_step`` or a multiple of ``p_interval``. All that is learned is optimizer
-    state, so that checkpoints carry it.
+    :class:`SchattenP` calls it in its own ``step``, so that it needs no Trainer: before the update of a due step, p is
+    estimated from the gradients that the update uses and the rows that the probe sampled; after every step, and after
+    a state is loaded, the probe is armed if the next step is due. A step is due when its number (counted from 1, and
+    kept in the optimizer's state) is ``p_first_step`` or a multiple of ``p_interval``. All that is learned is
+    optimizer state, so that checkpoints carry it.
 
     The gradient is the one the optimizer sees, after clipping, which does not change the estimate.
 
     Args:
-        optimizer: optimizer with named parameters.
         model: the model, whose forward begins a micro-batch.
         layers: the module that owns each matrix, by parameter name.
         options: cadence, range and smoothing.
@@ -40,40 +37,32 @@ class Adaptation:
         estimates: how often p was estimated by this object.
     """
 
-    def __init__(
-        self, optimizer: SchattenP, model: nn.Module, layers: dict[str, nn.Module], options: SchattenOptions
-    ) -> None:
+    def __init__(self, model: nn.Module, layers: dict[str, nn.Module], options: SchattenOptions) -> None:
         self.estimates = 0
         self._options = options
         self._reported: set[str] = set()
         self._probe = InputProbe(model, layers, capacity=options.probe_rows)
-        self._registrations = [
-            optimizer.register_step_pre_hook(self._before_step),
-            optimizer.register_step_post_hook(self._arm),
-            optimizer.register_load_state_dict_post_hook(self._arm),
-        ]
-        self._arm(optimizer)
 
     def is_due(self, step: int) -> bool:
         """Return whether p is estimated at this step, counted from 1."""
         return step == self._options.p_first_step or step % self._options.p_interval == 0
 
-    def remove(self) -> None:
-        """Remove every hook from model and optimizer; p stays as it is."""
-        self._probe.remove()
-        for registration in self._registrations:
-            registration.remove()
-
-    def _arm(self, optimizer: Optimizer, *_: Any) -> None:
-        assert isinstance(optimizer, SchattenP)
+    def arm(self, optimizer: SchattenP) -> None:
+        """Sample the forwards of the next step if that step is due."""
         self._probe.armed = self.is_due(optimizer.steps_taken() + 1)
 
-    @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        assert isinstance(optimizer, SchattenP)
+    def remove(self) -> None:
+        """Remove the hooks from the model."""
+        self._probe.remove()
+
+    def estimate(self, optimizer: SchattenP) -> None:
+        """Update p in the optimizer's state if this step is due; every process must take part.
+
+        Args:
+            optimizer: has the state of every matrix, and the step's gradients.
+        """
         if not self._probe.armed:
             return
-        optimizer.create_matrix_state()
         samples = self._probe.take()
         matrices = dict(optimizer.matrices())
         device = next(iter(matrices.values())).device

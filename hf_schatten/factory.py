@@ -83,7 +83,7 @@ def create_schatten_optimizer(
     )
     optimizer.options = parsed
     if parsed.adaptive:
-        optimizer.adaptation = Adaptation(optimizer, model, {route.name: route.module for route in matrices}, parsed)
+        optimizer.adapt(Adaptation(model, {route.name: route.module for route in matrices}, parsed))
     return optimizer
 
 

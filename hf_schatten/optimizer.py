@@ -158,6 +158,8 @@ class SchattenP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.create_matrix_state()
+        if self.adaptation is not None:
+            self.adaptation.estimate(self)
         matrices = []
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -167,6 +169,8 @@ class SchattenP(Optimizer):
                 self._adamw_step(group, parameters)
         for batch in _batches(matrices, self.workspace_mib):
             self._update_batch(batch)
+        if self.adaptation is not None:
+            self.adaptation.arm(self)
         return loss
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
@@ -177,7 +181,9 @@ class SchattenP(Optimizer):
 
     def learned_p(self) -> dict[str, float]:
         """Return the present p of every matrix that has taken a step, by parameter name."""
-        return {name: state[P].item() for name, state in self._matrix_states()}
+        by_name = {name: state[P] for name, state in self._matrix_states()}
+        values = torch.stack(list(by_name.values())).tolist() if by_name else []  # one wait for the device
+        return dict(zip(by_name, values, strict=True))
 
     def destinations(self) -> dict[str, tuple[int, int]]:
         """Return how many tensors and parameters each update has: ``{"schatten_p": (tensors, parameters), …}``."""
@@ -219,11 +225,24 @@ class SchattenP(Optimizer):
                 loaded = self.state[parameter][key]
                 if isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
                     self.state[parameter][key] = saved.to(device=loaded.device, copy=True)
+        if self.adaptation is not None:
+            self.adaptation.arm(self)
 
     def _matrix_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
         for name, parameter in self.matrices():
             if parameter in self.state:  # indexing would create an entry
                 yield name, self.state[parameter]
+
+    def adapt(self, adaptation: Adaptation) -> None:
+        """Let this object re-estimate p from now on."""
+        self.adaptation = adaptation
+        adaptation.arm(self)
+
+    def stop_adapting(self) -> None:
+        """Keep every p as it is from now on, and remove the hooks from the model."""
+        if self.adaptation is not None:
+            self.adaptation.remove()
+            self.adaptation = None
 
     def create_matrix_state(self) -> None:
         """Create the state of every matrix that has none, also of one without a gradient so far.

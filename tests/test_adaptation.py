@@ -139,12 +139,29 @@ def test_a_phantom_step_of_zero_gradients_and_zero_lr_changes_nothing():
         assert torch.equal(a, b)
 
 
-def test_removed_adaptation_leaves_p_and_model_alone():
+def test_after_stop_adapting_p_stays_and_the_model_has_no_hooks():
     run = Regression(steps=3, p_interval=1)
     before = run.step(0)
-    run.optimizer.adaptation.remove()
+    run.optimizer.stop_adapting()
     assert run.step(1) == before
-    assert not run.model[0]._forward_pre_hooks
+    assert not any(module._forward_pre_hooks for module in run.model.modules())
+
+
+def test_a_closure_adapts_as_the_plain_loop_does():
+    plain, closed = (Regression(steps=4, p_interval=2, p_first_step=1) for _ in range(2))
+
+    for index in range(4):
+
+        def closure(index=index):
+            closed.optimizer.zero_grad()
+            loss = (closed.model(closed.batches[index]) - closed.targets[index]).square().mean()
+            loss.backward()
+            return loss
+
+        closed.optimizer.step(closure)
+        assert plain.step(index) == closed.optimizer.learned_p()
+    for a, b in zip(plain.model.parameters(), closed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
