@@ -1,0 +1,61 @@
+"""The whole benchmark on tiny matrices: that it runs and what it leaves, never how fast it is."""
+
+import json
+from pathlib import Path
+
+import bench
+import interleaved_timing
+import pytest
+import spectral_power as script
+
+TINY = bench.Sizes(hidden=8, layers=1, rows=16, peak=16, steps=(3, 5))
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "QUICK", TINY)
+    monkeypatch.setattr(interleaved_timing, "_SHORTEST", 0.0)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_run(tmp_path: Path, capsys, dtype):
+    script.main(["--quick", "--repeats", "2", "--dtype", dtype, "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "spectral_power.json").read_text("utf-8"))
+    assert results["machine"]["dtype"] == dtype
+    assert [row["target"] for row in results["speed"]] == [None] * 3  # the targets are for matrices of full size
+    assert [row["reference"] for row in results["optimizer"]][0] == "torch.optim.Muon.step"
+    assert all(row["flops"] > 0 and 0 < row["of_matmul_peak"] for row in results["speed"] + results["optimizer"])
+    assert len(results["peers"]["frontier"]) == 8
+    assert {point["family"] for point in results["peers"]["points"]} >= {"ours", "exact SVD", "polar + Taylor"}
+    assert (tmp_path / "spectral_power.png").stat().st_size > 10_000
+    assert "time ratio" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+def test_one_section(tmp_path: Path):
+    script.main(["--quick", "--repeats", "1", "--sections", "speed", "--output", str(tmp_path / "new" / "folder")])
+    results = json.loads((tmp_path / "new" / "folder" / "spectral_power.json").read_text("utf-8"))
+    assert list(results) == ["machine", "speed"]
+
+
+def test_flops_of_five_steps():
+    import torch
+    from peers import newton_schulz
+    from speed import count_flops
+
+    assert count_flops(lambda: newton_schulz(torch.ones(4, 10))) == 5 * (2 * 2 * 4 * 4 * 10 + 2 * 4**3)
+
+
+@pytest.mark.parametrize("arguments", [["--repeats", "0"], ["--dtype", "int8"], ["--sections", "nothing"]])
+def test_malformed_arguments(arguments, capsys):
+    with pytest.raises(SystemExit):
+        script.main(arguments)
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_a_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch, capsys):
+    monkeypatch.setattr(script.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        script.main(["--device", "cuda"])
+    assert "no GPU" in capsys.readouterr().err

@@ -1,0 +1,115 @@
+"""Every method against the float64 SVD where it is good, and against what is known of it where it is not."""
+
+import math
+
+import numpy as np
+import peers
+import pytest
+import torch
+from peers import EXPONENTS, Method, all_methods, minimax_composition, newton_schulz, polar_taylor
+from torch import Tensor
+
+from hf_schatten.linalg import spectral_power_svd
+
+METHODS = all_methods(torch.float32, steps=(5,))
+
+
+def matrix(m: int, n: int, condition: float) -> Tensor:
+    """Return a float32 matrix (m, n) with log-uniform singular values from 1 down to 1/condition."""
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(k, min(m, n), generator=generator, dtype=torch.float64)).Q for k in (m, n))
+    return (U * torch.logspace(0, -math.log10(condition), min(m, n), dtype=torch.float64) @ V.mT).float()
+
+
+def error(method: Method, X: Tensor, p: float) -> float:
+    exact = spectral_power_svd(X, p)
+    return (torch.linalg.matrix_norm(method.rescaled(X, p) - exact) / torch.linalg.matrix_norm(exact)).item()
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (24, 60), (60, 24)])
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_well_conditioned_matrices_are_easy_for_all(method, shape):
+    X = 7 * matrix(*shape, condition=2)
+    p = method.exponents[min(2, len(method.exponents) - 1)]  # 2, or the only one
+    iterations_too_few = "6 iterations" in method.setting
+    assert error(method, X, p) < (0.1 if iterations_too_few else 0.05)
+
+
+@pytest.mark.parametrize(
+    ("family", "p", "bound"),
+    [
+        ("exact SVD", 3.0, 1e-5),
+        ("polar + Taylor", 1.0, 0.3),
+        ("least squares, a+b+c = 1", 1.0, 1e-5),
+        ("minimax on [0.001, 1]", 1.0, 1e-5),
+        ("ours", 1.0, 1e-6),
+    ],
+)
+def test_condition_100(family, p, bound):
+    X = matrix(40, 40, condition=100)
+    assert max(error(method, X, p) for method in METHODS if method.family == family) < bound
+
+
+@pytest.mark.parametrize("p", [2.0, 4.0])
+def test_coupled_square_roots_converge(p):
+    X = matrix(40, 40, condition=10)
+    errors = [error(m, X, p) for m in METHODS if m.family == "coupled square roots" and m.exponents == (p,)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.01  # what the damping leaves
+
+
+def test_coupled_square_roots_exist_for_two_exponents_only():
+    assert {m.exponents for m in METHODS if m.family == "coupled square roots"} == {(2.0,), (4.0,)}
+    assert all(m.exponents == EXPONENTS for m in METHODS if m.family != "coupled square roots")
+
+
+def test_newton_schulz_is_muons():
+    X = matrix(20, 50, condition=100)
+    Y = X / X.norm()
+    for _ in range(5):
+        A = Y @ Y.mT
+        Y = 3.4445 * Y - 4.7750 * A @ Y + 2.0315 * A @ A @ Y
+    for batch in (X, X.mT, torch.stack([X, 3 * X])):
+        result = newton_schulz(batch)
+        expected = Y if batch.shape[-2] < batch.shape[-1] else Y.mT
+        torch.testing.assert_close(result, expected.expand_as(result), rtol=1e-4, atol=1e-5)
+
+
+def test_minimax_step_equioscillates():
+    x = np.geomspace(1e-3, 1, peers._POINTS)
+    first = minimax_composition(0.0, 1).transfer(x) - 1
+    extremes = first[np.isclose(abs(first), abs(first).max(), rtol=1e-6)]
+    signs = np.sign(extremes)
+    assert len(signs) == 4  # three coefficients and the error
+    assert (signs[1:] == -signs[:-1]).all()
+
+
+def test_minimax_composition_at_zero_is_polar_express():
+    # First coefficients of Polar Express for the interval [1e-3, 1] (arXiv 2505.16932, section 4).
+    composition = minimax_composition(0.0, 5)
+    first = (composition.a[0], composition.b[0], composition.c[0])
+    np.testing.assert_allclose(first, (8.287212, -23.595887, 17.300387), rtol=1e-2)
+
+
+@pytest.mark.parametrize("steps", [3, 5, 8])
+@pytest.mark.parametrize("s", [0.0, 0.1, 0.5, 1.0])
+def test_minimax_composition_improves_with_steps_and_is_exact_at_one(s, steps):
+    x = np.geomspace(1e-3, 1, 200)
+    worst = [abs(minimax_composition(s, k).transfer(x) - x**s).max() for k in (1, steps)]
+    assert worst[1] <= worst[0] + 1e-9
+    if s == 1:
+        assert worst[1] < 1e-6
+
+
+def test_taylor_series_is_exact_at_p_one_and_infinity():
+    X = matrix(30, 30, condition=5)
+    for p in (1.0, math.inf):
+        result = polar_taylor(X, p, polar=minimax_composition(0.0, 8))
+        torch.testing.assert_close(result.double(), spectral_power_svd(X, p), rtol=1e-3, atol=1e-3)
+
+
+def test_half_precision_methods_stay_near_float32():
+    X = matrix(24, 60, condition=2)
+    for method in all_methods(torch.bfloat16, steps=(5,)):
+        if 2.0 in method.exponents:
+            assert error(method, X, 2.0) < 0.1
