@@ -4,7 +4,7 @@ import math
 
 import pytest
 from accuracy import frontier_by_p
-from frontier import Point, dominated_settings, families_left, plot
+from frontier import Point, dominating_peers, families_left, plot
 from peers import EXPONENTS, OURS
 
 
@@ -33,14 +33,14 @@ def test_differences_of_rounding_do_not_count():
     assert not point(1e-8, 1.0).dominates(point(9e-7, 1.0))
 
 
-def test_dominated_settings_names_the_most_accurate_peer():
+def test_dominating_peers_names_the_most_accurate_peer():
     points = [
         point(0.10, 1.0, OURS, "K = 3"),
         point(0.01, 2.0, OURS, "K = 5"),
         point(0.09, 1.0, "good"),
         point(0.05, 0.9, "better"),
     ]
-    assert dominated_settings(points) == {"better, K = 5": ["K = 3"]}
+    assert dominating_peers(points) == {"K = 3": points[3]}
     assert families_left(points) == {OURS, "better"}
 
 
@@ -48,9 +48,9 @@ def test_verdicts():
     points = [point(0.1, 1.0, OURS, "K = 3", p) for p in EXPONENTS] + [point(0.2, 0.5, "fast", p=1.0)]
     points += [point(0.05, 1.0, "accurate", p=math.inf)]
     verdicts = {verdict["p"]: verdict for verdict in frontier_by_p(points)}
-    assert verdicts["2"] == {"p": "2", "Gaussian": "all on it", "peers on it too": ""}
+    assert verdicts["2"] == {"p": "2", "Gaussian": "all", "peers on it too": ""}
     assert verdicts["1"]["peers on it too"] == "fast"
-    assert verdicts["∞"]["Gaussian"] == "off it: K = 3 (by accurate, K = 5)"
+    assert verdicts["∞"]["Gaussian"] == "none (others behind accurate)"
 
 
 def test_record_fits_json():
