@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_schatten.linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT, Coefficients, interpolate
+from hf_schatten.linalg.symmetric_product import symmetric_product
 
 # The Schatten-8 norm bounds σ_max, but for the rounding of half precision; beyond 1 the polynomials explode.
 _SAFETY = 1.01
@@ -201,9 +202,9 @@ def _transferred(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch
     largest = _largest_element(X, rows.dtype)
     unit = X / largest  # (B, m, n), elements in [-1, 1]: no Gram matrix overflows
     iterate = unit.to(compute_dtype)
-    gram = iterate @ iterate.mT  # (B, m, m)
+    gram = symmetric_product(iterate, iterate.mT)  # (B, m, m)
     s4 = _frobenius(gram, rows.dtype)  # squared Schatten-4 norm
-    gram_squared = gram.div_(s4) @ gram
+    gram_squared = symmetric_product(gram.div_(s4), gram)
     # The Schatten-8 norm comes from a product that the first step needs anyway, and is closer to σ_max than S4.
     s8 = _SAFETY**2 * _frobenius(gram_squared, rows.dtype).sqrt()
     gram.div_(s8)
@@ -223,8 +224,8 @@ def _transferred(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch
             total.add_(iterate)
         else:
             total.addcmul_(iterate, step.w)
-            torch.bmm(iterate, iterate.mT, out=gram)
-            torch.bmm(gram, gram, out=gram_squared)
+            symmetric_product(iterate, iterate.mT, out=gram)
+            symmetric_product(gram, gram, out=gram_squared)
     if direct < steps:
         total.add_(_sum_in_gram_space(gram, gram_squared, chain[direct:]) @ iterate)
     return total if s is None else total.mul_(largest**s * norm**s)
@@ -250,9 +251,9 @@ def _sum_in_gram_space(gram: Tensor, gram_squared: Tensor, chain: list[_Step]) -
     Q = total = None
     for step in inner:
         P = step.polynomial(gram, gram_squared)
-        Q = P if Q is None else P @ Q
+        Q = P if Q is None else symmetric_product(P, Q)
         total = Q * step.w if total is None else total.addcmul_(Q, step.w)
-        gram = P @ gram @ P
-        gram_squared = gram @ gram
+        gram = symmetric_product(symmetric_product(P, gram), P)
+        gram_squared = symmetric_product(gram, gram)
     P = last.polynomial(gram, gram_squared, weighted=True)
-    return P if Q is None or total is None else total.add_(P @ Q).to(gram.dtype)
+    return P if Q is None or total is None else total.add_(symmetric_product(P, Q)).to(gram.dtype)

@@ -1,0 +1,33 @@
+"""Products of matrices that are known to be symmetric, at less than the price of a full product on a CPU."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+# Into how many blocks a side the product is divided: 4 save 3/8 of the operations. Smaller blocks, half precision or a
+# GPU's launches eat that up (measured in half precision: 13 to 20 % slower).
+_BLOCKS = 4
+_SMALLEST_BLOCK = 64  # rows
+
+
+def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
+    """``A @ B`` where it is known to be symmetric: only the blocks on and above the diagonal are computed.
+
+    Args:
+        A: Shape (B, m, n).
+        B: Shape (B, n, m), such that every ``A @ B`` is symmetric: ``A.mT``, or a polynomial of A.
+        out: Where to write the product, shape (B, m, m); shares no memory with A or B.
+
+    Returns:
+        The product, shape (B, m, m), exactly symmetric off the diagonal blocks.
+    """
+    m = A.shape[-2]
+    product = A.new_empty(*A.shape[:-1], m) if out is None else out
+    if m < _BLOCKS * _SMALLEST_BLOCK or A.device.type != "cpu" or A.dtype.itemsize < torch.float32.itemsize:
+        return torch.bmm(A, B, out=product)
+    edges = [m * k // _BLOCKS for k in range(_BLOCKS + 1)]
+    for top, bottom in pairwise(edges):
+        product[:, top:bottom, top:] = A[:, top:bottom] @ B[..., top:]
+        product[:, bottom:, top:bottom] = product[:, top:bottom, bottom:].mT
+    return product
