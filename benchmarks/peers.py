@@ -120,7 +120,7 @@ def newton_schulz(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
 def minimax_composition(s: float, steps: int, *, lowest: float = LOWEST[0]) -> Coefficients:
     """Quintics composed N times, each with the smallest maximal error towards its target on [lowest, 1].
 
-    The k-th step takes what the steps before it made of x to ``x^{t^k}`` with ``t^N = s``: seed 000's chain of
+    The k-th step takes what the steps before it made of x to ``x^{t^k}`` with ``t^N = s``: Massena's chain of
     targets with the step-wise optimality of Polar Express (arXiv 2505.16932), which this is at s = 0. For large p
     the chain does worse than steps that all aim at ``x^s``; the better of the two is returned.
 
@@ -173,9 +173,9 @@ def _minimax_step(x: np.ndarray, target: np.ndarray) -> Coefficients:
 
 
 def polar_taylor(X: Tensor, p: float, *, polar: Coefficients, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Seed 004's method: polar factor P by Newton–Schulz, then a Taylor series for the power of ``H = X Pᵀ``.
+    """Polar factor P by Newton–Schulz, then a Taylor series for the power of ``H = X Pᵀ`` ("From SGD to Muon", 2026).
 
-    The paper's code was not at hand. This reading, with an exact P, gives design's 16.6 % at p = 2 for the norm
+    The paper's code was not at hand. This reading, with an exact P, gives the known 16.6 % at p = 2 for the norm
     ``‖X‖_{S4}``, and does better here, with the spectral norm c::
 
         U Σ^s Vᵀ = c^s (H/c)^s P ≈ c^s Σ_k binom(s, k) (H/c - I)^k P,      k = 0 … 5

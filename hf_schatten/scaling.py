@@ -35,7 +35,7 @@ _RULES: dict[ScaleRule, Callable[[int, int, Tensor, float], Tensor]] = {
 
 
 def update_norm(rule: ScaleRule, m: int, n: int, s: Tensor, *, beta1: float, lr_ratio: float) -> Tensor:
-    r"""Return the Frobenius norm that the update of an (m, n) matrix is scaled to (design, section 2).
+    r"""Return the Frobenius norm that the update of an (m, n) matrix is scaled to.
 
     ``match_rms_adamw``
         0.2 √(mn), whatever the exponent: entries as large as AdamW's, so AdamW's learning rate carries over.

@@ -56,7 +56,7 @@ def multiscale(s: float, steps: int = 5) -> Coefficients:
 
 
 def lagrange(s: float, steps: int = 5) -> Coefficients:
-    """Seed 000's method: one constrained least-squares quintic for x^{s^{1/K}}, composed K times.
+    """One constrained least-squares quintic for x^{s^{1/K}}, composed K times (T. Massena 2026).
 
     The quintic minimises ``∫₀¹ (a x + b x³ + c x⁵ - x^t)² dx`` subject to ``a + b + c = 1``, where ``t^K = s``;
     its Lagrange conditions are four linear equations.
@@ -83,9 +83,9 @@ def lagrange(s: float, steps: int = 5) -> Coefficients:
 
 
 def least_squares(f_target: Callable[[Array], Array], steps: int = 1, *, lowest: float = 0.01) -> Coefficients:
-    """Seed 002's method: least squares on a grid, for any function of the singular values.
+    """Least squares on a grid, for any function of the singular values ("Interpolating Between SGD and Muon").
 
-    One step is the quintic ``a x + b x³ + c x⁵`` of the seed, fitted on equally spaced points. Three to eight
+    One step is the quintic ``a x + b x³ + c x⁵`` of the source, fitted on equally spaced points. Three to eight
     steps fit the multi-scale sum, on log-uniform points, from the stored column that is nearest to the target.
 
     Args:

@@ -1,7 +1,7 @@
 """Fits the coefficients of the multi-scale iteration to any family of target functions, by variable projection.
 
 A column of coefficients turns x in (0, 1] into ``f(x) = Σ_k w_k y_k`` with ``y_0 = x`` and
-``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵`` (design, section 3). All columns of a family are fitted at
+``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵``. All columns of a family are fitted at
 once: ``b_k`` and ``c_k`` are curves in the family's parameter (the exponent s), so that neighbouring columns stay
 close and may be interpolated, while the weights w, in which f is linear, are solved for exactly in each column.
 Rescaling an iterate changes nothing but its weight; ``a + b + c = 1``, i.e. ``y_k(1) = 1``, removes that freedom.

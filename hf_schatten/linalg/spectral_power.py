@@ -1,8 +1,7 @@
 """Spectral powers ``U diag(σ^{1/p}) Vᵀ`` of batches of matrices, by matrix products only.
 
 A Newton–Schulz run passes through iterates ``X₀ = X/c, X₁, …, X_K`` whose singular values saturate at different
-scales, so that a weighted sum of the iterates represents any power of σ at the price of Muon's polar factor
-(design, section 3)::
+scales, so that a weighted sum of the iterates represents any power of σ at the price of Muon's polar factor::
 
     X_k = a_k X_{k-1} + (b_k A + c_k A²) X_{k-1},    A = X_{k-1} X_{k-1}ᵀ
     U diag(σ^s) Vᵀ ≈ c^s Σ_k w_k X_k,                s = 1/p

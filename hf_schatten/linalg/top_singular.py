@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def top_singular_direction(X: Tensor, *, squarings: int = 6) -> Tensor:
-    """The rank-1 matrix ``u₁ v₁ᵀ``, i.e. the target ``1[σ = σ_max]`` of seed 002.
+    """The rank-1 matrix ``u₁ v₁ᵀ``, i.e. the target ``1[σ = σ_max]`` ("Interpolating Between SGD and Muon").
 
     No polynomial of Newton–Schulz's degree separates σ_max from its neighbour. Power iteration does, here by
     repeated squaring of the smaller Gram matrix: ``(X Xᵀ)^{2^squarings}`` tends to a multiple of ``u₁ u₁ᵀ``,
