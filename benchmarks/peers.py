@@ -175,7 +175,7 @@ def _minimax_step(x: np.ndarray, target: np.ndarray) -> Coefficients:
 def polar_taylor(X: Tensor, p: float, *, polar: Coefficients, dtype: torch.dtype = torch.float32) -> Tensor:
     """Polar factor P by Newton–Schulz, then a Taylor series for the power of ``H = X Pᵀ`` ("From SGD to Muon", 2026).
 
-    The paper's code was not at hand. This reading, with an exact P, gives the known 16.6 % at p = 2 for the norm
+    The paper's code was not at hand. This reading, with an exact P, errs by 16.6 % at p = 2 for the norm
     ``‖X‖_{S4}``, and does better here, with the spectral norm c::
 
         U Σ^s Vᵀ = c^s (H/c)^s P ≈ c^s Σ_k binom(s, k) (H/c - I)^k P,      k = 0 … 5

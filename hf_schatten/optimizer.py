@@ -17,7 +17,8 @@ from torch.optim.adamw import adamw
 from .criterion import NODES
 from .distributed import UnsupportedEngineError
 from .linalg import spectral_power
-from .options import OPTIMIZER_NAME, ScaleRule, SchattenOptions, exponent_of
+from .linalg.coefficient_table import exponent_of
+from .options import OPTIMIZER_NAME, ScaleRule, SchattenOptions
 from .scaling import update_norm
 
 if TYPE_CHECKING:
@@ -172,6 +173,11 @@ class SchattenP(Optimizer):
         if self.adaptation is not None:
             self.adaptation.arm(self)
         return loss
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle keeps: everything but the adaptation, whose hooks belong to the model."""
+        own = {"ns_steps": self.ns_steps, "workspace_mib": self.workspace_mib, "options": self.options}
+        return super().__getstate__() | own
 
     def matrices(self) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, parameter) of every matrix of the spectral groups."""

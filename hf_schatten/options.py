@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
-from .linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT, STEPS
+from .linalg.coefficient_table import STEPS, exponent_of
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
@@ -72,7 +72,10 @@ class SchattenOptions:
 
     def __post_init__(self) -> None:
         if self.p != "adaptive":
-            exponent_of(self.p)
+            try:
+                exponent_of(self.p)
+            except ValueError as error:
+                raise OptionError(str(error)) from error
         self._require(1 <= self.p_min <= self.p_max, "p_min", "1 <= p_min <= p_max")
         self._require(
             self.p_init is None or self.p_min <= self.p_init <= self.p_max,
@@ -147,46 +150,19 @@ class SchattenOptions:
         return cls.from_mapping(values)
 
 
-def exponent_of(p: float) -> float:
-    """Return the spectral exponent s = 1/p of a Python number.
-
-    Args:
-        p: at least 1, ``inf``, or at most -4.
-
-    Raises:
-        OptionError: when 1/p lies outside [-0.25, 1].
-    """
-    if not math.isnan(p) and p != 0:
-        s = 1.0 / p
-        if MIN_EXPONENT <= s <= MAX_EXPONENT:
-            return s
-    raise OptionError(
-        f"p={p!r} is not allowed: p is at least 1 (inf for Muon), or at most -4 for spectral exponents 1/p "
-        "between -0.25 and 0."
-    )
-
-
-def _number(text: str) -> float:
-    return float(text)  # also "inf" and "-inf"
-
-
-def _whole_number(text: str) -> int:
-    return int(text)
-
-
 def _truth_value(text: str) -> bool:
     return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
 _PARSERS: dict[str, tuple[Any, str]] = {
-    "float": (_number, "a number"),
-    "int": (_whole_number, "a whole number"),
+    "float": (float, "a number"),
+    "int": (int, "a whole number"),
     "bool": (_truth_value, "true or false"),
     "float | Literal['adaptive']": (
-        lambda text: text if text == "adaptive" else _number(text),
+        lambda text: text if text == "adaptive" else float(text),
         "'adaptive', a number or inf",
     ),
-    "float | None": (lambda text: None if text.lower() == "none" else _number(text), "a number or none"),
+    "float | None": (lambda text: None if text.lower() == "none" else float(text), "a number or none"),
     "ScaleRule": (str, ""),
     "tuple[str, ...]": (lambda text: tuple(filter(None, text.split(";"))), "patterns joined by ';'"),
 }

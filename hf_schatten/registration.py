@@ -49,7 +49,7 @@ def _new_optimizer_name() -> OptimizerNames:
 
 def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
     """Return what Trainer calls to make the optimizer: a factory and its keyword arguments."""
-    refuse_unsupported_arguments(context.args)
+    _refuse_unsupported_arguments(context.args)
     options = SchattenOptions.from_optim_args(context.args.optim_args)
     arguments = {
         **context.optimizer_kwargs,
@@ -67,7 +67,7 @@ class _Factory:
         return create_schatten_optimizer(model, **arguments, **vars(options))
 
 
-def refuse_unsupported_arguments(args: TrainingArguments) -> None:
+def _refuse_unsupported_arguments(args: TrainingArguments) -> None:
     """Raise when the arguments ask for an engine that flattens or shards the matrices.
 
     Raises:

@@ -274,3 +274,16 @@ def test_a_method_that_overrides_direction_needs_nothing_else():
     W.grad = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
     optimizer.step()
     torch.testing.assert_close(W.detach(), -0.2 * W.grad.sign(), atol=1e-6, rtol=1e-6)
+
+
+def test_a_copy_takes_the_same_steps():
+    torch.manual_seed(0)
+    W = nn.Parameter(torch.randn(8, 8))
+    optimizer = SchattenP([W], p=3.0, ns_steps=7)
+    W.grad = torch.randn(8, 8)
+    optimizer.step()
+    copied = copy.deepcopy(optimizer)
+    copied.param_groups[0]["params"][0].grad = W.grad.clone()
+    optimizer.step()
+    copied.step()
+    assert torch.equal(copied.param_groups[0]["params"][0], W)

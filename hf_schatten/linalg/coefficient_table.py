@@ -21,6 +21,23 @@ STEPS = (3, 4, 5, 6, 7, 8)
 Argument = TypeVar("Argument", np.ndarray, Tensor)
 
 
+def exponent_of(p: float) -> float:
+    """The spectral exponent ``s = 1/p`` of a Python number.
+
+    Args:
+        p: At least 1, ``inf``, or at most -4.
+
+    Raises:
+        ValueError: If 1/p lies outside [-0.25, 1].
+    """
+    if not (p >= 1 / MAX_EXPONENT or p <= 1 / MIN_EXPONENT):  # true of NaN too
+        raise ValueError(
+            f"p={p!r} is not allowed: p is at least 1 (inf for Muon), or at most -4 for spectral exponents 1/p "
+            "between -0.25 and 0."
+        )
+    return 1 / p
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """One column: the polynomial iteration ``x ↦ Σ_k w_k y_k``, an odd function on (0, 1].

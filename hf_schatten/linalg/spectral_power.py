@@ -12,7 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_schatten.linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT, Coefficients, interpolate
+from hf_schatten.linalg.coefficient_table import (
+    MAX_EXPONENT,
+    MIN_EXPONENT,
+    Coefficients,
+    exponent_of,
+    interpolate,
+)
 from hf_schatten.linalg.symmetric_product import symmetric_product
 
 # The Schatten-8 norm bounds σ_max, but for the rounding of half precision; beyond 1 the polynomials explode.
@@ -127,11 +133,7 @@ def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
 
 def _exponent(p: float | Tensor) -> float | Tensor:
     """``s = 1/p``, after a check of p where p is a number."""
-    if isinstance(p, Tensor):
-        return p.reciprocal()
-    if not (p >= 1 / MAX_EXPONENT or p <= 1 / MIN_EXPONENT):
-        raise ValueError(f"p must be >= 1 (math.inf allowed) or <= -4, got {p!r}")
-    return 1 / p
+    return p.reciprocal() if isinstance(p, Tensor) else exponent_of(p)
 
 
 def _default_dtype(X: Tensor) -> torch.dtype:
