@@ -1,6 +1,16 @@
-"""Pure functions of tensors: spectral powers of matrices and their coefficients."""
+"""Pure functions of tensors: spectral powers of matrices and their coefficients, Schatten norms, exact oracles."""
 
 from hf_schatten.linalg.coefficient_table import Coefficients
+from hf_schatten.linalg.oracles import (
+    ball_oracle,
+    coupling_factors,
+    dualizer,
+    multi_block_ball_oracle,
+    multi_block_regularized_oracle,
+    operator_norm_dualizer,
+    regularized_oracle,
+)
+from hf_schatten.linalg.schatten_norms import dual_order, relative_size, schatten_norm, stable_rank
 from hf_schatten.linalg.spectral_power import (
     spectral_function,
     spectral_power,
@@ -11,9 +21,20 @@ from hf_schatten.linalg.top_singular import top_singular_direction
 
 __all__ = [
     "Coefficients",
+    "ball_oracle",
+    "coupling_factors",
+    "dual_order",
+    "dualizer",
+    "multi_block_ball_oracle",
+    "multi_block_regularized_oracle",
+    "operator_norm_dualizer",
+    "regularized_oracle",
+    "relative_size",
+    "schatten_norm",
     "spectral_function",
     "spectral_power",
     "spectral_power_from_exponent",
     "spectral_power_svd",
+    "stable_rank",
     "top_singular_direction",
 ]

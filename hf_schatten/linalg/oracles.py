@@ -1,0 +1,246 @@
+"""Exact steepest descent under Schatten norms: dualizers, and the ball and regularized oracles built on them.
+
+All by float64 SVDs, the references for anything faster. A zero matrix gives zero; one with NaN or inf gives NaN and
+leaves the rest of its batch alone. There is no gradient.
+
+Sources: F. L. Cesista 2025, "Steepest Descent Under Schatten-p Norms"; B. Ma, J. Zhang and C. He 2026, "Schattor:
+Schatten-family methods for deep learning optimization".
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hf_schatten.linalg.schatten_norms import dual_order, relative_to_largest, scaled_to_unit
+
+OperatorNorm = Literal["frobenius", "max_of_max", "spectral"]
+
+# Singular values and norms of blocks this close to the largest, relative to it, are ties to a norm of order 1.
+_TIE = 1e-12
+
+
+def dualizer(X: Tensor, order: float) -> Tensor:
+    """``argmax ⟨X, T⟩`` over ``‖T‖ = 1`` in the Schatten norm: ``U diag((σ / ‖X‖_q)^{q-1}) Vᵀ``, q the dual order.
+
+    "Steepest Descent Under Schatten-p Norms", proposition 2, whose maximum is the dual norm ``‖X‖_q``. Where several
+    T attain it, the one of least Frobenius norm is chosen, which does not depend on the SVD's choices:
+
+    - order 1: ``u₁ v₁ᵀ``; the mean of the ``u_i v_iᵀ`` where several singular values equal the largest, to 1e-12.
+    - order inf: the polar factor ``U Vᵀ`` with zeros for zero singular values, i.e. those of at most
+      ``max(m, n) · eps · σ_max``.
+
+    Args:
+        X: Matrices, shape (..., m, n), of a floating point dtype.
+        order: In [1, inf].
+
+    Returns:
+        Tensor of X's shape and dtype, of Schatten norm 1; zero for a zero matrix.
+
+    Raises:
+        ValueError: If order lies outside [1, inf], or X is not floating point or has fewer than two dimensions.
+    """
+    return _dualized(X, order)[0].to(X.dtype)
+
+
+def operator_norm_dualizer(X: Tensor, norm: OperatorNorm) -> Tensor:
+    """``argmax ⟨X, T⟩`` over ``‖T‖ = 1`` in a named norm, each the direction of a known optimizer.
+
+    "Steepest Descent Under Schatten-p Norms", section "Steepest Descent Under Operator Norms".
+
+    Args:
+        X: Matrices, shape (..., m, n), of a floating point dtype.
+        norm: ``frobenius``: ``X / ‖X‖_F``, normalised SGD. ``max_of_max``, the operator norm from ℓ₁ to ℓ_∞ and
+            largest magnitude of an element: ``sign(X)``, Adam without accumulation. ``spectral``: the polar factor,
+            Muon.
+
+    Returns:
+        Tensor of X's shape and dtype, of norm 1; zero for a zero matrix.
+
+    Raises:
+        ValueError: If norm has no dualizer here, or X is not floating point or has fewer than two dimensions.
+    """
+    if norm not in _OPERATOR_NORM_DUALIZERS:
+        raise ValueError(f"norm must be one of {tuple(_OPERATOR_NORM_DUALIZERS)}, got {norm!r}")
+    return _OPERATOR_NORM_DUALIZERS[norm](X)
+
+
+def ball_oracle(X: Tensor, order: float, radius: float = 1.0) -> Tensor:
+    """``argmin ⟨X, T⟩`` over ``‖T‖ <= radius`` in the Schatten norm ("Schattor", lemma 1, equation 3).
+
+    Args:
+        X: Matrices, shape (..., m, n), of a floating point dtype.
+        order: In [1, inf].
+        radius: Of the ball, at least 0; 1 in the source.
+
+    Returns:
+        ``-radius · dualizer(X)``, of X's shape and dtype; the minimum is ``-radius ‖X‖_q``, q the dual order.
+
+    Raises:
+        ValueError: If radius is negative, or as `dualizer`.
+    """
+    return multi_block_ball_oracle([X], order, outer_order=2, radius=radius)[0]
+
+
+def regularized_oracle(X: Tensor, order: float, penalty: float = 1.0) -> Tensor:
+    """``argmin ⟨X, T⟩ + penalty/2 · ‖T‖²`` in the Schatten norm ("Schattor", lemma 1, equation 3).
+
+    Args:
+        X: Matrices, shape (..., m, n), of a floating point dtype.
+        order: In [1, inf].
+        penalty: Above 0; 1 in the source, the sharpness λ of "Steepest Descent Under Schatten-p Norms", theorem 4.
+
+    Returns:
+        ``-‖X‖_q / penalty · dualizer(X)``, q the dual order, of X's shape and dtype; the minimum is
+        ``-‖X‖_q² / (2 penalty)``.
+
+    Raises:
+        ValueError: If penalty is not positive, or as `dualizer`.
+    """
+    return multi_block_regularized_oracle([X], order, outer_order=2, penalty=penalty)[0]
+
+
+def multi_block_ball_oracle(
+    blocks: Sequence[Tensor],
+    order: float | Sequence[float],
+    outer_order: float,
+    weights: Sequence[float] | Tensor | None = None,
+    radius: float = 1.0,
+) -> list[Tensor]:
+    """``argmin Σ_i ⟨X_i, T_i⟩`` over ``‖T‖ <= radius`` in a mixed norm ("Schattor", lemma 2, equation 5).
+
+    The mixed norm is the vector norm of order ``outer_order`` of the numbers ``w_i ‖T_i‖``, each a Schatten norm.
+    Its dual is the vector norm of the dual order of the numbers ``‖X_i‖ / w_i``, each a norm of the dual order.
+
+    Args:
+        blocks: Matrices X_i, shapes (..., m_i, n_i), with the same leading dimensions; dtypes may differ.
+        order: Of the Schatten norms, in [1, inf]: one for all blocks or one for each.
+        outer_order: Of the vector norm, in [1, inf]. With inf every block has a ball of its own; with 1 only those
+            blocks move whose ``‖X_i‖ / w_i`` equals the largest, to 1e-12, by equal shares of the radius.
+        weights: w_i, above 0: a block of larger weight moves less. The square roots of Lipschitz constants give all
+            blocks the constant 1. Default: 1 for all.
+        radius: Of the ball, at least 0; 1 in the source.
+
+    Returns:
+        ``-radius · coupling_factors(…)_i · dualizer(X_i)``, of the shape and dtype of each block.
+
+    Raises:
+        ValueError: If radius is negative, there are no blocks, not as many orders or weights as blocks, or
+            weights that are not positive, or as `dualizer`.
+    """
+    if not radius >= 0:
+        raise ValueError(f"radius must be at least 0, got {radius!r}")
+    dualized, factors, _ = _coupled(blocks, order, outer_order, weights)
+    return _scaled_blocks(blocks, dualized, -radius * factors)
+
+
+def multi_block_regularized_oracle(
+    blocks: Sequence[Tensor],
+    order: float | Sequence[float],
+    outer_order: float,
+    weights: Sequence[float] | Tensor | None = None,
+    penalty: float = 1.0,
+) -> list[Tensor]:
+    """``argmin Σ_i ⟨X_i, T_i⟩ + penalty/2 · ‖T‖²`` in a mixed norm ("Schattor", lemma 2, equation 6).
+
+    Args:
+        blocks: Matrices X_i, shapes (..., m_i, n_i), with the same leading dimensions; dtypes may differ.
+        order: As in `multi_block_ball_oracle`, like the mixed norm.
+        outer_order: As in `multi_block_ball_oracle`. With 2 and weights of 1, no block depends on another.
+        weights: As in `multi_block_ball_oracle`.
+        penalty: Above 0; 1 in the source.
+
+    Returns:
+        `multi_block_ball_oracle`'s blocks at a radius of the dual mixed norm over the penalty.
+
+    Raises:
+        ValueError: If penalty is not positive, there are no blocks, not as many orders or weights as blocks, or
+            weights that are not positive, or as `dualizer`.
+    """
+    if not penalty > 0:
+        raise ValueError(f"penalty must be above 0, got {penalty!r}")
+    dualized, factors, dual_norm = _coupled(blocks, order, outer_order, weights)
+    return _scaled_blocks(blocks, dualized, -dual_norm / penalty * factors)
+
+
+def coupling_factors(dual_norms: Tensor, outer_order: float, weights: Tensor | float = 1.0) -> Tensor:
+    """What the dualizer of each block is multiplied by on the unit sphere of the mixed norm ("Schattor", lemma 2).
+
+    With ``d_i = dual_norms_i / w_i`` and β dual to ``outer_order``, these are ``(d_i / ‖d‖_β)^{β-1} / w_i``. The dual
+    mixed norm ``‖d‖_β`` is ``(dual_norms * factors).sum(-1)``, by which the regularized oracle multiplies further.
+    Nothing waits for the device.
+
+    Args:
+        dual_norms: Norms of the blocks in the dual order, shape (..., blocks), of a floating point dtype.
+        outer_order: Of the vector norm that couples the blocks, in [1, inf].
+        weights: w_i of `multi_block_ball_oracle`, of a shape that broadcasts to that of ``dual_norms`` and of the
+            same dtype; not checked.
+
+    Returns:
+        Factors of dual_norms' shape and dtype; 0 for a zero block. One NaN or inf makes all of them NaN.
+
+    Raises:
+        ValueError: If outer_order lies outside [1, inf].
+    """
+    return _dual_vector(dual_norms / weights, outer_order) / weights
+
+
+def _dual_vector(x: Tensor, order: float) -> Tensor:
+    """``argmax ⟨x, t⟩`` over ``‖t‖ = 1`` in the vector norm, for nonnegative x (..., k); `dualizer` lists its choices.
+
+    This is all of an oracle that does not concern singular vectors: of singular values or of the norms of blocks.
+    """
+    exponent = dual_order(order) - 1  # inf at order 1
+    relative, _ = relative_to_largest(x)
+    if order == 1:
+        relative = torch.where(relative >= 1 - _TIE, 1.0, relative)  # for 1 ** inf is 1, and all below go to 0
+    t = torch.where(relative > 0, relative**exponent, relative)  # 0 ** 0 is 1; NaN passes
+    return t / torch.linalg.vector_norm(t, order, dim=-1, keepdim=True).clamp_min(1.0)  # of t = 0 the norm is 0
+
+
+@torch.no_grad()
+def _dualized(X: Tensor, order: float) -> tuple[Tensor, Tensor]:
+    """The dualizer of X (..., m, n) in float64, and the dual norm that it attains, shape (...)."""
+    unit, scale = scaled_to_unit(X)
+    U, sigma, Vh = torch.linalg.svd(unit, full_matrices=False)
+    negligible = sigma <= max(X.shape[-2:]) * torch.finfo(torch.float64).eps * sigma[..., :1]
+    sigma = sigma.masked_fill(negligible, 0.0) * scale.squeeze(-1)  # (..., r)
+    t = _dual_vector(sigma, order)
+    return (U * t.unsqueeze(-2)) @ Vh, (sigma * t).sum(-1)
+
+
+def _coupled(
+    blocks: Sequence[Tensor],
+    order: float | Sequence[float],
+    outer_order: float,
+    weights: Sequence[float] | Tensor | None,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Dualizers of the blocks, their coupling factors (..., blocks), and the dual mixed norm (..., 1); float64."""
+    orders = order if isinstance(order, Sequence) else [order] * len(blocks)
+    w = torch.as_tensor([1.0] * len(blocks) if weights is None else weights, dtype=torch.float64)
+    if not len(blocks) == len(orders) == len(w) > 0:
+        raise ValueError(
+            "there must be a block or more, and an order and a weight for each; "
+            f"got {len(blocks)} blocks, {len(orders)} orders and {len(w)} weights"
+        )
+    if not (w > 0).all():
+        raise ValueError(f"weights must be above 0, got {w.tolist()}")
+    dualized, norms = zip(*map(_dualized, blocks, orders), strict=True)
+    dual_norms = torch.stack(norms, -1)  # (..., blocks)
+    factors = coupling_factors(dual_norms, outer_order, w.to(dual_norms.device))
+    return list(dualized), factors, (dual_norms * factors).sum(-1, keepdim=True)
+
+
+def _scaled_blocks(blocks: Sequence[Tensor], dualized: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    return [
+        (factor[..., None, None] * T).to(X.dtype)
+        for X, T, factor in zip(blocks, dualized, factors.unbind(-1), strict=True)
+    ]
+
+
+_OPERATOR_NORM_DUALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "frobenius": lambda X: dualizer(X, 2),
+    "max_of_max": lambda X: (X.sign() + 0 * scaled_to_unit(X)[1]).to(X.dtype),  # the sign of NaN is 0
+    "spectral": lambda X: dualizer(X, torch.inf),
+}
