@@ -17,6 +17,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .optimizer import SchattenP
 from .options import OPTIMIZER_NAME, SchattenOptions
+from .policy import ScheduledP
 from .report import FIGURE, LAYER_PREFIX, log_entry, plot_p_by_layer
 
 
@@ -47,7 +48,7 @@ class SchattenCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Stop a resumed run that has lost its optimizer state.
+        """Prepare the first step, and stop a resumed run that has lost its optimizer state.
 
         Raises:
             RuntimeError: when the run continues at a later step and the optimizer starts at its first.
@@ -55,7 +56,11 @@ class SchattenCallback(TrainerCallback):
         schatten = unwrap_optimizer(optimizer)
         if schatten is None:
             return
-        self._logged_estimates = schatten.adaptation.estimates if schatten.adaptation else 0
+        self._logged_estimates = schatten.policy.estimates if schatten.policy else 0
+        if schatten.policy is not None:
+            schatten.policy.after_update(schatten)
+        if isinstance(schatten.policy, ScheduledP) and schatten.policy.steps is None:
+            schatten.policy.steps = state.max_steps
         if state.global_step > 0 and not schatten.state:
             raise RuntimeError(
                 f"Training resumes at step {state.global_step}, but the checkpoint's optimizer state was not loaded: "
@@ -85,12 +90,13 @@ class SchattenCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Add p to the logs of the step that has estimated it."""
-        if logs is None or not self._has_news(optimizer):
-            return
         schatten = unwrap_optimizer(optimizer)
+        policy = schatten.policy if schatten else None
+        if logs is None or not (self._has_news(optimizer) or isinstance(policy, ScheduledP)):
+            return
         assert schatten is not None
-        assert schatten.adaptation is not None
-        self._logged_estimates = schatten.adaptation.estimates
+        assert policy is not None
+        self._logged_estimates = policy.estimates
         entry = log_entry(schatten.learned_p())
         logs.update(entry)
         state.log_history[-1].update(entry)
@@ -100,16 +106,20 @@ class SchattenCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
+        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         """Draw p by layer and step into the output folder, where an estimate was logged."""
+        schatten = unwrap_optimizer(optimizer)
+        if schatten is not None and schatten.policy is not None:
+            schatten.policy.pause()
         if state.is_world_process_zero and args.output_dir:
             plot_p_by_layer(state.log_history, Path(args.output_dir) / FIGURE)
 
     def _has_news(self, optimizer: Any) -> bool:
         schatten = unwrap_optimizer(optimizer)
-        adaptation = schatten.adaptation if schatten else None
-        return adaptation is not None and adaptation.estimates > self._logged_estimates
+        policy = schatten.policy if schatten else None
+        return policy is not None and policy.estimates > self._logged_estimates
 
 
 class SchattenProgressCallback(ProgressCallback):

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +22,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .optimizer import P, SchattenP
+from .layout import Layout, matrix_name
+from .optimizer import MOMENTUM, P, SchattenP
 from .options import SchattenOptions
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "optimizer.safetensors"
 CONFIG_FILE = "optimizer_config.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
 # The only hyperparameters that a schedule changes; every other one is the present run's.
@@ -104,20 +105,33 @@ def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
         checkpoint: folder ``checkpoint-<step>`` of a ``SchattenTrainer``, or of a plain ``Trainer``.
 
     Returns:
-        p by parameter name, in the order of the file.
+        p by matrix name (the parameter's, and the part's where it has several), in the order of the file.
 
     Raises:
         CheckpointError: when the folder holds no such state, or the file cannot be read.
     """
     folder = Path(checkpoint)
     if (folder / STATE_FILE).is_file():
-        states = _read_state(folder / STATE_FILE, only=P)
-        return {name: state[P].item() for name, state in states.items()}
+        states = _read_state(folder / STATE_FILE, only=(P, MOMENTUM))
+        return _p_by_matrix(states, _read_config(folder / CONFIG_FILE)["groups"])
     if (folder / _TORCH_FILE).is_file():
         return _learned_p_of_torch_file(folder / _TORCH_FILE)
     newest = max(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=_step_of, default=None)
     hint = f" Did you mean {newest.parent}?" if newest else ""
     raise CheckpointError(f"{folder} has no {STATE_FILE}.{hint}")
+
+
+def _p_by_matrix(states: Mapping[str, Mapping[str, Tensor]], groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the p of every matrix by its name, from the states of its parameters and the groups of a checkpoint."""
+    layouts = {
+        name: Layout(group["transposed"], group["sections"]) for group in groups for name in group["param_names"]
+    }
+    return {
+        matrix_name(name, part): p
+        for name, state in states.items()
+        if P in state
+        for part, p in zip(layouts[name].part_names(state[MOMENTUM].shape), state[P].tolist(), strict=True)
+    }
 
 
 def _named_parameters(optimizer: SchattenP) -> Iterator[tuple[str, Tensor]]:
@@ -163,14 +177,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _read_state(path: Path, only: str | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return the state tensors by parameter name and state name; with ``only``, of that state name."""
+def _read_state(path: Path, only: Container[str] | None = None) -> dict[str, dict[str, Tensor]]:
+    """Return the state tensors by parameter name and state name; with ``only``, of those state names."""
     states: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - a file handle, no mapping
                 name, _, state_name = key.rpartition("/")
-                if only in (None, state_name):
+                if only is None or state_name in only:
                     states.setdefault(name, {})[state_name] = file.get_tensor(key)
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -219,9 +233,13 @@ def _honour_present_options(optimizer: SchattenP, options: SchattenOptions, save
             "Options changed since the checkpoint was written, and the new values are used: %s.",
             ", ".join(f"{name} {saved_options.get(name)!r} -> {value!r}" for name, value in changed.items()),
         )
-    if not options.adaptive:
-        for _, parameter in optimizer.matrices():
-            optimizer.state[parameter][P].fill_(options.initial_p)
+    managed = optimizer.policy.matrices if optimizer.policy else ()
+    for matrix in optimizer.matrices():
+        if matrix.name not in managed:
+            matrix.p.fill_(matrix.first_p)
+        if "criterion" in changed:  # whose statistics are of another kind
+            matrix.statistics.zero_()
+            matrix.statistics_weight.zero_()
 
 
 def _learned_p_of_torch_file(path: Path) -> dict[str, float]:
@@ -232,7 +250,8 @@ def _learned_p_of_torch_file(path: Path) -> dict[str, float]:
             for group in state_dict["param_groups"]
             for index, name in zip(group["params"], group["param_names"], strict=True)
         }
-        return {names[index]: state[P].item() for index, state in state_dict["state"].items() if P in state}
+        states = {names[index]: state for index, state in state_dict["state"].items() if P in state}
+        return _p_by_matrix(states, state_dict["param_groups"])
     except Exception as error:  # whatever torch raises on a truncated or foreign file
         raise CheckpointError(f"{path} is no state of SchattenP ({error}).") from error
 

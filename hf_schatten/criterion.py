@@ -1,31 +1,142 @@
-"""From the spectra of gradient and input to the spectral exponent s = 1/p of each layer.
+"""From the spectra of gradient, momentum and input to the spectral exponent s = 1/p of each matrix.
 
-The ``holder`` criterion (seed of the method: T. Massena 2026, "Using Schatten-p norms to dynamically interpolate
-between Adam and Muon") maximises, over p,
+With G the gradient (m, n), M its momentum with singular triplets (u_i, σ_i, v_i), O_s = U Σ^s Vᵀ of M, and A the
+layer's input, one row for each of T tokens, a criterion is a function of s that is maximised:
 
-    log ‖G‖_{1 + 1/p}  −  log ‖A‖_{k(p)},        k(p) = 2(p + 1)/(p − 1),
+``holder``
+    log ‖G‖_{1+s} − log ‖A‖_{k},  k = 2(1 + s)/(1 − s): the guaranteed decrease of a one-step random-feature model
+    (T. Massena 2026, "Using Schatten-p norms to dynamically interpolate between Adam and Muon").
+``alignment``
+    2 log ⟨G, O_s⟩ − 2 log ‖A‖_k − 2s/(1 + s) · log Σ σ_i^{1+s}: the same bound for the update that is really taken,
+    along the momentum.
+``decrease``
+    2 log ⟨G, O_s⟩ − log tr(O_s Γ O_sᵀ), Γ = AᵀA/T: the decrease of the quadratic model itself, without a bound.
 
-the guaranteed decrease of a one-step random-feature model: G is the layer's gradient and A its input, one row
-per token. In the exponent s = 1/p the orders are 1 + s and 2(1 + s)/(1 − s); both curves are smooth in s, also
-at s = 1, where k is infinite, and at s = 0. A layer's statistics are these two curves at fixed nodes: small,
-independent of the layer's size, and linear to average.
+All terms are smooth in s, also at s = 1, where k is infinite, and at s = 0. A matrix's statistics are a few curves at
+fixed nodes in s: small, independent of the matrix's size, and linear to average.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from .linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT
-from .linalg.spectrum import log_schatten_norm
+from .linalg.spectrum import LogNormEstimator
+from .options import CriterionName
 
 # Chebyshev nodes in s. The curves are analytic in s, but the norm of A bends within about 1/k of s = 1 when the
 # gap below the largest singular value is small: 64 nodes keep the maximiser within 1e-3 of the brute-force one.
 NODES = 64
+CURVES = 3  # the most that a criterion has; the others leave the rest at zero
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
+
+
+class Inputs:
+    """Sampled input rows A of a layer, whose norm curve is computed once for all matrices that share them.
+
+    Args:
+        rows: (T, n).
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+        self._curve: Tensor | None = None
+
+    def curve(self, log_norms: LogNormEstimator) -> Tensor:
+        """Return log ‖A‖_k at :func:`exponent_nodes`, (NODES,), relative to k = ∞."""
+        if self._curve is None:
+            s = exponent_nodes().to(self.rows.device)
+            curve = log_norms(self.rows, (1 - s) / (2 * (1 + s)))
+            self._curve = curve - curve[-1]
+        return self._curve
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What is known of one matrix on a step at which p is estimated.
+
+    Attributes:
+        gradient: G, (m, n).
+        momentum: M, (m, n), with the gradient in it; None for a criterion that does without.
+        inputs: A, sampled input rows, (T, n).
+    """
+
+    gradient: Tensor
+    momentum: Tensor | None
+    inputs: Inputs
+
+    def is_finite(self) -> bool:
+        """Return whether all of it is finite; waits for the device."""
+        tensors = [self.gradient, self.momentum, self.inputs.rows]
+        return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+
+    def copied(self) -> Sample:
+        """Return a sample whose gradient nobody else writes to."""
+        return replace(self, gradient=self.gradient.clone())
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """A criterion in two halves, between which statistics are averaged over processes and time.
+
+    Attributes:
+        curves: how many curves it has.
+        needs_momentum: whether its samples need the momentum.
+        statistics: from a sample and the estimator of norms to (CURVES, NODES) float64 curves at
+            :func:`exponent_nodes`. Not finite where gradient or input is zero.
+        objective: from curves (..., CURVES, K) at any K exponents to the objective, (..., K), and -inf where its
+            logarithm does not exist.
+    """
+
+    curves: int
+    needs_momentum: bool
+    statistics: Callable[[Sample, LogNormEstimator], Tensor]
+    objective: Callable[[Tensor], Tensor]
+
+
+def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor:
+    """Return the s in [s_min, s_max] at which each objective is largest.
+
+    Args:
+        objective: (..., candidates), from :func:`objective_curve` for the same range, or a mean of such.
+        s_min: smallest exponent, 1/p_max.
+        s_max: largest exponent, 1/p_min.
+
+    Returns:
+        (...) float64 exponents.
+    """
+    candidates = torch.linspace(s_min, s_max, _CANDIDATES, dtype=torch.float64).to(objective.device)
+    best = objective.argmax(dim=-1, keepdim=True)
+    inner = best.clamp(1, _CANDIDATES - 2)
+    left, middle, right = (objective.gather(-1, inner + offset) for offset in (-1, 0, 1))
+    curvature = left - 2 * middle + right
+    # Vertex of the parabola through three neighbours, in steps; none where the maximum is at an end or flat.
+    is_peak = (best == inner) & (curvature < 0) & curvature.isfinite()
+    offset = torch.where(is_peak, 0.5 * (left - right) / curvature, 0.0)
+    step = (s_max - s_min) / (_CANDIDATES - 1)
+    return (candidates[best] + offset * step).clamp(s_min, s_max).squeeze(-1)
+
+
+def objective_curve(criterion: CriterionName, statistics: Tensor, s_min: float, s_max: float) -> Tensor:
+    """Return the criterion's objective at equally spaced exponents from s_min to s_max.
+
+    Args:
+        criterion: whose statistics they are.
+        statistics: (..., CURVES, NODES) float64, a sample's or a (bias-corrected) average of such.
+        s_min: smallest exponent, 1/p_max.
+        s_max: largest exponent, 1/p_min.
+
+    Returns:
+        (..., candidates) float64.
+    """
+    curves = statistics @ _interpolation_matrix(s_min, s_max).to(statistics.device).mT  # (..., CURVES, candidates)
+    return CRITERIA[criterion].objective(curves)
 
 
 @lru_cache(maxsize=1)
@@ -36,53 +147,72 @@ def exponent_nodes() -> Tensor:
     return center - radius * torch.cos(angles)
 
 
-def holder_statistics(gradient_log_spectrum: Tensor, input_log_spectrum: Tensor) -> Tensor:
-    """Return the two norm curves that the ``holder`` criterion needs.
+def _holder_statistics(sample: Sample, log_norms: LogNormEstimator) -> Tensor:
+    """Log-norms of gradient and input, relative to their value at s = 1.
 
-    Args:
-        gradient_log_spectrum: (..., r) log singular values of the gradient.
-        input_log_spectrum: (..., t) log singular values of the sampled input rows.
-
-    Returns:
-        (..., 2, NODES) float64: log ‖G‖_{1+s}/‖G‖_2 and log ‖A‖_{2(1+s)/(1−s)}/‖A‖_∞ at
-        :func:`exponent_nodes`. Relative to their value at s = 1, so that the scale of gradient and input,
-        which does not move the maximum, cannot dominate an average. Not finite for a zero matrix.
+    So the scale of gradient and input, which does not move the maximum, cannot dominate an average.
     """
-    s = exponent_nodes().to(gradient_log_spectrum.device)
-    gradient_curve = log_schatten_norm(gradient_log_spectrum, 1 / (1 + s))
-    input_curve = log_schatten_norm(input_log_spectrum, (1 - s) / (2 * (1 + s)))
-    curves = torch.stack([gradient_curve, input_curve], dim=-2)
-    return curves - curves[..., -1:]
+    s = exponent_nodes().to(sample.gradient.device)
+    gradient_curve = log_norms(sample.gradient, 1 / (1 + s))
+    return _curves(gradient_curve - gradient_curve[-1], sample.inputs.curve(log_norms))
 
 
-def holder_exponent(statistics: Tensor, s_min: float, s_max: float) -> Tensor:
-    """Return the exponent s in [s_min, s_max] that maximises the ``holder`` criterion, one per layer.
+def _alignment_statistics(sample: Sample, log_norms: LogNormEstimator) -> Tensor:
+    """⟨G, O_s⟩ / ‖G‖_F, the input's log-norm, and s/(1 + s) · log Σ σ^{1+s}, with σ relative to the largest."""
+    s = exponent_nodes().to(sample.gradient.device)
+    direction = _Direction.of(sample, s)
+    momentum_curve = (s / (1 + s)) * (direction.powers @ direction.sigma).log()
+    return _curves(direction.product_with_gradient, sample.inputs.curve(log_norms), momentum_curve)
 
-    A common factor of the statistics does not move the maximum, so that a moving average which starts at zero
-    needs no bias correction here.
 
-    Args:
-        statistics: (..., 2, NODES) float64, from :func:`holder_statistics` or an average of such.
-        s_min: smallest exponent, 1/p_max.
-        s_max: largest exponent, 1/p_min.
+def _decrease_statistics(sample: Sample, log_norms: LogNormEstimator) -> Tensor:
+    """⟨G, O_s⟩ / ‖G‖_F and tr(O_s Γ O_sᵀ) / tr Γ, with σ relative to the largest."""
+    direction = _Direction.of(sample, exponent_nodes().to(sample.gradient.device))
+    inputs = sample.inputs.rows.to(torch.float64)
+    energy = (inputs @ direction.right).square().sum(dim=0)  # (r,): T · v_iᵀ Γ v_i
+    return _curves(direction.product_with_gradient, direction.powers.square() @ energy / inputs.square().sum())
 
-    Returns:
-        (...) float64 exponents.
-    """
-    objective = statistics[..., 0, :] - statistics[..., 1, :]  # (..., NODES)
-    candidates = torch.linspace(s_min, s_max, _CANDIDATES, dtype=torch.float64)
-    interpolation = _interpolation_matrix(s_min, s_max).to(objective.device)
-    values = objective @ interpolation.mT  # (..., candidates)
-    best = values.argmax(dim=-1, keepdim=True)
-    inner = best.clamp(1, _CANDIDATES - 2)
-    left, middle, right = (values.gather(-1, inner + offset) for offset in (-1, 0, 1))
-    curvature = left - 2 * middle + right
-    # Vertex of the parabola through three neighbours, in steps; none where the maximum is at an end or flat.
-    is_peak = (best == inner) & (curvature < 0)
-    offset = torch.where(is_peak, 0.5 * (left - right) / curvature, 0.0)
-    step = (s_max - s_min) / (_CANDIDATES - 1)
-    refined = candidates.to(objective.device)[best] + offset * step
-    return refined.clamp(s_min, s_max).squeeze(-1)
+
+@dataclass(frozen=True)
+class _Direction:
+    """The singular values and vectors of the momentum, and their powers at K exponents."""
+
+    sigma: Tensor  # (r,), relative to the largest
+    right: Tensor  # (n, r)
+    powers: Tensor  # (K, r) σ^s
+    product_with_gradient: Tensor  # (K,) ⟨G, O_s⟩ / ‖G‖_F
+
+    @classmethod
+    def of(cls, sample: Sample, s: Tensor) -> _Direction:
+        assert sample.momentum is not None
+        gradient, momentum = sample.gradient.to(torch.float64), sample.momentum.to(torch.float64)
+        U, sigma, Vh = torch.linalg.svd(momentum, full_matrices=False)
+        sigma = sigma / sigma[0]
+        present = sigma > torch.finfo(sigma.dtype).eps * max(momentum.shape)
+        powers = torch.where(present, sigma.clamp_min(1e-300) ** s[:, None], 0.0)
+        aligned = ((U.mT @ gradient) * Vh).sum(dim=1)  # (r,) C_i = u_iᵀ G v_i
+        return cls(sigma, Vh.mT, powers, powers @ aligned / torch.linalg.matrix_norm(gradient))
+
+
+def _curves(*curves: Tensor) -> Tensor:
+    """Stack curves (NODES,) to (CURVES, NODES), the missing ones zero."""
+    return torch.stack([*curves, *[torch.zeros_like(curves[0])] * (CURVES - len(curves))])
+
+
+def _log_positive(values: Tensor) -> Tensor:
+    return torch.where(values > 0, values, 0.0).log()
+
+
+# By name, as in the options.
+CRITERIA: dict[CriterionName, Criterion] = {
+    "holder": Criterion(2, False, _holder_statistics, lambda c: c[..., 0, :] - c[..., 1, :]),
+    "alignment": Criterion(
+        3, True, _alignment_statistics, lambda c: 2 * (_log_positive(c[..., 0, :]) - c[..., 1, :] - c[..., 2, :])
+    ),
+    "decrease": Criterion(
+        2, True, _decrease_statistics, lambda c: 2 * _log_positive(c[..., 0, :]) - c[..., 1, :].clamp_min(1e-300).log()
+    ),
+}
 
 
 @lru_cache(maxsize=8)

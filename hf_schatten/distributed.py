@@ -13,6 +13,11 @@ class UnsupportedEngineError(RuntimeError):
     """A training engine hands the optimizer something other than the model's own matrices."""
 
 
+def process_count() -> int:
+    """Return how many processes train together; 1 where no process group exists."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def is_main_process() -> bool:
     """Return whether this process prints; true where no process group exists."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
@@ -40,9 +45,9 @@ def mean_over_processes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum_over_processes(values: Tensor) -> Tensor:
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if process_count() == 1:
         return values
-    if PartialState().num_processes == dist.get_world_size():
+    if PartialState().num_processes == process_count():
         return reduce(values, reduction="sum")
     # A process group that Accelerate was not told of, for which its reduce would silently do nothing.
     dist.all_reduce(values)

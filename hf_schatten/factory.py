@@ -1,17 +1,21 @@
-"""From a model to its optimizer: routing, parameter groups and the estimation of p, in one call."""
+"""From a model to its optimizer: routing, parameter groups and the policy of p, in one call."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
 from .adaptation import Adaptation
 from .distributed import is_main_process, refuse_unsupported_engines
+from .layout import matches, matrix_name
 from .optimizer import SchattenP
 from .options import SchattenOptions
-from .routing import Route, route_parameters
+from .policy import Policy, ScheduledP
+from .routing import Route, require_matches, route_parameters
+
+Group = dict[str, Any]
 
 
 def create_schatten_optimizer(
@@ -27,7 +31,7 @@ def create_schatten_optimizer(
     """Make the optimizer of a model: matrices to the Schatten-p update, everything else to AdamW.
 
     With the default ``p="adaptive"``, hooks on the model sample the inputs of the routed layers on due steps, and
-    the optimizer re-estimates each layer's p in its own ``step()``: a bare training loop needs nothing else.
+    the optimizer re-estimates each matrix' p in its own ``step()``: a bare training loop needs nothing else.
 
     Args:
         model: a ``PreTrainedModel``, a PEFT model or any ``nn.Module``; of the latter, name the output head in
@@ -42,7 +46,7 @@ def create_schatten_optimizer(
 
     Raises:
         OptionError: on an unknown or malformed option.
-        RoutingError: when no matrix is routed, or an ``exclude`` pattern matches nothing.
+        RoutingError: when no matrix is routed, or a pattern matches nothing.
         UnsupportedEngineError: when the model is wrapped by DeepSpeed or FSDP version 1.
 
     Example:
@@ -53,20 +57,16 @@ def create_schatten_optimizer(
     """
     parsed = SchattenOptions.from_mapping(options)
     refuse_unsupported_engines(model)
-    routing = route_parameters(model, parsed.exclude)
+    routing = route_parameters(model, parsed.exclude, split_fused=parsed.split_fused)
     if verbose and is_main_process():
         print(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}", flush=True)
     matrices, others = routing.to("schatten_p"), routing.to("adamw")
+    names = [name for route in matrices for name in _matrix_names(route)]
+    require_matches("p_overrides", parsed.overrides, names)
     groups = [
-        *_group(
-            (route for route in matrices if not route.transposed),
-            weight_decay,
-            spectral=True,
-            transposed=False,
-        ),
-        *_group((route for route in matrices if route.transposed), weight_decay, spectral=True, transposed=True),
-        *_group((route for route in others if route.decay), weight_decay, spectral=False),
-        *_group((route for route in others if not route.decay), 0.0, spectral=False),
+        *_spectral_groups(matrices, weight_decay, parsed),
+        *_adamw_group((route for route in others if route.decay), weight_decay),
+        *_adamw_group((route for route in others if not route.decay), 0.0),
     ]
     optimizer = SchattenP(
         groups,
@@ -82,12 +82,65 @@ def create_schatten_optimizer(
         workspace_mib=parsed.workspace_mib,
     )
     optimizer.options = parsed
-    if parsed.adaptive:
-        optimizer.adapt(Adaptation(model, {route.name: route.module for route in matrices}, parsed))
+    free = [name for name in names if not any(matches(pattern, name) for pattern in parsed.overrides)]
+    policy = _policy(model, matrices, free, parsed)
+    if policy is not None:
+        optimizer.follow(policy)
     return optimizer
 
 
-def _group(routes: Iterable[Route], weight_decay: float, **flags: bool) -> list[dict[str, Any]]:
+def _matrix_names(route: Route) -> list[str]:
+    return [matrix_name(route.name, part) for part in route.layout.part_names(route.parameter.shape)]
+
+
+def _spectral_groups(routes: Iterable[Route], weight_decay: float, options: SchattenOptions) -> list[Group]:
+    """Return one parameter group for each layout and set of first p."""
+    groups: dict[Any, Group] = {}
+    for route in routes:
+        p = tuple(_first_p(name, options) for name in _matrix_names(route))
+        group = groups.setdefault(
+            (route.layout, p),
+            {
+                "params": [],
+                "weight_decay": weight_decay,
+                "spectral": True,
+                "transposed": route.layout.transposed,
+                "sections": route.layout.sections,
+                "p": p[0] if len(set(p)) == 1 else p,
+            },
+        )
+        group["params"].append((route.name, route.parameter))
+    return list(groups.values())
+
+
+def _first_p(name: str, options: SchattenOptions) -> float:
+    return next((p for pattern, p in options.overrides.items() if matches(pattern, name)), options.initial_p)
+
+
+def _adamw_group(routes: Iterable[Route], weight_decay: float) -> list[Group]:
     """Return the parameter group of these routes as a list, empty when there are none."""
     named = [(route.name, route.parameter) for route in routes]
-    return [{"params": named, "weight_decay": weight_decay, **flags}] if named else []
+    return [{"params": named, "weight_decay": weight_decay, "spectral": False}] if named else []
+
+
+def _policy(
+    model: nn.Module, routes: Sequence[Route], names: Sequence[str], options: SchattenOptions
+) -> Policy | None:
+    """Return what changes the p of the named matrices, None where it is fixed."""
+    if options.p == "schedule":
+        return ScheduledP(options.p_start, options.p_end, options.p_steps, names)
+    if options.p == "adaptive" and names:
+        layers = {route.name: route.module for route in routes if not set(_matrix_names(route)).isdisjoint(names)}
+        return Adaptation(model, layers, _groups(names, options.p_groups), options)
+    return None
+
+
+def _groups(names: Sequence[str], patterns: Sequence[str]) -> dict[str, int]:
+    """Return a number for each matrix: its own, or that of the first matrix that matches the same pattern."""
+    require_matches("p_groups", patterns, names)
+    first: dict[str, int] = {}
+    groups = {}
+    for number, name in enumerate(names):
+        pattern = next((pattern for pattern in patterns if matches(pattern, name)), name)
+        groups[name] = first.setdefault(pattern, number)
+    return groups

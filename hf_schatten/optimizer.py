@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -14,19 +14,20 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from .criterion import NODES
+from .criterion import CURVES, NODES
 from .distributed import UnsupportedEngineError
+from .layout import Layout, as_matrix, matrix_name
 from .linalg import spectral_power
 from .linalg.coefficient_table import exponent_of
 from .options import OPTIMIZER_NAME, ScaleRule, SchattenOptions
 from .scaling import update_norm
 
 if TYPE_CHECKING:
-    from .adaptation import Adaptation
+    from .policy import Policy
 
-# State of a matrix, by name. Every key is a tensor that is created at the first step: sharded checkpoints drop
-# what appears later.
-STEP, MOMENTUM, P, STATISTICS = "step", "momentum", "p", "statistics"
+# State of a parameter of matrices, by name; p, statistics and their weight have one row for each of its matrices.
+# Every key is a tensor that is created at the first step: sharded checkpoints drop what appears later.
+STEP, MOMENTUM, P, STATISTICS, STATISTICS_WEIGHT = "step", "momentum", "p", "statistics", "statistics_weight"
 
 # Temporaries of a matrix (m, n), m <= n, while its batch is updated: momentum, normalised momentum, iterate, product
 # and weighted sum; Gram matrices and polynomials of them.
@@ -44,17 +45,19 @@ class SchattenP(Optimizer):
 
     where U Σ Vᵀ is the singular value decomposition of the bias-corrected (Nesterov) momentum and c pins the
     Frobenius norm of the update (:mod:`hf_schatten.scaling`). p = 1 is normalised SGD with momentum, p = ∞ is
-    Muon. Each matrix has a p of its own in ``state[parameter]["p"]``; :class:`hf_schatten.adaptation.Adaptation`
-    re-estimates it during training, and without one it stays at the group's ``p``.
+    Muon. A parameter is one matrix or several (:class:`hf_schatten.layout.Layout`), and each matrix has a p of its
+    own in ``state[parameter]["p"]``. A policy (:mod:`hf_schatten.policy`) changes it during training; without one it
+    stays at the group's ``p``.
 
     Most users want :func:`hf_schatten.create_schatten_optimizer`, which makes the groups from a model.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
-            chooses the Schatten-p update, False chooses AdamW; ``transposed`` (default False) says that its
-            matrices are stored (in, out).
+            chooses the Schatten-p update, False chooses AdamW; ``transposed`` (default False) and ``sections``
+            (default none) say how its parameters are read as matrices, see :class:`hf_schatten.layout.Layout`.
         lr: learning rate of the AdamW groups; that of matrices is ``lr * lr_ratio``. Default 1e-3.
-        p: p of a matrix at its first step: at least 1, ``inf``, or at most -4. Default ``inf``.
+        p: p of a matrix at its first step: at least 1, ``inf``, or at most -4; in a group, a sequence gives each
+            matrix of the parameter its own. Default ``inf``.
         momentum: decay β of the momentum, in [0, 1). Default 0.95.
         nesterov: look one step ahead. Default True.
         weight_decay: decoupled weight decay λ of every group. Default 0.1.
@@ -68,14 +71,14 @@ class SchattenP(Optimizer):
 
     Attributes:
         options: the options it was created with, None where it was made by hand.
-        adaptation: what re-estimates p, None where p is fixed.
+        policy: what changes p, None where it is fixed.
 
     Raises:
         ValueError: when a group marked ``spectral`` holds a parameter that is no matrix, or p is out of range.
     """
 
     options: SchattenOptions | None = None
-    adaptation: Adaptation | None = None
+    policy: Policy | None = None
 
     def __init__(
         self,
@@ -98,6 +101,7 @@ class SchattenP(Optimizer):
         defaults = {
             "spectral": True,
             "transposed": False,
+            "sections": (),
             "lr": lr,
             "p": p,
             "momentum": momentum,
@@ -120,14 +124,13 @@ class SchattenP(Optimizer):
         group = self.param_groups[-1]
         if not group["spectral"]:
             return
-        exponent_of(group["p"])
-        for name, parameter in _named_parameters(group):
-            if parameter.ndim != 2:
-                self.param_groups.pop()
-                raise ValueError(
-                    f"Parameter {name!r} of shape {tuple(parameter.shape)} is no matrix. Put it into a group with "
-                    "spectral=False, or let hf_schatten.create_schatten_optimizer(model) make the groups."
-                )
+        try:
+            for name, parameter in _named_parameters(group):
+                _layout(group).check(name, parameter.shape)
+                _initial_p(group, len(_layout(group).part_names(parameter.shape)))
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
     def direction(self, momenta: Tensor, p: Tensor) -> Tensor:
         """Return the update direction of a batch of matrices, of any scale: the method to override.
@@ -159,35 +162,40 @@ class SchattenP(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.create_matrix_state()
-        if self.adaptation is not None:
-            self.adaptation.estimate(self)
-        matrices = []
+        if self.policy is not None:
+            self.policy.before_update(self)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["spectral"]:
-                matrices += [_Matrix(parameter, self.state[parameter], group) for parameter in parameters]
+                self._advance_momentum(group, parameters)
             elif parameters:
                 self._adamw_step(group, parameters)
-        for batch in _batches(matrices, self.workspace_mib):
+        for batch in _batches((m for m in self.matrices() if m.parameter.grad is not None), self.workspace_mib):
             self._update_batch(batch)
-        if self.adaptation is not None:
-            self.adaptation.arm(self)
+        if self.policy is not None:
+            self.policy.after_update(self)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle keeps: everything but the adaptation, whose hooks belong to the model."""
+        """What a copy or a pickle keeps: everything but the policy, whose hooks belong to the model."""
         own = {"ns_steps": self.ns_steps, "workspace_mib": self.workspace_mib, "options": self.options}
         return super().__getstate__() | own
 
-    def matrices(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (name, parameter) of every matrix of the spectral groups."""
+    def matrices(self) -> Iterator[Matrix]:
+        """Yield every matrix of the spectral groups."""
         for group in self.param_groups:
             if group["spectral"]:
-                yield from _named_parameters(group)
+                for name, parameter in _named_parameters(group):
+                    state = self.state.get(parameter, {})  # indexing would create an entry
+                    for index, part in enumerate(_layout(group).part_names(parameter.shape)):
+                        yield Matrix(matrix_name(name, part), name, parameter, index, group, state)
 
     def learned_p(self) -> dict[str, float]:
-        """Return the present p of every matrix that has taken a step, by parameter name."""
-        by_name = {name: state[P] for name, state in self._matrix_states()}
+        """Return the present p of every matrix that has taken a step, by its name.
+
+        The name is the parameter's; where the parameter consists of several matrices, that of the part follows.
+        """
+        by_name = {matrix.name: matrix.p for matrix in self.matrices() if matrix.state}
         values = torch.stack(list(by_name.values())).tolist() if by_name else []  # one wait for the device
         return dict(zip(by_name, values, strict=True))
 
@@ -215,7 +223,7 @@ class SchattenP(Optimizer):
 
     def steps_taken(self) -> int:
         """Return how many steps the matrices have taken: the largest of their counters."""
-        return int(max((state[STEP].item() for _, state in self._matrix_states()), default=0))
+        return int(max((matrix.state[STEP].item() for matrix in self.matrices() if matrix.state), default=0))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as ``torch.optim.Optimizer`` does, but keep the dtype in which each tensor was saved.
@@ -231,24 +239,20 @@ class SchattenP(Optimizer):
                 loaded = self.state[parameter][key]
                 if isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
                     self.state[parameter][key] = saved.to(device=loaded.device, copy=True)
-        if self.adaptation is not None:
-            self.adaptation.arm(self)
+        if self.policy is not None:
+            self.policy.after_load(self)
 
-    def _matrix_states(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name, parameter in self.matrices():
-            if parameter in self.state:  # indexing would create an entry
-                yield name, self.state[parameter]
+    def follow(self, policy: Policy) -> None:
+        """Let this policy change p from now on."""
+        self.stop_following()
+        self.policy = policy
+        policy.after_update(self)
 
-    def adapt(self, adaptation: Adaptation) -> None:
-        """Let this object re-estimate p from now on."""
-        self.adaptation = adaptation
-        adaptation.arm(self)
-
-    def stop_adapting(self) -> None:
-        """Keep every p as it is from now on, and remove the hooks from the model."""
-        if self.adaptation is not None:
-            self.adaptation.remove()
-            self.adaptation = None
+    def stop_following(self) -> None:
+        """Keep every p as it is from now on, and remove the policy's hooks from the model."""
+        if self.policy is not None:
+            self.policy.remove()
+            self.policy = None
 
     def create_matrix_state(self) -> None:
         """Create the state of every matrix that has none, also of one without a gradient so far.
@@ -263,13 +267,19 @@ class SchattenP(Optimizer):
                         _require_whole_matrix(parameter)
                         self.state[parameter] = _new_state(parameter, group)
 
-    def _update_batch(self, batch: list[_Matrix]) -> None:
+    def _advance_momentum(self, group: dict[str, Any], parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            state = self.state[parameter]
+            state[STEP].add_(1)
+            gradient = parameter.grad.to(state[MOMENTUM].dtype)  # type: ignore[union-attr]
+            state[MOMENTUM].lerp_(gradient, 1 - group["momentum"])
+
+    def _update_batch(self, batch: list[Matrix]) -> None:
         """Update matrices of one shape or its transpose: one batched direction, each matrix with its own p."""
-        average = batch[0].state[MOMENTUM]
-        momenta = average.new_empty(len(batch), *batch[0].wide_shape)
+        momenta = batch[0].momentum.new_empty(len(batch), *batch[0].wide_shape)
         for matrix, slot in zip(batch, momenta, strict=True):
-            matrix.advance_momentum(slot)
-        p = torch.stack([matrix.state[P] for matrix in batch])  # (B,)
+            matrix.write_momentum(slot)
+        p = torch.stack([matrix.p for matrix in batch])  # (B,)
         directions = self.direction(momenta, p)  # (B, m, n)
         norms = torch.linalg.matrix_norm(directions)  # (B,)
         targets = torch.stack([matrix.update_norm() for matrix in batch])  # (B,)
@@ -306,56 +316,110 @@ class SchattenP(Optimizer):
 
 
 @dataclass(frozen=True)
-class _Matrix:
-    """One matrix at one step: what of the update concerns it alone."""
+class Matrix:
+    """One matrix of a spectral group: its parameter, and where in it the matrix lies.
 
-    parameter: Tensor  # (r, c), as stored
-    state: dict[str, Tensor]
+    Attributes:
+        name: the parameter's, followed by the part's where the parameter consists of several matrices.
+        parameter_name: the name of the parameter.
+        parameter: the parameter that the matrix is a part of.
+        index: its number among the parameter's matrices.
+        group: the parameter's group.
+        state: the parameter's state, empty before the first step.
+    """
+
+    name: str
+    parameter_name: str
+    parameter: Tensor
+    index: int
     group: dict[str, Any]
+    state: dict[str, Tensor]
+
+    @property
+    def input_name(self) -> str:
+        """The name of its inputs, which the parts of a fused projection share."""
+        return matrix_name(self.parameter_name, _layout(self.group).expert(self.parameter.shape, self.index))
+
+    @property
+    def momentum(self) -> Tensor:
+        """The moving average of the gradient, (r, c) as stored."""
+        return as_matrix(self._part(self.state[MOMENTUM]))
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient, (r, c) as stored, or None."""
+        return None if self.parameter.grad is None else as_matrix(self._part(self.parameter.grad))
+
+    @property
+    def p(self) -> Tensor:
+        """The exponent of this matrix, a scalar that may be written to."""
+        return self.state[P][self.index]
+
+    @property
+    def first_p(self) -> float:
+        """The exponent that it starts with."""
+        return _initial_p(self.group, len(_layout(self.group).part_names(self.parameter.shape)))[self.index]
+
+    @property
+    def statistics(self) -> Tensor:
+        """The moving average of the criterion's statistics, (CURVES, NODES); may be written to."""
+        return self.state[STATISTICS][self.index]
+
+    @property
+    def statistics_weight(self) -> Tensor:
+        """The sum of the weights in that moving average, a scalar; may be written to."""
+        return self.state[STATISTICS_WEIGHT][self.index]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = as_matrix(self._part(self.parameter)).shape
+        return (columns, rows) if self.group["transposed"] else (rows, columns)
 
     @property
     def wide_shape(self) -> tuple[int, int]:
         """The shape with the shorter side first, in which equal matrices and their transposes share a batch."""
-        rows, columns = self.parameter.shape
-        return min(rows, columns), max(rows, columns)
+        m, n = self.shape
+        return min(m, n), max(m, n)
 
-    def advance_momentum(self, wide: Tensor) -> None:
-        """Update the moving average in place and write the bias-corrected (look-ahead) momentum into ``wide``.
+    def look_ahead(self, out: Tensor | None = None) -> Tensor:
+        """Return what the moving average would be if the gradient came once more, (r, c) as stored."""
+        gradient = self.gradient.to(self.momentum.dtype)  # type: ignore[union-attr]
+        return torch.lerp(self.momentum, gradient, 1 - self.group["momentum"], out=out)
 
-        The look-ahead is what the average would be if the gradient came once more, so that its bias is that of one
-        step more.
-        """
-        beta, average = self.group["momentum"], self.state[MOMENTUM]
-        gradient = self.parameter.grad.to(average.dtype)  # type: ignore[union-attr]
-        step = self.state[STEP].add_(1).item()
-        average.lerp_(gradient, 1 - beta)
+    def write_momentum(self, wide: Tensor) -> None:
+        """Write the bias-corrected (look-ahead) momentum into ``wide``; the bias is that of one step more."""
+        beta, step = self.group["momentum"], self.state[STEP].item()
         if self.group["nesterov"]:
-            torch.lerp(average, gradient, 1 - beta, out=self._stored(wide)).div_(1 - beta ** (step + 1))
+            self.look_ahead(out=self._stored(wide)).div_(1 - beta ** (step + 1))
         else:
-            torch.div(average, 1 - beta**step, out=self._stored(wide))
+            torch.div(self.momentum, 1 - beta**step, out=self._stored(wide))
 
     def update_norm(self) -> Tensor:
         """Return the Frobenius norm that the update is scaled to, a scalar."""
-        rows, columns = self.parameter.shape
-        m, n = (columns, rows) if self.group["transposed"] else (rows, columns)
-        s = self.state[P].reciprocal()
-        return update_norm(self.group["scale"], m, n, s, beta1=self.group["betas"][0], lr_ratio=self.group["lr_ratio"])
+        beta1, lr_ratio = self.group["betas"][0], self.group["lr_ratio"]
+        return update_norm(self.group["scale"], *self.shape, self.p.reciprocal(), beta1=beta1, lr_ratio=lr_ratio)
 
     def apply(self, wide: Tensor, factor: Tensor) -> None:
         """Decay the weights and take the step ``factor * wide``."""
         lr = float(self.group["lr"]) * self.group["lr_ratio"]
-        self.parameter.mul_(1 - lr * self.group["weight_decay"])
-        self.parameter.addcmul_(self._stored(wide), factor, value=-lr)
+        weights = self._part(self.parameter)
+        weights.mul_(1 - lr * self.group["weight_decay"])
+        weights.addcmul_(self._stored(wide).reshape(weights.shape), factor, value=-lr)
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        return _layout(self.group).part(tensor, self.index)
 
     def _stored(self, wide: Tensor) -> Tensor:
-        return wide if self.parameter.shape == wide.shape else wide.mT
+        rows, columns = as_matrix(self._part(self.parameter)).shape
+        return wide if rows <= columns else wide.mT
 
 
-def _batches(matrices: Iterable[_Matrix], workspace_mib: int) -> Iterator[list[_Matrix]]:
+def _batches(matrices: Iterable[Matrix], workspace_mib: int) -> Iterator[list[Matrix]]:
     """Yield batches of one shape (or its transpose), dtype and device that stay within the workspace."""
-    alike: dict[Any, list[_Matrix]] = {}
+    alike: dict[Any, list[Matrix]] = {}
     for matrix in matrices:
-        momentum = matrix.state[MOMENTUM]
+        momentum = matrix.momentum
         alike.setdefault((matrix.wide_shape, momentum.dtype, momentum.device), []).append(matrix)
     for ((m, n), dtype, _), batch in alike.items():
         needed = (_WORKSPACE_RECTANGLES * m * n + _WORKSPACE_SQUARES * m * m) * dtype.itemsize
@@ -369,6 +433,24 @@ def _named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     yield from zip(names, group["params"], strict=True)
 
 
+def _layout(group: dict[str, Any]) -> Layout:
+    return Layout(group["transposed"], group["sections"])
+
+
+def _initial_p(group: dict[str, Any], count: int) -> list[float]:
+    """Return the p that each of a parameter's matrices starts with.
+
+    Raises:
+        ValueError: when one is out of range, or their number is not that of the matrices.
+    """
+    values = list(group["p"]) if isinstance(group["p"], Sequence) else [group["p"]] * count
+    for p in values:
+        exponent_of(p)
+    if len(values) != count:
+        raise ValueError(f"p={values!r} has {len(values)} values for a parameter of {count} matrices.")
+    return values
+
+
 def _state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
@@ -378,11 +460,13 @@ def _new_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     step = torch.tensor(0.0)  # on the host, as in torch.optim: reading it synchronises nothing
     if not group["spectral"]:
         return {STEP: step, "exp_avg": average, "exp_avg_sq": torch.zeros_like(average)}
+    count = len(_layout(group).part_names(parameter.shape))
     return {
         STEP: step,
         MOMENTUM: average,
-        P: torch.tensor(group["p"], dtype=torch.float32, device=parameter.device),
-        STATISTICS: torch.zeros(2, NODES, dtype=torch.float64, device=parameter.device),
+        P: torch.tensor(_initial_p(group, count), dtype=torch.float32, device=parameter.device),
+        STATISTICS: torch.zeros(count, CURVES, NODES, dtype=torch.float64, device=parameter.device),
+        STATISTICS_WEIGHT: torch.zeros(count, dtype=torch.float64, device=parameter.device),
     }
 
 
@@ -392,7 +476,7 @@ def _require_whole_matrix(parameter: Tensor) -> None:
             "schatten_p does not support sharded (DTensor) parameters of FSDP version 2 or tensor parallelism yet. "
             "Use DDP, or optim='adamw_torch' with this engine."
         )
-    if parameter.ndim != 2:
+    if parameter.ndim < 2:
         raise UnsupportedEngineError(
             f"A matrix has become a tensor of shape {tuple(parameter.shape)}: the training engine (DeepSpeed ZeRO or "
             "FSDP version 1) hands the optimizer flat pieces. Use DDP, or optim='adamw_torch' with this engine."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -13,6 +14,8 @@ from .linalg.coefficient_table import STEPS, exponent_of
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
 ScaleRule = Literal["match_rms_adamw", "muon", "interpolate"]
+CriterionName = Literal["holder", "alignment", "decrease"]
+EstimatorName = Literal["exact", "submatrix", "lowrank", "lanczos", "iterates"]
 
 
 class OptionError(ValueError):
@@ -27,18 +30,32 @@ class SchattenOptions:
     AdamW and come from the caller (``TrainingArguments`` in a Trainer).
 
     Args:
-        p: ``"adaptive"`` (estimated per layer from the spectra of gradient and input), or one number for all
-            matrices: 1 is SGD-like, ``inf`` is Muon. Negative numbers up to -4 are spectral exponents
-            1/p in [-0.25, 0), "beyond Muon". Default ``"adaptive"``.
+        p: ``"adaptive"`` (estimated per matrix from the spectra of gradient and input), ``"schedule"`` (1/p linear
+            in the step), or one number for all matrices: 1 is SGD-like, ``inf`` is Muon. Negative numbers up to -4
+            are spectral exponents 1/p in [-0.25, 0), "beyond Muon". Default ``"adaptive"``.
+        p_overrides: ``pattern:p`` pairs for matrices that keep a p of their own, such as ``*.c_proj:inf``; several
+            are joined by ``;``. The first that matches counts. Default none.
+        criterion: what the estimate maximises: ``holder`` (default), ``alignment`` or ``decrease``; see
+            :mod:`hf_schatten.criterion`.
+        p_estimator: how norms are computed for it; see :data:`hf_schatten.linalg.spectrum.LOG_NORM_ESTIMATORS`.
+            Default ``exact``.
+        p_groups: patterns, joined by ``;``: all matrices that match one share a p. Default none.
         p_min: smallest p that the estimate may choose, at least 1. Default 1.
-        p_max: largest p that the estimate may choose, ``inf`` allowed. Default 100, whose update is within
-            a few percent of Muon's and whose logs stay finite.
+        p_max: largest p that the estimate may choose; ``inf`` is allowed, and so are -4 and below, which extend the
+            range of 1/p below zero. Default 100, whose update is within a few percent of Muon's and whose logs stay
+            finite.
         p_init: p of every layer until its first estimate. Default ``p_max``.
         p_interval: steps between two estimates. Default 100.
+        p_interval_growth: factor by which the interval grows after each estimate, at least 1. Default 1.
         p_first_step: step of the first, early estimate (counted from 1). Default 10.
         p_ema_decay: decay of the moving average of the statistics per estimate, in [0, 1); 0 uses the
             newest sample alone. Default 0.8.
+        p_async: estimate in a worker thread, off the training step; the new p arrives some steps later, so that
+            training no longer repeats bitwise. Default False.
         probe_rows: most input rows (tokens) sampled per layer on a due step. Default 1024.
+        p_start: first p of ``p="schedule"``. Default 4.
+        p_end: last p of ``p="schedule"``. Default ``inf``.
+        p_steps: steps of ``p="schedule"``; a Trainer's whole training where it is none. Default none.
         momentum: decay of the momentum, in [0, 1). Default 0.95.
         nesterov: look one step ahead of the momentum. Default True.
         scale: how ||O||_F is pinned: ``match_rms_adamw`` (default), ``muon`` or ``interpolate``;
@@ -47,47 +64,65 @@ class SchattenOptions:
             both follow the one schedule. Default 1.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
         workspace_mib: memory, in MiB, that a batch of equally shaped matrices may take for temporaries. Default 512.
-        exclude: parameter name patterns (``fnmatch``; several joined by ``;`` in ``--optim_args``) that go to
-            AdamW although they are matrices. A pattern without a match is an error. Default none.
+        split_fused: update the parts of fused projections (``c_attn``, ``qkv_proj``, ``gate_up_proj``) as matrices
+            of their own. Default True.
+        exclude: parameter name patterns, joined by ``;``, that go to AdamW although they are matrices. Default none.
+
+    Patterns are those of ``fnmatch``, on names with or without "weight": ``*.mlp.*``. One without a match is an error.
 
     Raises:
         OptionError: when a value is out of range.
     """
 
-    p: float | Literal["adaptive"] = "adaptive"
+    p: float | Literal["adaptive", "schedule"] = "adaptive"
+    p_overrides: tuple[str, ...] = ()
+    criterion: CriterionName = "holder"
+    p_estimator: EstimatorName = "exact"
+    p_groups: tuple[str, ...] = ()
     p_min: float = 1.0
     p_max: float = 100.0
     p_init: float | None = None
     p_interval: int = 100
+    p_interval_growth: float = 1.0
     p_first_step: int = 10
     p_ema_decay: float = 0.8
+    p_async: bool = False
     probe_rows: int = 1024
+    p_start: float = 4.0
+    p_end: float = math.inf
+    p_steps: int | None = None
     momentum: float = 0.95
     nesterov: bool = True
     scale: ScaleRule = "match_rms_adamw"
     schatten_lr_ratio: float = 1.0
     ns_steps: int = 5
     workspace_mib: int = 512
+    split_fused: bool = True
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.p != "adaptive":
-            try:
-                exponent_of(self.p)
-            except ValueError as error:
-                raise OptionError(str(error)) from error
-        self._require(1 <= self.p_min <= self.p_max, "p_min", "1 <= p_min <= p_max")
+        if not isinstance(self.p, str):
+            _require_exponent("p", self.p)
+        for name in ("p_min", "p_max", "p_start", "p_end"):
+            _require_exponent(name, getattr(self, name))
+        for p in self.overrides.values():
+            _require_exponent("p_overrides", p)
+        for name, allowed in (("criterion", CriterionName), ("p_estimator", EstimatorName), ("scale", ScaleRule)):
+            self._require(getattr(self, name) in get_args(allowed), name, f"one of {', '.join(get_args(allowed))}")
+        # In the order of 1/p, in which -4 lies beyond inf.
+        self._require(self.p_min >= 1 and 1 / self.p_max <= 1 / self.p_min, "p_min", "1 <= p_min <= p_max")
         self._require(
-            self.p_init is None or self.p_min <= self.p_init <= self.p_max,
+            self.p_init is None or 1 / self.p_max <= 1 / self.p_init <= 1 / self.p_min,
             "p_init",
             "p_min <= p_init <= p_max",
         )
         self._require(self.p_interval >= 1, "p_interval", "a number of steps, 1 or more")
+        self._require(1 <= self.p_interval_growth < math.inf, "p_interval_growth", "a finite number, 1 or more")
+        self._require(self.p_steps is None or self.p_steps >= 1, "p_steps", "a number of steps, 1 or more")
         self._require(self.p_first_step >= 1, "p_first_step", "a step number, 1 or more")
         self._require(0 <= self.p_ema_decay < 1, "p_ema_decay", "0 <= p_ema_decay < 1")
         self._require(self.probe_rows >= 1, "probe_rows", "a number of rows, 1 or more")
         self._require(0 <= self.momentum < 1, "momentum", "0 <= momentum < 1")
-        self._require(self.scale in get_args(ScaleRule), "scale", f"one of {', '.join(get_args(ScaleRule))}")
         self._require(0 < self.schatten_lr_ratio < math.inf, "schatten_lr_ratio", "a positive finite number")
         self._require(self.ns_steps in STEPS, "ns_steps", f"one of {', '.join(map(str, STEPS))}")
         self._require(self.workspace_mib >= 1, "workspace_mib", "a number of MiB, 1 or more")
@@ -103,10 +138,27 @@ class SchattenOptions:
 
     @property
     def initial_p(self) -> float:
-        """The p that every matrix starts with."""
-        if self.p != "adaptive":
-            return float(self.p)
-        return self.p_max if self.p_init is None else self.p_init
+        """The p that a matrix without override starts with."""
+        if self.p == "schedule":
+            return self.p_start
+        if self.p == "adaptive":
+            return self.p_max if self.p_init is None else self.p_init
+        return float(self.p)
+
+    @property
+    def overrides(self) -> dict[str, float]:
+        """The p of ``p_overrides`` by pattern.
+
+        Raises:
+            OptionError: when an entry is no ``pattern:p``.
+        """
+        overrides = {}
+        for entry in self.p_overrides:
+            pattern, separator, p = entry.rpartition(":")
+            if not (pattern and separator):
+                raise OptionError(f"p_overrides has {entry!r}, which is no pattern:p; write for example *.c_proj:inf.")
+            overrides[pattern] = _parse("p_overrides", p, "float")
+        return overrides
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SchattenOptions:
@@ -142,7 +194,7 @@ class SchattenOptions:
             if not (name and separator and value):
                 raise OptionError(
                     f"optim_args has {pair!r}, which is no name=value pair; write for example "
-                    "optim_args='p=adaptive,p_interval=100'."
+                    "optim_args='p=adaptive,p_interval=100', and join several patterns by ';'."
                 )
             if name in values:
                 raise OptionError(f"optim_args names {name!r} twice; keep one of them.")
@@ -158,21 +210,29 @@ _PARSERS: dict[str, tuple[Any, str]] = {
     "float": (float, "a number"),
     "int": (int, "a whole number"),
     "bool": (_truth_value, "true or false"),
-    "float | Literal['adaptive']": (
-        lambda text: text if text == "adaptive" else float(text),
-        "'adaptive', a number or inf",
+    "float | Literal['adaptive', 'schedule']": (
+        lambda text: text if text in ("adaptive", "schedule") else float(text),
+        "'adaptive', 'schedule', a number or inf",
     ),
     "float | None": (lambda text: None if text.lower() == "none" else float(text), "a number or none"),
-    "ScaleRule": (str, ""),
-    "tuple[str, ...]": (lambda text: tuple(filter(None, text.split(";"))), "patterns joined by ';'"),
+    "int | None": (lambda text: None if text.lower() == "none" else int(text), "a whole number or none"),
+    "tuple[str, ...]": (lambda text: tuple(filter(None, re.split("[;,]", text))), "patterns joined by ';'"),
 }
 
 
-def _parse(name: str, value: Any) -> Any:
+def _require_exponent(name: str, p: float) -> None:
+    try:
+        exponent_of(p)
+    except ValueError as error:
+        raise OptionError(f"{name}: {error}") from error
+
+
+def _parse(name: str, value: Any, kind: str | None = None) -> Any:
+    """Return the value that a text stands for, of the option's type or the given one."""
     if not isinstance(value, str):
-        return value
-    kind = next(str(field.type) for field in fields(SchattenOptions) if field.name == name).replace('"', "'")
-    parser, expected = _PARSERS[kind]
+        return tuple(value) if isinstance(value, list) else value
+    kind = kind or next(str(field.type) for field in fields(SchattenOptions) if field.name == name).replace('"', "'")
+    parser, expected = _PARSERS.get(kind, (str, "a name"))
     try:
         return parser(value)
     except (ValueError, KeyError) as error:

@@ -1,12 +1,17 @@
-"""Forward hooks that sample the input rows of routed layers, on due steps only."""
+"""Forward hooks that sample the inputs of routed layers, on due steps only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .inputs import input_rows
+from .layout import matrix_name
 
 # 2^32 divided by the golden ratio: i ↦ (i · this) mod 2^32 visits the integers evenly, whatever the stride, so that
 # "below a threshold" keeps an even share of every sequence and position.
@@ -26,30 +31,74 @@ class RowSample:
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
-        self._rows: list[Tensor] = []
-        self._kept = torch.empty(0, dtype=torch.int64)  # stream index of each kept row, on the host
+        self._pieces: list[tuple[Tensor, Tensor]] = []  # stream indices on the host, rows
+        self._kept = torch.empty(0, dtype=torch.int64)  # stream indices of the sample
         self._seen = 0
         self._threshold = _WORD
 
-    def add(self, rows: Tensor) -> None:
-        """Offer the next rows of the stream, (T, n); what is kept is a copy."""
-        index = torch.arange(self._seen, self._seen + len(rows))
-        self._seen += len(rows)
-        chosen = self._chosen(index)
-        self._rows.append(rows[chosen.to(rows.device)])
-        self._kept = torch.cat([self._kept, index[chosen]])
-        if len(self._kept) > self._capacity:
-            while len(chosen := self._chosen(self._kept)) > self._capacity:
-                self._threshold = self._threshold * 7 // 8
-            self._rows = [torch.cat(self._rows)[chosen.to(rows.device)]]
-            self._kept = self._kept[chosen]
+    def offer(self, count: int, pick: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        """Offer the next rows of the stream.
 
-    def rows(self) -> Tensor:
-        """Return the sample, (at most capacity, n), in stream order."""
-        return torch.cat(self._rows)
+        Args:
+            count: number of rows.
+            pick: from indices (k,) below ``count`` to a copy of those rows, (k, n).
+
+        Returns:
+            A function that picks what was chosen, to be called once, now or later.
+        """
+        start = self._seen
+        self._seen += count
+        index = self._chosen(torch.arange(start, self._seen))
+        self._kept = torch.cat([self._kept, index])
+        while len(self._kept) > self._capacity:
+            self._threshold = self._threshold * 7 // 8
+            self._kept = self._chosen(self._kept)
+        index = self._chosen(index)
+
+        def keep() -> None:
+            self._pieces = [self._thinned(*piece) for piece in self._pieces]
+            self._pieces.append((index, pick(index - start)))
+
+        return keep
+
+    def rows(self) -> Tensor | None:
+        """Return the sample, (at most capacity, n), in stream order; None where nothing was kept."""
+        if not self._pieces:
+            return None
+        index, rows = (torch.cat(column) for column in zip(*self._pieces, strict=True))
+        order = index.argsort()
+        kept = order[self._hash(index[order]) < self._threshold]
+        return rows[kept.to(rows.device)]
+
+    def _thinned(self, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = self._hash(index) < self._threshold
+        return (index, rows) if chosen.all() else (index[chosen], rows[chosen.to(rows.device)])
 
     def _chosen(self, index: Tensor) -> Tensor:
-        return ((index * _GOLDEN) % _WORD < self._threshold).nonzero().flatten()
+        return index[self._hash(index) < self._threshold]
+
+    @staticmethod
+    def _hash(index: Tensor) -> Tensor:
+        return (index * _GOLDEN) % _WORD
+
+
+class _EagerCompiler:
+    """Makes ``torch.compile`` run eagerly what it would have to compile anew, as long as any probe asks for it."""
+
+    def __init__(self) -> None:
+        self._askers: set[int] = set()
+        self._stance = ExitStack()
+
+    def ask(self, asker: int, eager: bool) -> None:
+        """Ask for it under a number, or no longer."""
+        if eager and not self._askers:
+            self._stance.enter_context(torch.compiler.set_stance("eager_on_recompile"))
+        (self._askers.add if eager else self._askers.discard)(asker)
+        if not self._askers:
+            self._stance.close()
+
+
+_EAGER_COMPILER = _EagerCompiler()
 
 
 class InputProbe:
@@ -57,61 +106,100 @@ class InputProbe:
 
     Counts each training forward once: not in evaluation, not under ``no_grad``, and once under gradient
     checkpointing of either kind, whose second forward runs inside backward. All micro-batches of an
-    accumulated step contribute.
+    accumulated step contribute; padding does not (an ``attention_mask`` that the model gets by keyword).
+
+    Rows are copied when the gradient reaches the layer, where autograd keeps its input until then anyway: earlier
+    copies would add to the peak of memory, which lies before the backward pass.
+
+    While armed, ``torch.compile`` runs what it would have to compile anew eagerly: training has one graph.
 
     Args:
         model: the model whose forward begins a micro-batch.
-        modules: layers to sample, by the name the sample is asked for; the last dimension of a layer's first
-            input is its features.
-        capacity: most rows kept per layer.
-
-    Attributes:
-        armed: whether forwards are sampled. A plain bool, so that a compiled forward only guards on it.
+        layers: the module that owns each routed parameter, by the parameter's name.
+        capacity: most rows kept per matrix.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module], capacity: int) -> None:
-        self.armed = False
+    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], capacity: int) -> None:
+        self._armed = False  # a plain bool, so that a compiled forward only guards on it
         self._capacity = capacity
         self._samples: dict[str, RowSample] = {}
         self._seen: set[str] = set()
-        self._handles = [model.register_forward_pre_hook(self._begin_forward)]
-        self._handles += [module.register_forward_pre_hook(self._hook(name)) for name, module in modules.items()]
+        self._masks: dict[str, Tensor] = {}
+        weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
+        self._handles = [model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)]
+        self._handles += [module.register_forward_hook(self._hook(name)) for name, module in layers.items()]
+
+    @property
+    def armed(self) -> bool:
+        """Whether forwards are sampled."""
+        return self._armed
+
+    def arm(self, armed: bool) -> None:
+        """Sample the forwards from now on, or stop."""
+        self._armed = armed
+        _EAGER_COMPILER.ask(id(self), armed)
 
     def take(self) -> dict[str, Tensor]:
-        """Return the sampled rows by layer, (rows, features) each, and forget them.
+        """Return the sampled rows, (rows, features) each, and forget them.
 
-        Layers without a training forward since the last call are missing.
+        They are keyed by parameter name, followed by the expert's number where it has experts. What has had no
+        training forward since the last call is missing.
         """
-        samples = {name: sample.rows() for name, sample in self._samples.items()}
-        self._samples.clear()
-        self._seen.clear()
+        samples = {name: rows for name, sample in self._samples.items() if (rows := sample.rows()) is not None}
+        self._forget()
         return samples
 
     def remove(self) -> None:
         """Remove the hooks."""
+        self.arm(False)
+        self._forget()
         for handle in self._handles:
             handle.remove()
 
-    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.armed and not _inside_backward():
+    def _forget(self) -> None:
+        self._samples.clear()
+        self._seen.clear()
+        self._masks.clear()
+
+    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._armed and not _inside_backward():
             self._seen.clear()
+            masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+            self._masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
 
     def _hook(self, name: str) -> Any:
-        def sample_input(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if self.armed and module.training:
-                self._sample(name, args[0])
+        def sample_input(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._armed and module.training:
+                self._sample(name, module, args, output)
 
         return sample_input
 
-    def _sample(self, name: str, inputs: Tensor) -> None:
-        if _inside_backward():
-            if name in self._seen:  # recomputation of a forward that was sampled
-                return
-        elif not torch.is_grad_enabled():  # a reentrant checkpoint's first forward, or no training at all
+    def _sample(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not (isinstance(output, Tensor) and output.requires_grad):  # no training, or a reentrant checkpoint's first
+            return
+        recomputed = _inside_backward()
+        if recomputed and name in self._seen:
             return
         self._seen.add(name)
-        sample = self._samples.setdefault(name, RowSample(self._capacity))
-        sample.add(inputs.detach().reshape(-1, inputs.shape[-1]))
+        keeps = []
+        for rows in input_rows(name, module, args, self._masks):
+            sample = self._samples.setdefault(matrix_name(name, rows.part), RowSample(self._capacity))
+            keeps.append(sample.offer(rows.count, rows.pick))
+        if recomputed or not _autograd_keeps(args[0]):
+            _call_all(keeps)
+        else:
+            output.register_hook(lambda gradient: _call_all(keeps))
+
+
+def _call_all(functions: Sequence[Callable[[], None]]) -> None:
+    for function in functions:
+        function()
+
+
+def _autograd_keeps(inputs: Tensor) -> bool:
+    """Whether a layer keeps this very tensor for its backward pass, and not a packed or converted copy."""
+    packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return not packed and not torch.is_autocast_enabled(inputs.device.type)
 
 
 def _inside_backward() -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from typing import Any
 import numpy as np
 from huggingface_hub import ModelCard
 from matplotlib.figure import Figure
+
+from .layout import layer_name
 
 LAYER_PREFIX = "schatten_p/"  # of the log entries that hold one layer's p
 SUMMARY_PREFIX = "schatten_p_"  # of the log entries that summarise all layers
@@ -26,20 +27,18 @@ def log_entry(learned_p: Mapping[str, float]) -> dict[str, float]:
     """Return the log entry of one estimate: the summary, and every layer's p by its name.
 
     Args:
-        learned_p: p by parameter name, at least one.
+        learned_p: p by matrix name, at least one.
     """
-    values = list(learned_p.values())
     return {
-        f"{SUMMARY_PREFIX}min": min(values),
-        f"{SUMMARY_PREFIX}median": statistics.median(values),
-        f"{SUMMARY_PREFIX}max": max(values),
+        **{SUMMARY_PREFIX + name: p for name, p in _summary(learned_p).items()},
         **{LAYER_PREFIX + layer_name(name): p for name, p in learned_p.items()},
     }
 
 
-def layer_name(parameter_name: str) -> str:
-    """Return the name that a matrix is reported under."""
-    return parameter_name.removesuffix(".weight")
+def _summary(learned_p: Mapping[str, float]) -> dict[str, float]:
+    """Return min, median and max in the order of 1/p, in which -4 lies beyond inf."""
+    ordered = sorted(learned_p.values(), key=lambda p: -1 / p)
+    return {"min": ordered[0], "median": ordered[(len(ordered) - 1) // 2], "max": ordered[-1]}
 
 
 def plot_p_by_layer(log_history: Iterable[Mapping[str, Any]], path: Path) -> bool:
@@ -140,10 +139,7 @@ def _p_table(learned_p: Mapping[str, float]) -> list[str]:
     rows = [f"| `{layer_name(name)}` | {_p_label(p)} |" for name, p in list(learned_p.items())[:_TABLE_ROWS]]
     if len(values) > _TABLE_ROWS:
         rows.append(f"| … {len(values) - _TABLE_ROWS} more | |")
-    summary = ", ".join(
-        f"{name} {_p_label(of(values))}"
-        for name, of in (("minimum", min), ("median", statistics.median), ("maximum", max))
-    )
+    summary = ", ".join(f"{name} {_p_label(p)}" for name, p in _summary(learned_p).items())
     return [f"p at the end of training: {summary}.", "", "| layer | p |", "|---|---:|", *rows, ""]
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
-Destination = Literal["schatten_p", "adamw", "frozen"]
+from .layout import Layout, matches
 
+Destination = Literal["schatten_p", "adamw", "frozen"]
+Sections = tuple[tuple[str, int], ...]
+
+_IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
 # Wrappers that put a component of their own into a parameter's name.
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -32,7 +35,7 @@ class Route:
         module: the module that owns it.
         destination: ``schatten_p``, ``adamw`` or ``frozen``.
         reason: why, in a few words.
-        transposed: the weight is stored (in, out), as GPT-2's ``Conv1D`` does.
+        layout: the matrices that the parameter consists of.
         decay: whether weight decay applies.
     """
 
@@ -41,7 +44,7 @@ class Route:
     module: nn.Module
     destination: Destination
     reason: str
-    transposed: bool
+    layout: Layout
     decay: bool
 
 
@@ -83,18 +86,19 @@ class Routing:
         return "\n".join(lines)
 
 
-def route_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> Routing:
+def route_parameters(model: nn.Module, exclude: Sequence[str] = (), *, split_fused: bool = True) -> Routing:
     """Decide for every parameter of a model which update it gets.
 
-    A weight goes to the Schatten-p update when an ``nn.Linear`` or a transformers ``Conv1D`` owns it, it lies
-    in the backbone, both its sides are longer than 1, and it is neither an input or output embedding nor tied
-    to one. The owning module decides, not the number of dimensions, so that routers, relative position
-    biases and task heads stay with AdamW. A model that is no ``PreTrainedModel`` is its own backbone: name
-    its output head in ``exclude``.
+    A weight goes to the Schatten-p update when an ``nn.Linear``, a transformers ``Conv1D``, an ``nn.Conv2d`` that does
+    not read images (more than four channels, one group) or a layer of experts of transformers owns it, it lies in the
+    backbone, both its sides are longer than 1, and it is neither an input or output embedding nor tied to one. The
+    owning module decides, not the number of dimensions, so that routers, relative position biases and task heads stay
+    with AdamW. A model that is no ``PreTrainedModel`` is its own backbone: name its output head in ``exclude``.
 
     Args:
         model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
         exclude: parameter name patterns (``fnmatch``) that go to AdamW whatever they are.
+        split_fused: read fused projections as the matrices that they consist of.
 
     Raises:
         RoutingError: when no matrix is routed or a pattern of ``exclude`` matches nothing.
@@ -122,12 +126,14 @@ def route_parameters(model: nn.Module, exclude: Sequence[str] = ()) -> Routing:
                 module,
                 destination,
                 reason,
-                transposed=isinstance(module, Conv1D),
+                layout=_layout(name, parameter, module, model, split_fused)
+                if destination == "schatten_p"
+                else Layout(),
                 decay=raw_name in decayed,
             )
         )
     routing = Routing(tuple(routes))
-    _require_matches(exclude, [route.name for route in routes])
+    require_matches("exclude", exclude, [route.name for route in routes])
     if not routing.to("schatten_p"):
         raise RoutingError(_nothing_routed(model, routing))
     return routing
@@ -150,15 +156,75 @@ def _destination(
     owner = type(module).__name__
     rules: tuple[tuple[bool, Destination, str], ...] = (
         (not parameter.requires_grad, "frozen", "requires no gradient"),
-        (any(fnmatchcase(name, pattern) for pattern in exclude), "adamw", "excluded by option"),
+        (any(matches(pattern, name) for pattern in exclude), "adamw", "excluded by option"),
         (id(parameter) in embeddings, "adamw", "embedding, or tied to one"),
         (parameter.ndim < 2, "adamw", "vector or scalar"),
-        (not isinstance(module, nn.Linear | Conv1D), "adamw", f"owned by {owner}"),
+        (_reads_images(module), "adamw", "convolution of an image's channels"),
+        (not _holds_matrices(name, parameter, module), "adamw", f"owned by {owner}"),
         (not in_backbone, "adamw", "outside the backbone (task head)"),
-        (min(parameter.shape, default=1) == 1, "adamw", "a side of length 1"),
+        (min(_matrix_shape(parameter)) == 1, "adamw", "a side of length 1"),
         (True, "schatten_p", f"matrix of {owner} in the backbone"),
     )
     return next((destination, reason) for holds, destination, reason in rules if holds)
+
+
+def _reads_images(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.in_channels <= _IMAGE_CHANNELS
+
+
+def _holds_matrices(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1
+    if parameter.ndim == 3:  # the experts of transformers, which share this interface
+        known = name.rpartition(".")[2] in ("gate_up_proj", "down_proj")
+        return known and getattr(module, "num_experts", None) == len(parameter) and hasattr(module, "_apply_gate")
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
+    """Return the shape of a parameter's matrices as stored, (size, 1) of a vector."""
+    shape = parameter.shape[-2:] if parameter.ndim == 3 else parameter.shape
+    return shape[:1].numel(), shape[1:].numel()
+
+
+def _layout(name: str, parameter: nn.Parameter, module: nn.Module, model: nn.Module, split_fused: bool) -> Layout:
+    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    rows, columns = _matrix_shape(parameter)
+    m, n = (columns, rows) if transposed else (rows, columns)
+    split = _FUSED.get(_attribute(name)) if split_fused and getattr(module, "is_concatenated", True) else None
+    sections = split(m, n, getattr(model, "config", None)) if split else ()
+    return Layout(transposed, sections if sum(size for _, size in sections) == m else ())
+
+
+def _attribute(name: str) -> str:
+    """Return the name of a parameter's layer, such as ``c_attn``."""
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _thirds_of_inputs(m: int, n: int, config: Any) -> Sections:
+    return tuple((part, n) for part in ("q", "k", "v"))
+
+
+def _heads(m: int, n: int, config: Any) -> Sections:
+    """Return query, key and value, of which the latter may have fewer heads."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    heads = getattr(config, "num_attention_heads", 0)
+    shared = getattr(config, "num_key_value_heads", None) or heads
+    size = m // max(1, heads + 2 * shared)
+    return ("q", heads * size), ("k", shared * size), ("v", shared * size)
+
+
+def _halves(m: int, n: int, config: Any) -> Sections:
+    return ("gate", m // 2), ("up", m // 2)
+
+
+# What fused projections consist of, by layer name: from outputs, inputs and the model's configuration to the name and
+# the outputs of each part. Where they do not add up, the projection stays whole.
+_FUSED: dict[str, Callable[[int, int, Any], Sections]] = {
+    "c_attn": _thirds_of_inputs,
+    "qkv_proj": _heads,
+    "gate_up_proj": _halves,
+}
 
 
 def _backbone(model: nn.Module) -> nn.Module:
@@ -180,11 +246,16 @@ def _embeddings(model: nn.Module) -> Iterable[nn.Module]:
     yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
 
 
-def _require_matches(patterns: Sequence[str], names: Sequence[str]) -> None:
+def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Check that every pattern of an option matches a name.
+
+    Raises:
+        RoutingError: naming the option and the pattern that does not.
+    """
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(pattern, name) for name in names):
             shown = ", ".join(names[:3])
-            raise RoutingError(f"exclude has {pattern!r}, which matches no parameter; names look like {shown}.")
+            raise RoutingError(f"{option} has {pattern!r}, which matches nothing; names look like {shown}.")
 
 
 def _nothing_routed(model: nn.Module, routing: Routing) -> str:

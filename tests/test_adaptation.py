@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+import threading
 
 import pytest
 import torch
 from torch import nn
 
 import hf_schatten
-from hf_schatten.criterion import holder_exponent, holder_statistics
-from hf_schatten.linalg.spectrum import exact_log_spectrum
+from hf_schatten import adaptation
+from hf_schatten.criterion import CRITERIA, Inputs, Sample, maximising_exponent, objective_curve
+from hf_schatten.linalg.spectrum import exact_log_norms
 
 
 class Regression:
@@ -29,6 +31,7 @@ class Regression:
         for inputs, targets in pieces:
             ((self.model(inputs) - targets).square().mean() / micro_batches).backward()
         self.gradients.append(self.model[0].weight.grad.clone())
+        self.last_gradient = self.model[2].weight.grad.clone()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return self.optimizer.learned_p()
@@ -39,7 +42,7 @@ def test_p_changes_on_due_steps_only():
     history = [run.step(index)["2.weight"] for index in range(20)]
     changed = [step for step in range(1, 21) if history[step - 1] != (history[step - 2] if step > 1 else 7.0)]
     assert changed == [4, 6, 12, 18]
-    assert run.optimizer.adaptation.estimates == 4
+    assert run.optimizer.policy.estimates == 4
 
 
 def test_p_follows_the_moving_average_of_the_holder_statistics():
@@ -48,9 +51,9 @@ def test_p_follows_the_moving_average_of_the_holder_statistics():
     for index in range(6):
         p = run.step(index)["0.weight"]
         if index + 1 in (1, 2, 4, 6):
-            spectra = (exact_log_spectrum(x) for x in (run.gradients[index], run.batches[index]))
-            average = 0.7 * average + 0.3 * holder_statistics(*spectra)
-            expected = 1 / holder_exponent(average, 1 / 50, 1.0)
+            sample = Sample(run.gradients[index], None, Inputs(run.batches[index]))
+            average = 0.7 * average + 0.3 * CRITERIA["holder"].statistics(sample, exact_log_norms)
+            expected = 1 / maximising_exponent(objective_curve("holder", average, 1 / 50, 1.0), 1 / 50, 1.0)
         torch.testing.assert_close(p, expected.item(), atol=1e-4, rtol=1e-5)
 
 
@@ -105,7 +108,7 @@ def test_a_layer_without_inputs_keeps_its_p_and_is_named(caplog):
     run.step(1)
     assert p["2.weight"] == 9.0
     assert p["0.weight"] != 9.0
-    assert caplog.text.count("No training input of 1 of the routed layers") == 1
+    assert caplog.text.count("No training input of 1 of the routed matrices") == 1
     assert "2.weight" in caplog.text
 
 
@@ -139,12 +142,12 @@ def test_a_phantom_step_of_zero_gradients_and_zero_lr_changes_nothing():
         assert torch.equal(a, b)
 
 
-def test_after_stop_adapting_p_stays_and_the_model_has_no_hooks():
+def test_after_stop_following_p_stays_and_the_model_has_no_hooks():
     run = Regression(steps=3, p_interval=1)
     before = run.step(0)
-    run.optimizer.stop_adapting()
+    run.optimizer.stop_following()
     assert run.step(1) == before
-    assert not any(module._forward_pre_hooks for module in run.model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in run.model.modules())
 
 
 def test_a_closure_adapts_as_the_plain_loop_does():
@@ -172,5 +175,137 @@ def test_both_architectures_learn_a_p_for_every_matrix(name, request):
     model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
     learned = optimizer.learned_p()
-    assert set(learned) == {route.name for route in hf_schatten.route_parameters(model).to("schatten_p")}
+    assert set(learned) == {matrix.name for matrix in optimizer.matrices()}
+    routes = hf_schatten.route_parameters(model).to("schatten_p")
+    assert {matrix.parameter_name for matrix in optimizer.matrices()} == {route.name for route in routes}
     assert all(1.0 <= p <= 100.01 and p != 33.0 for p in learned.values())
+
+
+def due_steps(**options) -> list[int]:
+    run = Regression(steps=1, **options)
+    return [step for step in range(1, 200) if run.optimizer.policy.is_due(step)]
+
+
+def test_the_interval_may_grow():
+    assert due_steps(p_interval=60, p_first_step=7) == [7, 60, 120, 180]
+    assert due_steps(p_interval=10, p_first_step=3, p_interval_growth=2) == [3, 10, 30, 70, 150]
+    assert due_steps(p_interval=50, p_first_step=50, p_interval_growth=1.1) == [50, 105, 166]
+
+
+def test_a_group_shares_the_p_that_maximises_its_mean_criterion():
+    shared = Regression(steps=3, p_interval=1, p_groups="*.weight", p_ema_decay=0.0)
+    p = [shared.step(index) for index in range(3)][-1]
+    assert p["0.weight"] == p["2.weight"]
+    alone = Regression(steps=3, p_interval=1, p_ema_decay=0.0)
+    own = [alone.step(index) for index in range(3)][-1]
+    assert own["0.weight"] != own["2.weight"]
+
+
+def test_the_mean_of_a_group_is_that_of_its_objectives():
+    run = Regression(steps=1, p_interval=1, p_groups="*", p_max=50.0)
+    inputs = [run.batches[0], run.model[1](run.model[0](run.batches[0])).detach()]
+    p = run.step(0)["0.weight"]
+    gradients = [run.gradients[0], run.last_gradient]
+    samples = [Sample(G, None, Inputs(A)) for G, A in zip(gradients, inputs, strict=True)]
+    statistics = [CRITERIA["holder"].statistics(sample, exact_log_norms) for sample in samples]
+    curves = [objective_curve("holder", curve, 0.02, 1.0) for curve in statistics]
+    expected = 1 / maximising_exponent((curves[0] + curves[1]) / 2, 0.02, 1.0)
+    torch.testing.assert_close(p, expected.item(), atol=1e-4, rtol=1e-5)
+
+
+def test_overrides_keep_their_p_and_the_others_adapt():
+    run = Regression(steps=2, p_interval=1, p_overrides="2.*:7", p_init=33.0)
+    history = [run.step(index) for index in range(2)]
+    assert [p["2.weight"] for p in history] == [7.0, 7.0]
+    assert all(p["0.weight"] != 33.0 for p in history)
+
+
+@pytest.mark.parametrize("option", ["p_groups", "p_overrides"])
+def test_a_pattern_without_a_match_is_an_error(option):
+    with pytest.raises(hf_schatten.RoutingError, match=rf"{option} has '\*\.c_proj', which matches nothing; names"):
+        Regression(steps=1, **{option: "*.c_proj:2" if option == "p_overrides" else "*.c_proj"})
+
+
+@pytest.mark.parametrize("criterion", ["alignment", "decrease"])
+def test_the_other_criteria_choose_a_p_of_their_own(criterion):
+    runs = [Regression(steps=2, p_interval=1, criterion=name) for name in (criterion, "holder")]
+    ours, holders = ([run.step(index) for index in range(2)][-1] for run in runs)
+    assert all(1 <= p <= 100.01 for p in ours.values())
+    assert ours != holders
+
+
+class Gate:
+    """An estimator that waits until it is let through, or raises."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.open, self.error = threading.Event(), error
+
+    def __call__(self, X, inverse_orders):
+        assert self.open.wait(timeout=30)
+        if self.error:
+            raise self.error
+        return exact_log_norms(X, inverse_orders)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    gate = Gate()
+    monkeypatch.setitem(adaptation.LOG_NORM_ESTIMATORS, "exact", gate)
+    yield gate
+    gate.open.set()
+
+
+def test_a_slow_worker_delays_no_step_and_its_p_is_used_from_the_step_after_it_arrives(gate):
+    run = Regression(steps=8, p_interval=2, p_first_step=1, p_async=True, p_init=9.0)
+    for index in range(5):  # due at 1, 2 and 4: the first is under way, the others are passed over
+        assert set(run.step(index).values()) == {9.0}
+    pending = run.optimizer.policy._pending
+    gate.open.set()
+    pending.result(timeout=30)
+    measured = run.step(5)  # is due too
+    assert run.optimizer.policy.estimates == 1
+    assert 9.0 not in measured.values()
+    sample = Sample(run.gradients[0], None, Inputs(run.batches[0]))
+    statistics = CRITERIA["holder"].statistics(sample, exact_log_norms)
+    expected = maximising_exponent(objective_curve("holder", statistics, 0.01, 1.0), 0.01, 1.0)
+    torch.testing.assert_close(1 / measured["0.weight"], expected.item(), atol=1e-6, rtol=1e-5)
+    run.optimizer.policy._pending.result(timeout=30)  # step 6's
+    run.step(6)
+    assert run.optimizer.policy.estimates == 2
+
+
+def test_an_error_in_the_worker_is_reported_with_its_cause_and_stops_adaptation_alone(gate, caplog):
+    run = Regression(steps=4, p_interval=1, p_async=True, p_init=9.0)
+    gate.error = ArithmeticError("no spectrum today")
+    gate.open.set()
+    run.step(0)
+    run.optimizer.policy._pending.exception(timeout=30)
+    weights = run.model[0].weight.clone()
+    assert set(run.step(1).values()) == {9.0}
+    assert not torch.equal(weights, run.model[0].weight)
+    assert "The estimation of p has failed in its worker thread" in caplog.text
+    assert "no spectrum today" in caplog.text
+    assert run.optimizer.policy is None
+    assert not any(module._forward_hooks for module in run.model.modules())
+
+
+def test_a_loaded_state_drops_the_measurement_under_way(gate):
+    run = Regression(steps=3, p_interval=2, p_first_step=1, p_async=True, p_init=9.0)
+    state = copy.deepcopy(run.optimizer.state_dict())
+    run.step(0)
+    run.optimizer.load_state_dict(state)
+    gate.open.set()
+    assert run.optimizer.policy._pending is None
+    run.step(1)
+    assert run.optimizer.policy.estimates == 0
+
+
+def test_a_schedule_moves_the_exponent_linearly_and_then_stays():
+    run = Regression(steps=6, p="schedule", p_start=2.0, p_end=-10.0, p_steps=4)
+    s = [1 / run.step(index)["0.weight"] for index in range(6)]
+    torch.testing.assert_close(s, [0.5, 0.3, 0.1, -0.1, -0.1, -0.1], atol=1e-6, rtol=0.0)
+
+
+def test_a_schedule_of_unknown_length_is_an_error():
+    with pytest.raises(RuntimeError, match="set the option p_steps"):
+        Regression(steps=1, p="schedule").step(0)

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_schatten
 from hf_schatten import CheckpointError, SchattenP, load_learned_p
-from hf_schatten.checkpoint import CONFIG_FILE, STATE_FILE, load_optimizer, save_optimizer
+from hf_schatten.checkpoint import CONFIG_FILE, FORMAT_VERSION, STATE_FILE, load_optimizer, save_optimizer
 
 
 def make(steps=3, **options):
@@ -45,6 +45,31 @@ def states(optimizer):
     }
 
 
+def test_p_is_read_by_matrix_where_a_parameter_has_several(gpt2, tmp_path):
+    optimizer = hf_schatten.create_schatten_optimizer(
+        gpt2, verbose=False, p=3, p_overrides="*.c_attn.q:2;*.1.attn.c_attn.*:inf"
+    )
+    gpt2(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    save_optimizer(optimizer, tmp_path)
+    torch.save(optimizer.state_dict(), (tmp_path / "torch").mkdir() or tmp_path / "torch" / "optimizer.pt")
+    learned = load_learned_p(tmp_path)
+    assert learned == optimizer.learned_p() == load_learned_p(tmp_path / "torch")
+    assert [learned[f"transformer.h.0.attn.c_attn.weight.{part}"] for part in "qkv"] == [2.0, 3.0, 3.0]
+    assert [learned[f"transformer.h.1.attn.c_attn.weight.{part}"] for part in "qkv"] == [2.0, math.inf, math.inf]
+
+
+def test_another_criterion_forgets_the_statistics_but_keeps_p(saved):
+    optimizer, folder = saved
+    again = make(steps=0, criterion="decrease")
+    load_optimizer(again, folder)
+    assert again.learned_p() == optimizer.learned_p()
+    assert all(matrix.statistics_weight == 0 and not matrix.statistics.any() for matrix in again.matrices())
+    same = make(steps=0)
+    load_optimizer(same, folder)
+    assert all(matrix.statistics_weight > 0 and matrix.statistics.any() for matrix in same.matrices())
+
+
 def test_the_files_are_safetensors_by_name_and_strict_json(saved):
     optimizer, folder = saved
     assert sorted(path.name for path in folder.iterdir()) == [STATE_FILE, CONFIG_FILE]
@@ -53,7 +78,7 @@ def test_the_files_are_safetensors_by_name_and_strict_json(saved):
     assert keys == set(states(optimizer))
     assert {"0.weight/momentum", "0.weight/p", "1.bias/exp_avg_sq"} <= keys
     config = json.loads((folder / CONFIG_FILE).read_text(), parse_constant=pytest.fail)
-    assert config["format_version"] == 1
+    assert config["format_version"] == FORMAT_VERSION
     assert config["options"]["p_interval"] == 2
     assert config["groups"][0]["param_names"] == ["0.weight", "1.weight"]
 
@@ -120,8 +145,8 @@ def test_a_damaged_file_is_named_and_the_optimizer_untouched(saved, name, damage
 def test_another_format_version_is_refused(saved):
     _, folder = saved
     path = folder / CONFIG_FILE
-    path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 99'))
-    with pytest.raises(CheckpointError, match="has format_version 99, and this version of hf_schatten reads 1"):
+    path.write_text(path.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'))
+    with pytest.raises(CheckpointError, match=f"format_version 99, and this version .* reads {FORMAT_VERSION}"):
         load_optimizer(make(steps=0), folder)
 
 

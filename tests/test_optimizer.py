@@ -170,6 +170,71 @@ def test_equal_shapes_and_their_transposes_share_batches_within_the_workspace(wo
     torch.testing.assert_close(tall[1], alone.param_groups[0]["params"][0], atol=1e-7, rtol=1e-4)
 
 
+def parts_of(layout: str, tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the matrices (out, in) of a parameter, written out by hand."""
+    if layout == "sections":
+        return [tensor[:6], tensor[6:8], tensor[8:]]
+    if layout == "transposed sections":
+        return [tensor[:, :6].mT, tensor[:, 6:8].mT, tensor[:, 8:].mT]
+    if layout == "experts":
+        return [tensor[0, :4], tensor[0, 4:], tensor[1, :4], tensor[1, 4:]]
+    return [tensor.flatten(1)]
+
+
+@pytest.mark.parametrize(
+    ("layout", "shape", "group"),
+    [
+        ("sections", (10, 7), {"sections": (("q", 6), ("k", 2), ("v", 2))}),
+        ("transposed sections", (7, 10), {"transposed": True, "sections": (("q", 6), ("k", 2), ("v", 2))}),
+        ("experts", (2, 8, 5), {"sections": (("gate", 4), ("up", 4))}),
+        ("filters", (6, 4, 3, 3), {}),
+    ],
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_each_matrix_of_a_parameter_is_updated_as_if_it_were_alone(layout, shape, group, memory_format):
+    torch.manual_seed(0)
+    if memory_format == torch.channels_last and layout != "filters":
+        pytest.skip("only filters have it")
+    W, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(2)]
+    whole = nn.Parameter(W.clone(memory_format=memory_format))
+    count = len(parts_of(layout, W))
+    options = {"lr": 0.1, "weight_decay": 0.2, "scale": "muon"}
+    p = [(2.0, math.inf, 4.0, 1.5)[index] for index in range(count)]
+    optimizer = SchattenP([{"params": [("w", whole)], "p": p, **group}], **options)
+    alone = [nn.Parameter(part.clone()) for part in parts_of(layout, W)]
+    separate = SchattenP([{"params": [part], "p": value} for part, value in zip(alone, p, strict=True)], **options)
+    for gradient in gradients:
+        whole.grad = gradient.clone()
+        for part, piece in zip(alone, parts_of(layout, gradient), strict=True):
+            part.grad = piece.clone()
+        optimizer.step()
+        separate.step()
+    for part, piece in zip(alone, parts_of(layout, whole.detach()), strict=True):
+        torch.testing.assert_close(piece, part.detach(), atol=1e-6, rtol=1e-5)
+    names = [matrix.name for matrix in optimizer.matrices()]
+    assert names == {
+        "experts": ["w.0.gate", "w.0.up", "w.1.gate", "w.1.up"],
+        "filters": ["w"],
+    }.get(layout, ["w.q", "w.k", "w.v"])
+    assert [matrix.input_name for matrix in optimizer.matrices()] == (
+        ["w.0", "w.0", "w.1", "w.1"] if layout == "experts" else ["w"] * count
+    )
+    assert list(optimizer.learned_p().values()) == p
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"sections": (("q", 3), ("k", 3))}, r"'w' has 4 outputs, and its sections \{'q': 3, 'k': 3\} have 6"),
+        ({"p": (2.0, 3.0)}, r"p=\[2.0, 3.0\] has 2 values for a parameter of 1 matrices"),
+        ({"p": (0.5,)}, r"p=0.5 is not allowed"),
+    ],
+)
+def test_a_group_that_does_not_fit_its_parameters_is_refused(group, message):
+    with pytest.raises(ValueError, match=message):
+        SchattenP([{"params": [("w", nn.Parameter(torch.ones(4, 4)))], **group}])
+
+
 def test_the_schedule_drives_both_updates_and_the_ratio_stays():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
@@ -208,9 +273,9 @@ def test_all_state_is_tensors_and_created_at_the_first_step(llama):
         assert all(isinstance(value, torch.Tensor) for entry in state.values() for value in entry.values())
     assert all(later == keys[0] for later in keys)
     expected = optimizer.expected_state()
-    for name, parameter in optimizer.matrices():
-        found = {key: value.shape for key, value in optimizer.state[parameter].items()}
-        assert found == expected[name]
+    for matrix in optimizer.matrices():
+        found = {key: value.shape for key, value in matrix.state.items()}
+        assert found == expected[matrix.parameter_name]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

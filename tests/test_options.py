@@ -24,6 +24,19 @@ def test_optim_args_parse_to_the_options_types():
     )
 
 
+def test_the_range_of_the_estimate_may_reach_beyond_muon():
+    options = SchattenOptions.from_optim_args("p_min=2,p_max=-5,p_init=inf")
+    assert (options.p_min, options.p_max, options.initial_p) == (2.0, -5.0, math.inf)
+
+
+def test_overrides_are_pairs_of_pattern_and_p():
+    for text in ("*.c_proj:inf;*.h.0.*:-10", "*.c_proj:inf,*.h.0.*:-10"):
+        assert SchattenOptions.from_mapping({"p_overrides": text}).overrides == {
+            "*.c_proj": math.inf,
+            "*.h.0.*": -10.0,
+        }
+
+
 @pytest.mark.parametrize("text", [None, "", " "])
 def test_no_optim_args_are_the_defaults(text):
     assert SchattenOptions.from_optim_args(text) == SchattenOptions()
@@ -44,7 +57,7 @@ def test_adaptive_p_starts_at_p_max_unless_told():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("p_intervall=50", "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: exclude, "),
+        ("p_intervall=50", "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: criterion, "),
         ("zzz=1", "Unknown option 'zzz'. The options are: "),
         ("p_interval", "'p_interval', which is no name=value pair"),
         ("p_interval=", "'p_interval=', which is no name=value pair"),
@@ -52,11 +65,22 @@ def test_adaptive_p_starts_at_p_max_unless_told():
         ("p_interval=often", "p_interval='often' is not allowed: it takes a whole number"),
         ("p_interval=2.5", "p_interval='2.5' is not allowed: it takes a whole number"),
         ("nesterov=maybe", "nesterov='maybe' is not allowed: it takes true or false"),
-        ("p=fast", "p='fast' is not allowed: it takes 'adaptive', a number or inf"),
+        ("p=fast", "p='fast' is not allowed: it takes 'adaptive', 'schedule', a number or inf"),
         ("p=0.5", "p=0.5 is not allowed: p is at least 1"),
         ("p=-2", "p=-2.0 is not allowed: p is at least 1"),
         ("p=nan", "p=nan is not allowed"),
-        ("p_min=0.5", "p_min=0.5 is not allowed: 1 <= p_min <= p_max"),
+        ("p_min=0.5", "p_min: p=0.5 is not allowed"),
+        ("p_min=inf,p_max=-3", "p_max: p=-3.0 is not allowed"),
+        ("p_min=-5,p_max=-4", "p_min=-5.0 is not allowed: 1 <= p_min <= p_max"),
+        ("p_end=0.1", "p_end: p=0.1 is not allowed"),
+        ("p_steps=0", "p_steps=0 is not allowed"),
+        ("p_interval_growth=0.9", "p_interval_growth=0.9 is not allowed: a finite number, 1 or more"),
+        ("criterion=best", "criterion='best' is not allowed: one of holder, alignment, decrease"),
+        ("p_estimator=guess", "p_estimator='guess' is not allowed: one of exact, "),
+        ("p_overrides=*.q_proj", "p_overrides has '\\*.q_proj', which is no pattern:p; write for example"),
+        ("p_overrides=*.q_proj:two", "p_overrides='two' is not allowed: it takes a number"),
+        ("p_overrides=*.q_proj:0.5", "p_overrides: p=0.5 is not allowed"),
+        ("p_overrides=*.c_proj:inf,*.q_proj:2", "join several patterns by ';'"),
         ("p_min=5,p_max=4", "p_min=5.0 is not allowed"),
         ("p_max=4,p_init=5", "p_init=5.0 is not allowed"),
         ("p_interval=0", "p_interval=0 is not allowed"),

@@ -23,7 +23,7 @@ def test_ten_lines_with_trainer(examples, gpt2, token_dataset, tmp_path, monkeyp
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: gpt2)  # there is no Hub in the tests
     program = examples[0].replace("checkpoint-500", "checkpoint-24")  # 64 sequences, batches of 8, 3 epochs
     exec(program, {"dataset": token_dataset})
-    assert "{'transformer.h.0.attn.c_attn.weight': " in capsys.readouterr().out
+    assert "{'transformer.h.0.attn.c_attn.weight.q': " in capsys.readouterr().out
     assert "## Optimizer: Schatten-p" in Path("run/README.md").read_text()
 
 
@@ -33,4 +33,4 @@ def test_ten_lines_without_trainer(examples, gpt2, token_dataset, capsys):
     exec(examples[1], namespace)
     assert namespace["loss"].item() < math.log(64)  # that of a uniform guess
     assert len([line for line in examples[1].splitlines() if line.strip()]) <= 12
-    assert "{'transformer.h.0.attn.c_attn.weight': " in capsys.readouterr().out
+    assert "{'transformer.h.0.attn.c_attn.weight.q': " in capsys.readouterr().out

@@ -53,7 +53,7 @@ def test_the_section_replaces_an_earlier_one_and_keeps_the_rest(tmp_path):
     assert text.count("## Optimizer: Schatten-p") == 1
     assert text.index("Before.") < text.index("`p=4.0`") < text.index("After.")
     assert "`p=adaptive`" not in text
-    assert "minimum 1, median 10.5, maximum 20" in text
+    assert "min 1, median 10, max 20" in text
     assert "… 8 more" in text
     assert text.count("- schatten-p") == 1
     assert "- demo" in text

@@ -12,6 +12,8 @@ from transformers import (
     CLIPModel,
     MixtralConfig,
     MixtralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -31,7 +33,7 @@ def test_gpt2_routes_its_conv1d_weights_and_keeps_the_tied_embedding(gpt2):
     routing = route_parameters(gpt2)
     blocks = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert names(routing, "schatten_p") == {f"transformer.h.{i}.{block}.weight" for i in (0, 1) for block in blocks}
-    assert all(route.transposed for route in routing.to("schatten_p"))
+    assert all(route.layout.transposed for route in routing.to("schatten_p"))
     assert reasons(routing)["transformer.wte.weight"] == "embedding, or tied to one"
     assert {route.name for route in routing.routes} == {name for name, _ in gpt2.named_parameters()}
 
@@ -39,7 +41,7 @@ def test_gpt2_routes_its_conv1d_weights_and_keeps_the_tied_embedding(gpt2):
 def test_llama_routes_its_linear_weights_and_keeps_the_untied_head(llama):
     routing = route_parameters(llama)
     assert len(routing.to("schatten_p")) == 2 * 7
-    assert not any(route.transposed for route in routing.to("schatten_p"))
+    assert not any(route.layout.transposed for route in routing.to("schatten_p"))
     assert reasons(routing)["lm_head.weight"] == "embedding, or tied to one"
 
 
@@ -68,7 +70,7 @@ def test_t5_keeps_relative_positions_and_the_tied_head():
     assert "decoder.block.0.layer.1.EncDecAttention.k.weight" in names(routing, "schatten_p")
 
 
-def test_mixtral_keeps_the_router_and_its_3d_experts_with_adamw():
+def test_mixtral_routes_its_experts_as_matrices_and_keeps_the_router():
     config = MixtralConfig(
         hidden_size=16,
         intermediate_size=24,
@@ -78,9 +80,53 @@ def test_mixtral_keeps_the_router_and_its_3d_experts_with_adamw():
         vocab_size=30,
         num_local_experts=2,
     )
-    routing = route_parameters(MixtralForCausalLM(config))
-    assert {"model.layers.0.mlp.gate.weight", "model.layers.0.mlp.experts.gate_up_proj"} <= names(routing, "adamw")
-    assert len(routing.to("schatten_p")) == 4
+    model = MixtralForCausalLM(config)
+    routing = route_parameters(model)
+    assert "model.layers.0.mlp.gate.weight" in names(routing, "adamw")
+    experts = {route.name.rpartition(".")[2]: route for route in routing.to("schatten_p") if "experts" in route.name}
+    gate_up, down = experts["gate_up_proj"], experts["down_proj"]
+    assert gate_up.layout.part_names(gate_up.parameter.shape) == ["0.gate", "0.up", "1.gate", "1.up"]
+    assert down.layout.part_names(down.parameter.shape) == ["0", "1"]
+    whole = {route.name: route.layout for route in route_parameters(model, split_fused=False).routes}
+    assert whole[gate_up.name].sections == ()
+
+
+def sections(model):
+    return {route.name: tuple(route.layout.sections) for route in route_parameters(model).routes}
+
+
+def test_fused_projections_are_split_by_their_heads(gpt2):
+    assert sections(gpt2)["transformer.h.0.attn.c_attn.weight"] == (("q", 32), ("k", 32), ("v", 32))
+    assert sections(gpt2)["transformer.h.0.mlp.c_fc.weight"] == ()
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=30,
+        pad_token_id=0,
+    )
+    phi3 = sections(Phi3ForCausalLM(config))
+    assert phi3["model.layers.0.self_attn.qkv_proj.weight"] == (("q", 32), ("k", 16), ("v", 16))
+    assert phi3["model.layers.0.mlp.gate_up_proj.weight"] == (("gate", 24), ("up", 24))
+
+
+def test_a_projection_whose_parts_do_not_add_up_stays_whole():
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_attn = nn.Linear(16, 16 + 2 * 4)  # one key and value head for all
+
+    assert sections(Attention())["c_attn.weight"] == ()
+
+
+def test_a_cnn_routes_its_filters_but_not_the_first_nor_depthwise_ones():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=16))
+    routing = route_parameters(model)
+    assert names(routing, "schatten_p") == {"1.weight"}
+    assert reasons(routing)["0.weight"] == "convolution of an image's channels"
+    assert reasons(routing)["2.weight"] == "owned by Conv2d"
 
 
 def test_clip_which_has_no_input_embeddings_keeps_every_embedding():
@@ -128,13 +174,13 @@ def test_a_side_of_length_one_is_no_matrix():
 
 
 def test_an_exclude_pattern_without_a_match_is_an_error(llama):
-    with pytest.raises(RoutingError, match=r"exclude has '\*\.heads', which matches no parameter; names look like"):
+    with pytest.raises(RoutingError, match=r"exclude has '\*\.heads', which matches nothing; names look like"):
         route_parameters(llama, exclude=["*.heads"])
 
 
 def test_no_matrix_routed_is_an_error_that_shows_the_table():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
-    with pytest.raises(RoutingError, match=r"No matrix of Sequential is routed(.|\n)*owned by Conv2d"):
+    with pytest.raises(RoutingError, match=r"No matrix of Sequential is routed(.|\n)*of an image's channels"):
         route_parameters(model)
 
 

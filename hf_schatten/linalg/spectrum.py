@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+# From matrices (..., m, n) and inverse orders (k,), float64, to (..., k) float64 of log ‖X‖_order.
+LogNormEstimator = Callable[[Tensor, Tensor], Tensor]
+
+
+def exact_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
+    """Return log ‖X‖ for many Schatten orders at once, from all singular values."""
+    return log_schatten_norm(exact_log_spectrum(X), inverse_orders)
 
 
 def exact_log_spectrum(X: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_schatten
-from hf_schatten.criterion import holder_exponent, holder_statistics
-from hf_schatten.linalg.spectrum import exact_log_spectrum
+from hf_schatten.criterion import CRITERIA, Inputs, Sample, maximising_exponent, objective_curve
+from hf_schatten.linalg.spectrum import exact_log_norms
 
 STEPS, RANKS = 4, 2
 
@@ -49,6 +49,10 @@ def run(rank: int, port: int, folder: str, rank_without_samples: int | None) -> 
     dist.destroy_process_group()
 
 
+def exponent(statistics: torch.Tensor) -> torch.Tensor:
+    return maximising_exponent(objective_curve("holder", statistics, 1e-3, 1.0), 1e-3, 1.0)
+
+
 @pytest.mark.parametrize("rank_without_samples", [None, 1])
 def test_p_is_shared_and_follows_every_ranks_inputs(tmp_path, rank_without_samples):
     with socket.socket() as free:
@@ -60,11 +64,11 @@ def test_p_is_shared_and_follows_every_ranks_inputs(tmp_path, rank_without_sampl
     assert all(torch.equal(a, b) for a, b in zip(first["weights"].values(), second["weights"].values(), strict=True))
 
     sampled = [rank for rank in range(RANKS) if rank != rank_without_samples]
-    gradient = exact_log_spectrum(first["gradient"])
-    curves = [holder_statistics(gradient, exact_log_spectrum(data(rank)[-1])) for rank in range(RANKS)]
+    samples = [Sample(first["gradient"], None, Inputs(data(rank)[-1])) for rank in range(RANKS)]
+    curves = [CRITERIA["holder"].statistics(sample, exact_log_norms) for sample in samples]
     s = 1 / first["p"]["0.weight"]
-    expected = holder_exponent(torch.stack([curves[rank] for rank in sampled]).mean(0), 1e-3, 1.0)
+    expected = exponent(torch.stack([curves[rank] for rank in sampled]).mean(0))
     torch.testing.assert_close(torch.tensor(s, dtype=torch.float64), expected, atol=1e-6, rtol=0.0)
     if rank_without_samples is None:  # a p from one rank's data alone would be another
-        local = torch.stack([holder_exponent(curve, 1e-3, 1.0) for curve in curves])
+        local = exponent(torch.stack(curves))
         assert ((local - s).abs() > 1e-3).all()

@@ -1,0 +1,127 @@
+"""What a layer multiplies its weight with: the rows of its input, by kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+Masks = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Input rows of one matrix in one forward, read only where they are picked.
+
+    Attributes:
+        part: name of the expert whose rows they are; "" for a layer without experts.
+        count: number of rows.
+        pick: from indices (k,) on the host, below ``count``, to a copy of those rows, (k, n).
+    """
+
+    part: str
+    count: int
+    pick: Callable[[Tensor], Tensor]
+
+
+def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks) -> Iterator[Rows]:
+    """Yield the input rows of a routed parameter, without padding.
+
+    A linear layer has one row for each token, a convolution one for each position of its filters, and a layer of
+    experts, for each of them, those of the tokens that are routed to it.
+
+    Args:
+        name: name of the parameter.
+        module: the module that owns it.
+        args: what its forward was called with.
+        masks: the model's two-dimensional attention masks (batch, length) by argument name, nonzero for real tokens.
+    """
+    attribute = name.rpartition(".")[2]
+    if isinstance(module, nn.Conv2d):
+        yield _patches(module, args[0])
+    elif getattr(module, attribute).ndim == 3:
+        yield from _expert_rows(attribute, module, args[0], args[1], masks)
+    else:
+        inputs = args[0].detach()
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        yield _tokens(rows, _real_tokens(name, inputs.shape[:-1], masks))
+
+
+def _tokens(rows: Tensor, real: Tensor | None) -> Rows:
+    if real is None:
+        return Rows("", len(rows), lambda index: rows[index.to(rows.device)])
+    return Rows("", len(real), lambda index: rows[real[index.to(real.device)]])
+
+
+def _real_tokens(name: str, leading: torch.Size, masks: Masks) -> Tensor | None:
+    """Return the positions of real tokens among the flattened leading dimensions, or None where no mask fits.
+
+    An encoder-decoder has two masks. Where both fit, a layer of the decoder takes the decoder's.
+    """
+    in_decoder = any("decoder" in component for component in name.split("."))
+    for argument in sorted(masks, key=lambda argument: argument.startswith("decoder") != in_decoder):
+        mask = masks[argument]
+        if leading in (mask.shape, torch.Size([mask.numel()])):
+            return mask.flatten().nonzero().flatten()
+    return None
+
+
+def _patches(module: nn.Conv2d, inputs: Tensor) -> Rows:
+    """What the filters see: rows (in · h · w), one for each image and position."""
+    inputs = inputs.detach()
+    images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)  # (N, in, H, W)
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    (h, w), (step_y, step_x), (gap_y, gap_x) = module.kernel_size, module.stride, module.dilation
+    down = (images.shape[2] + top + bottom - gap_y * (h - 1) - 1) // step_y + 1
+    across = (images.shape[3] + left + right - gap_x * (w - 1) - 1) // step_x + 1
+
+    def pick(index: Tensor) -> Tensor:
+        index = index.to(images.device)[:, None, None]  # (k, 1, 1)
+        position = index % (down * across)
+        y = position // across * step_y + gap_y * torch.arange(h, device=images.device)[:, None]  # (k, h, 1)
+        x = position % across * step_x + gap_x * torch.arange(w, device=images.device)  # (k, 1, w)
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = pad(images, (left, right, top, bottom), mode)
+        patches = padded[index // (down * across), :, y, x]  # (k, h, w, in)
+        return patches.permute(0, 3, 1, 2).flatten(1)
+
+    return Rows("", len(images) * down * across, pick)
+
+
+def _expert_rows(attribute: str, experts: nn.Module, hidden: Tensor, chosen: Tensor, masks: Masks) -> Iterator[Rows]:
+    """Yield the rows of each expert that has any.
+
+    Args:
+        attribute: ``gate_up_proj`` or ``down_proj``.
+        experts: a module of experts as transformers writes them.
+        hidden: tokens, (N, features).
+        chosen: experts of each token, (N, k).
+        masks: as in :func:`input_rows`.
+    """
+    hidden = hidden.detach().reshape(-1, hidden.shape[-1])
+    real = _real_tokens("", hidden.shape[:1], masks)
+    for expert in range(getattr(experts, attribute).shape[0]):
+        tokens = (chosen == expert).any(dim=-1).nonzero().flatten()
+        if real is not None:
+            tokens = tokens[torch.isin(tokens, real)]
+        if len(tokens):
+            rows = _tokens(hidden, tokens)
+            if attribute == "down_proj":
+                rows = replace(rows, pick=partial(_activated, experts, expert, rows.pick))
+            yield replace(rows, part=str(expert))
+
+
+@torch.no_grad()
+def _activated(experts: Any, expert: int, pick: Callable[[Tensor], Tensor], index: Tensor) -> Tensor:
+    """What an expert's ``down_proj`` gets, which exists inside its forward only."""
+    weight = experts.gate_up_proj[expert]
+    hidden = pick(index).to(weight.dtype)
+    gate_up = hidden @ (weight if getattr(experts, "is_transposed", False) else weight.mT)
+    if getattr(experts, "has_bias", False):
+        gate_up += experts.gate_up_proj_bias[expert]
+    return experts._apply_gate(gate_up)

@@ -1,0 +1,90 @@
+"""How a parameter is read as matrices: whole, by parts of a fused projection, by expert, or as filters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from itertools import product
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The matrices (out, in) that a parameter consists of.
+
+    A parameter of shape (r, c) is one matrix; (E, r, c) is one for each of E experts; the filters (out, in, h, w) of a
+    convolution are one matrix (out, in · h · w). Each is cut along its outputs where the projection is a fused one.
+
+    Attributes:
+        transposed: matrices are stored (in, out), as in GPT-2's ``Conv1D``.
+        sections: name and number of outputs of each part of a fused projection, in order; () where it is not fused.
+    """
+
+    transposed: bool = False
+    sections: Sequence[tuple[str, int]] = ()
+
+    def part_names(self, shape: Sequence[int]) -> list[str]:
+        """Return a name for each matrix of a parameter of this shape; ``[""]`` where the parameter is one matrix."""
+        experts = [str(expert) for expert in range(shape[0])] if len(shape) == 3 else [""]
+        sections = [name for name, _ in self.sections] or [""]
+        return [".".join(filter(None, pair)) for pair in product(experts, sections)]
+
+    def expert(self, shape: Sequence[int], index: int) -> str:
+        """Return the name of the expert that a matrix belongs to, "" where the parameter has no experts."""
+        return str(index // (len(self.sections) or 1)) if len(shape) == 3 else ""
+
+    def part(self, tensor: Tensor, index: int) -> Tensor:
+        """Return one matrix as a view, (rows, columns) as stored or (out, in, h, w).
+
+        Args:
+            tensor: of the parameter's shape.
+            index: position in :meth:`part_names`.
+        """
+        expert, section = divmod(index, len(self.sections) or 1)
+        if tensor.ndim == 3:
+            tensor = tensor[expert]
+        if not self.sections:
+            return tensor
+        sizes = [size for _, size in self.sections]
+        return tensor.narrow(1 if self.transposed else 0, sum(sizes[:section]), sizes[section])
+
+    def check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise unless a parameter of this shape consists of such matrices.
+
+        Raises:
+            ValueError: when it has one dimension or more than four, or its sections do not add up to its outputs.
+        """
+        if not 2 <= len(shape) <= 4:
+            raise ValueError(
+                f"Parameter {name!r} of shape {tuple(shape)} is no matrix. Put it into a group with spectral=False, "
+                "or let hf_schatten.create_schatten_optimizer(model) make the groups."
+            )
+        outputs = shape[0] if len(shape) == 4 else shape[-1 if self.transposed else -2]
+        total = sum(size for _, size in self.sections)
+        if self.sections and total != outputs:
+            raise ValueError(
+                f"Parameter {name!r} has {outputs} outputs, and its sections "
+                f"{dict(self.sections)} have {total}: give sections that add up."
+            )
+
+
+def as_matrix(part: Tensor) -> Tensor:
+    """Return a part as (rows, columns): filters (out, in, h, w) are flattened to (out, in · h · w)."""
+    return part.flatten(1)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Return whether an ``fnmatch`` pattern matches a parameter's or matrix' name, with or without "weight"."""
+    return fnmatchcase(name, pattern) or fnmatchcase(layer_name(name), pattern)
+
+
+def matrix_name(parameter_name: str, part_name: str) -> str:
+    """Return the name of a matrix: the parameter's, followed by the part's where it has several."""
+    return f"{parameter_name}.{part_name}" if part_name else parameter_name
+
+
+def layer_name(name: str) -> str:
+    """Return the name that a matrix is reported under: without "weight"."""
+    return ".".join(component for component in name.split(".") if component != "weight")
