@@ -1,0 +1,217 @@
+"""What adapting p costs: time and peak memory of the same training with and without it.
+
+Runs of a GPT-2 with random weights and tokens alternate in one process: p fixed, p adaptive with one step of the run
+due, p fixed, … The time that adaptation adds to a run is that of one due step and of hooks on the others; it is scaled
+to one due step in ``--interval`` steps. Peak memory is that of a process of its own for each variant. Nothing here
+asserts a time.
+
+Usage:
+    python benchmarks/adaptation_overhead.py                               # 12 million parameters, about 10 minutes
+    python benchmarks/adaptation_overhead.py --estimators exact lanczos    # several in turn
+    python benchmarks/adaptation_overhead.py --device cuda --width 768 --layers 12
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from bench import print_table
+from interleaved_timing import Ratio, time_ratio
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_schatten import SchattenP, create_schatten_optimizer
+from hf_schatten.options import EstimatorName
+
+# Blocks of this many bytes and more go back to the system when they are freed, so that the peak of resident memory is
+# that of living tensors and not of the allocator's fragments.
+_RETURNED_BYTES = 1 << 16
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The training whose steps are measured.
+
+    Attributes:
+        device: Where it runs.
+        layers: Blocks of the GPT-2.
+        width: Model width.
+        sequences: Sequences in a step.
+        length: Tokens in a sequence.
+        vocabulary: Tokens of the (random) text.
+        micro_batches: Backward passes in a step.
+        run_steps: Steps of a run, one of which is due where p is adaptive.
+    """
+
+    device: str
+    layers: int
+    width: int
+    sequences: int
+    length: int
+    vocabulary: int
+    micro_batches: int
+    run_steps: int
+
+
+class Training:
+    """A model, its optimizer, and runs of steps on one random batch.
+
+    Args:
+        setting: The training.
+        options: Of the optimizer.
+    """
+
+    def __init__(self, setting: Setting, **options: Any) -> None:
+        torch.manual_seed(0)
+        config = GPT2Config(
+            n_layer=setting.layers,
+            n_embd=setting.width,
+            n_head=max(1, setting.width // 64),
+            n_positions=setting.length,
+            vocab_size=setting.vocabulary,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+        self._steps = setting.run_steps
+        self._model = GPT2LMHeadModel(config).to(torch.device(setting.device))  # type: ignore[arg-type] # a wrapped method
+        self._optimizer: SchattenP = create_schatten_optimizer(self._model, 1e-4, verbose=False, **options)
+        tokens = torch.randint(setting.vocabulary, (setting.sequences, setting.length)).to(setting.device)
+        self._batches = tokens.chunk(setting.micro_batches)
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters."""
+        return self._model.num_parameters()
+
+    @property
+    def estimates(self) -> int:
+        """How often p was estimated."""
+        return self._optimizer.policy.estimates if self._optimizer.policy else 0
+
+    def run(self) -> None:
+        """Take the steps of a run."""
+        for _ in range(self._steps):
+            for tokens in self._batches:
+                (self._model(input_ids=tokens, labels=tokens).loss / len(self._batches)).backward()
+            self._optimizer.step()
+            self._optimizer.zero_grad()
+
+
+def adaptive_options(setting: Setting, estimator: str) -> dict[str, Any]:
+    """Options with one due step in each run, its last."""
+    interval = setting.run_steps
+    return {"p": "adaptive", "p_estimator": estimator, "p_interval": interval, "p_first_step": interval}
+
+
+def measure_time(setting: Setting, options: dict[str, Any], repeats: int) -> tuple[Ratio, int]:
+    """Time of a run with these options over that of a run with fixed p; and the model's parameters."""
+    fixed, adaptive = Training(setting, p=4.0), Training(setting, **options)
+    ratio = time_ratio(adaptive.run, fixed.run, repeats, torch.device(setting.device))
+    assert adaptive.estimates >= repeats or options.get("p") != "adaptive"
+    return ratio, fixed.parameters
+
+
+def measure_peak_memory(setting: Setting, options: dict[str, Any]) -> int:
+    """Peak memory in bytes of two runs in a process of its own: of the device, or resident on the host."""
+    command = [sys.executable, __file__, "--peak-memory-of", json.dumps([asdict(setting), options])]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(_RETURNED_BYTES), "MALLOC_TRIM_THRESHOLD_": "0"}
+    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def print_peak_memory(setting: Setting, options: dict[str, Any]) -> None:
+    """The other side of `measure_peak_memory`."""
+    training = Training(setting, **options)
+    for _ in range(2):
+        training.run()
+    if torch.device(setting.device).type == "cuda":
+        print(torch.cuda.max_memory_allocated())
+    else:
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
+def overhead(ratio: float, setting: Setting, interval: int) -> float:
+    """Share of training time, where one of ``interval`` steps is due instead of one of a run's."""
+    return (ratio - 1) * setting.run_steps / interval
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse_arguments(arguments)
+    if options.peak_memory_of:
+        setting, optimizer_options = json.loads(options.peak_memory_of)
+        print_peak_memory(Setting(**setting), optimizer_options)
+        return
+    setting = Setting(
+        *(options.device, options.layers, options.width, options.sequences, options.length),
+        *(options.vocabulary, options.micro_batches, options.run_steps),
+    )
+    peaks = [measure_peak_memory(setting, {"p": 4.0}) for _ in range(options.memory_repeats)]
+    rows: list[dict[str, Any]] = []
+    for estimator in options.estimators:
+        adaptive = adaptive_options(setting, estimator)
+        ratio, parameters = measure_time(setting, adaptive, options.repeats)
+        share = partial(overhead, setting=setting, interval=options.interval)
+        adaptive_peaks = [measure_peak_memory(setting, adaptive) for _ in range(options.memory_repeats)]
+        rows.append(
+            {
+                "estimator": estimator,
+                "parameters": parameters,
+                "overhead": share(ratio.median),
+                "overhead_quartiles": [share(ratio.low), share(ratio.high)],
+                "step_seconds": ratio.reference_seconds / setting.run_steps,
+                "due_step_seconds": ratio.seconds - ratio.reference_seconds,
+                "memory_ratio": statistics.median(adaptive_peaks) / statistics.median(peaks),
+                "peak_bytes": peaks,
+                "adaptive_peak_bytes": adaptive_peaks,
+            }
+        )
+    print(f"{rows[0]['parameters']:,} parameters, {setting}, {torch.get_num_threads()} threads")
+    header = (f"time, 1 due step in {options.interval} (quartiles)", "added to a due step", "a step", "peak memory")
+    print_table(("estimator", *header), map(_cells, rows))
+    options.output.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"setting": asdict(setting), "interval": options.interval, "rows": rows}, indent=1)
+    (options.output / "adaptation_overhead.json").write_text(text + "\n", "utf-8")
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    low, high = row["overhead_quartiles"]
+    return (
+        row["estimator"],
+        f"{row['overhead']:+.2%} ({low:+.2%} to {high:+.2%})",
+        f"{row['due_step_seconds']:.3f} s",
+        f"{row['step_seconds']:.3f} s",
+        f"{row['memory_ratio'] - 1:+.2%} of {statistics.median(row['peak_bytes']) / 2**20:.0f} MiB",
+    )
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default cpu)")
+    parser.add_argument(
+        "--estimators", nargs="+", choices=get_args(EstimatorName), default=["exact"], help="of the spectra"
+    )
+    parser.add_argument("--interval", type=int, default=100, help="steps between estimates (default %(default)s)")
+    parser.add_argument("--run-steps", type=int, default=5, help="steps of a run (default %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, help="runs of each variant (default %(default)s)")
+    parser.add_argument("--memory-repeats", type=int, default=3, help="processes a variant (default %(default)s)")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--width", type=int, default=384)
+    parser.add_argument("--sequences", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--micro-batches", type=int, default=1, help="backward passes in a step (default %(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder (default %(default)s)")
+    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
