@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from .criterion import CRITERIA, CURVES, NODES, Criterion, Inputs, Sample, maximising_exponent, objective_curve
 from .distributed import mean_over_processes, process_count
-from .linalg.spectrum import LogNormEstimator, exact_log_norms
+from .linalg.spectrum import exact_log_norms
 from .optimizer import Matrix, SchattenP
 from .options import SchattenOptions
 from .probe import InputProbe
@@ -19,7 +21,46 @@ from .probe import InputProbe
 logger = logging.getLogger(__name__)
 LOG_NORM_ESTIMATORS = {"exact": exact_log_norms}
 
-Statistics = tuple[Tensor, Tensor]  # (L, CURVES, NODES) float64, and (L,) bool: whether it was measured
+_ILLUSTRATED_POINTS = 257  # of the criterion's curve that is kept for a picture
+_POWER_ITERATIONS = 10
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the p of one matrix was chosen from, on the host.
+
+    Attributes:
+        name: of the matrix.
+        step: training step of the estimate.
+        gradient_spectrum: singular values of the gradient, (min(m, n),), descending.
+        input_spectrum: singular values of the sampled input rows, (min(T, n),), descending.
+        exponents: s = 1/p, (K,), ascending.
+        objective: the criterion there, (K,), averaged over the estimates so far and the matrix' group.
+        chosen: the s that was chosen.
+    """
+
+    name: str
+    step: int
+    gradient_spectrum: Tensor
+    input_spectrum: Tensor
+    exponents: Tensor
+    objective: Tensor
+    chosen: float
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """What one process has measured on a due step of L matrices."""
+
+    step: int
+    statistics: Tensor  # (L, CURVES, NODES) float64
+    valid: Tensor  # (L,) bool: whether it was measured
+    spectra: dict[int, tuple[Tensor, Tensor]]  # of gradient and input, of the illustrated matrices
+
+    @classmethod
+    def of_nothing(cls, step: int, count: int, device: torch.device) -> _Measurement:
+        statistics = torch.zeros(count, CURVES, NODES, dtype=torch.float64, device=device)
+        return cls(step, statistics, torch.zeros(count, dtype=torch.bool, device=device), {})
 
 
 class Adaptation:
@@ -48,6 +89,9 @@ class Adaptation:
     Attributes:
         matrices: names of the adapted matrices.
         estimates: how often p was estimated by this object.
+        illustrated: how many matrices, evenly spaced, keep what their p was chosen from. Default 0.
+        choices: that, of the last estimate, in the order of the matrices.
+        updates: stable rank and relative size of the update at the last due step, both scalars, by matrix name.
     """
 
     def __init__(
@@ -59,12 +103,15 @@ class Adaptation:
     ) -> None:
         self.matrices = frozenset(groups)
         self.estimates = 0
+        self.illustrated = 0
+        self.choices: list[Choice] = []
+        self.updates: dict[str, tuple[Tensor, Tensor]] = {}
         self._options = options
         self._groups = dict(groups)
         self._reported: set[str] = set()
         self._probe = InputProbe(model, layers, capacity=options.probe_rows)
         self._worker = ThreadPoolExecutor(1, "hf_schatten") if options.p_async else None
-        self._pending: Future[Statistics] | None = None
+        self._pending: Future[_Measurement] | None = None
         self._failed = False
 
     def is_due(self, step: int) -> bool:
@@ -94,6 +141,15 @@ class Adaptation:
         elif due and self._pending is None:
             self._estimate(optimizer)
 
+    def observe(self, matrices: Sequence[Matrix], directions: Tensor, factors: Tensor) -> None:
+        """Keep stable rank and relative size of the updates of a due step."""
+        if not self._probe.armed:
+            return
+        frobenius = torch.linalg.matrix_norm(directions)  # (B,)
+        stable_ranks = (frobenius / _spectral_norm(directions)).square()
+        for matrix, stable_rank, size in zip(matrices, stable_ranks, frobenius * factors, strict=True):
+            self.updates[matrix.name] = stable_rank, size * matrix.learning_rate / matrix.weight_norm()
+
     def after_update(self, optimizer: SchattenP) -> None:
         """Sample the forwards of the next step if that step is due."""
         self._probe.arm(self.is_due(optimizer.steps_taken() + 1))
@@ -121,19 +177,25 @@ class Adaptation:
         inputs = {name: Inputs(rows) for name, rows in self._probe.take().items()}
         matrices = self._adapted(optimizer)
         self._report_unsampled({matrix.name for matrix in matrices if matrix.input_name not in inputs})
-        criterion, estimator = CRITERIA[self._options.criterion], LOG_NORM_ESTIMATORS[self._options.p_estimator]
+        criterion = CRITERIA[self._options.criterion]
         samples = (_sample(criterion, matrix, inputs.get(matrix.input_name)) for matrix in matrices)
-        device = matrices[0].parameter.device
+        nothing = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), matrices[0].parameter.device)
+        log_norms = LOG_NORM_ESTIMATORS[self._options.p_estimator]
+        measure = partial(
+            _measure,
+            nothing,
+            statistics=lambda sample: criterion.statistics(sample, log_norms),
+            illustrated=_evenly_spaced(self.illustrated, len(matrices)),
+        )
         if self._worker is None:
-            self._learn(optimizer, _measure(criterion, estimator, samples, len(matrices), device))
+            self._learn(optimizer, measure(samples))
         elif not self._failed:
-            copies = [sample and sample.copied() for sample in samples]
-            self._pending = self._worker.submit(_measure, criterion, estimator, copies, len(matrices), device)
+            self._pending = self._worker.submit(measure, [sample and sample.copied() for sample in samples])
         else:
             self._pending = Future()
-            self._pending.set_result(_nothing_measured(len(matrices), device))
+            self._pending.set_result(nothing)
 
-    def _result(self, job: Future[Statistics]) -> Statistics | None:
+    def _result(self, job: Future[_Measurement]) -> _Measurement | None:
         try:
             return job.result()
         except Exception:
@@ -144,34 +206,50 @@ class Adaptation:
             )
             return None
 
-    def _learn(self, optimizer: SchattenP, measured: Statistics | None) -> None:
+    def _learn(self, optimizer: SchattenP, measured: _Measurement | None) -> None:
         """Average over processes and time, and choose p; what no process has measured keeps average and p."""
         matrices = self._adapted(optimizer)
-        device = matrices[0].parameter.device
-        statistics, valid = mean_over_processes(*(measured or _nothing_measured(len(matrices), device)))
+        if measured is None:
+            device = matrices[0].parameter.device
+            measured = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), device)
+        statistics, valid = mean_over_processes(measured.statistics, measured.valid)
         average = torch.stack([matrix.statistics for matrix in matrices])  # (L, CURVES, NODES)
         weight = torch.stack([matrix.statistics_weight for matrix in matrices])  # (L,)
         rate = valid.to(average.dtype) * (1 - self._options.p_ema_decay)
         average = average.lerp(statistics, rate[:, None, None])
         weight = weight.lerp(torch.ones_like(weight), rate)
-        p = self._choose(average, weight, [self._groups[matrix.name] for matrix in matrices])
+        objective = self._objective(average, weight, [self._groups[matrix.name] for matrix in matrices])
+        s = maximising_exponent(objective, *self._range)
+        p = s.reciprocal().float()
         for row, matrix in enumerate(matrices):
             matrix.statistics.copy_(average[row])
             matrix.statistics_weight.copy_(weight[row])
             matrix.p.copy_(torch.where(valid[row], p[row], matrix.p))
+        self.choices = [
+            Choice(matrices[row].name, measured.step, *spectra, *self._curve(objective[row]), float(s[row]))
+            for row, spectra in measured.spectra.items()
+        ]
         self.estimates += 1
 
-    def _choose(self, average: Tensor, weight: Tensor, groups: Sequence[int]) -> Tensor:
-        """Return the p (L,) that maximises the mean criterion of each matrix's group."""
-        options = self._options
-        s_min, s_max = 1 / options.p_max, 1 / options.p_min
-        known = (weight > 0)[:, None]
+    @property
+    def _range(self) -> tuple[float, float]:
+        return 1 / self._options.p_max, 1 / self._options.p_min
+
+    def _objective(self, average: Tensor, weight: Tensor, groups: Sequence[int]) -> Tensor:
+        """Return the mean criterion of each matrix' group, (L, candidates)."""
         corrected = average / weight[:, None, None]  # an average that starts at zero is too small at first
-        objective = objective_curve(options.criterion, corrected, s_min, s_max)  # (L, candidates)
+        own = objective_curve(self._options.criterion, corrected, *self._range)
+        known = (weight > 0)[:, None]
         group = torch.tensor(groups, device=average.device)
-        total = objective.new_zeros(len(groups), objective.shape[1])
-        total.index_add_(0, group, torch.where(known, objective, 0.0))
-        return maximising_exponent(total[group], s_min, s_max).reciprocal().float()
+        total = own.new_zeros(len(groups), own.shape[1] + 1)
+        total.index_add_(0, group, torch.cat([torch.where(known, own, 0.0), known.to(own.dtype)], dim=1))
+        return (total[:, :-1] / total[:, -1:])[group]
+
+    def _curve(self, objective: Tensor) -> tuple[Tensor, Tensor]:
+        """Return exponents and objective at fewer points, on the host."""
+        kept = torch.linspace(0, len(objective) - 1, _ILLUSTRATED_POINTS).long()
+        exponents = torch.linspace(*self._range, len(objective), dtype=torch.float64)
+        return exponents[kept], objective.cpu()[kept]
 
     def _report_unsampled(self, names: set[str]) -> None:
         news = sorted(names - self._reported)
@@ -195,22 +273,36 @@ def _sample(criterion: Criterion, matrix: Matrix, inputs: Inputs | None) -> Samp
 
 
 def _measure(
-    criterion: Criterion,
-    estimator: LogNormEstimator,
+    nothing: _Measurement,
     samples: Iterable[Sample | None],
-    count: int,
-    device: torch.device,
-) -> Statistics:
-    """Return the statistics of ``count`` samples; what is missing, zero or not finite is not measured."""
-    statistics = _nothing_measured(count, device)[0]
-    for row, sample in zip(statistics, samples, strict=True):
-        if sample is not None and sample.is_finite():
-            row.copy_(criterion.statistics(sample, estimator))
-        else:
-            row.fill_(torch.nan)
-    return statistics, statistics.isfinite().flatten(1).all(dim=1)
+    *,
+    statistics: Callable[[Sample], Tensor],
+    illustrated: Collection[int],
+) -> _Measurement:
+    """Return the statistics of every sample; what is missing, zero or not finite is not measured."""
+    rows, spectra = nothing.statistics, {}
+    for index, sample in enumerate(samples):
+        if sample is None or not sample.is_finite():
+            rows[index] = torch.nan
+            continue
+        rows[index] = statistics(sample)
+        if index in illustrated:
+            spectra[index] = _spectrum(sample.gradient), _spectrum(sample.inputs.rows)
+    return replace(nothing, valid=rows.isfinite().flatten(1).all(dim=1), spectra=spectra)
 
 
-def _nothing_measured(count: int, device: torch.device) -> Statistics:
-    statistics = torch.zeros(count, CURVES, NODES, dtype=torch.float64, device=device)
-    return statistics, torch.zeros(count, dtype=torch.bool, device=device)
+def _spectrum(X: Tensor) -> Tensor:
+    return torch.linalg.svdvals(X.float()).cpu()
+
+
+def _spectral_norm(X: Tensor) -> Tensor:
+    """Return the largest singular value of each matrix (B, m, n) to a per cent or so, from below."""
+    v = torch.ones(X.shape[0], X.shape[2], 1, dtype=X.dtype, device=X.device)
+    for _ in range(_POWER_ITERATIONS):
+        v = X.mT @ (X @ v)
+        v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    return torch.linalg.vector_norm(X @ v, dim=(1, 2))
+
+
+def _evenly_spaced(count: int, total: int) -> frozenset[int]:
+    return frozenset(torch.linspace(0, total - 1, min(count, total)).round().long().tolist())

@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 
 from .adaptation import Adaptation
+from .coupling import WeightFunction
 from .distributed import is_main_process, refuse_unsupported_engines
 from .layout import matches, matrix_name
 from .optimizer import SchattenP
-from .options import SchattenOptions
+from .options import CouplingWeights, SchattenOptions
 from .policy import Policy, ScheduledP
 from .routing import Route, require_matches, route_parameters
 
@@ -25,6 +26,7 @@ def create_schatten_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    coupling_weights: CouplingWeights | WeightFunction = "uniform",
     verbose: bool = True,
     **options: Any,
 ) -> SchattenP:
@@ -39,8 +41,10 @@ def create_schatten_optimizer(
         lr: learning rate of AdamW; that of the matrices is ``lr * schatten_lr_ratio``. With the default scale rule
             AdamW's customary values fit both. Default 1e-3.
         weight_decay: decoupled weight decay of matrices and embeddings; vectors get none. Default 0.1.
-        betas: AdamW's decays. Default (0.9, 0.999).
-        eps: AdamW's epsilon. Default 1e-8.
+        betas: AdamW's decays, the second of them the preconditioner's too. Default (0.9, 0.999).
+        eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
+        coupling_weights: the option of this name, or a function from a matrix' name and its (out, in) to its weight,
+            above 0; a function is not written to checkpoints. Default ``uniform``.
         verbose: print the routing table, on the main process. Default True.
         **options: fields of :class:`SchattenOptions`, such as ``p=4`` or ``p_interval=50``.
 
@@ -55,7 +59,8 @@ def create_schatten_optimizer(
         >>> loss.backward()
         >>> optimizer.step()
     """
-    parsed = SchattenOptions.from_mapping(options)
+    named_weights = {} if callable(coupling_weights) else {"coupling_weights": coupling_weights}
+    parsed = SchattenOptions.from_mapping(options | named_weights)
     refuse_unsupported_engines(model)
     routing = route_parameters(model, parsed.exclude, split_fused=parsed.split_fused)
     if verbose and is_main_process():
@@ -74,7 +79,12 @@ def create_schatten_optimizer(
         p=parsed.initial_p,
         momentum=parsed.momentum,
         nesterov=parsed.nesterov,
+        step_rule=parsed.step_rule,
         scale=parsed.scale,
+        coupling_order=parsed.coupling_order,
+        coupling_weights=coupling_weights,
+        precondition=parsed.precondition,
+        precondition_exponent=parsed.precondition_exponent,
         lr_ratio=parsed.schatten_lr_ratio,
         betas=betas,
         eps=eps,

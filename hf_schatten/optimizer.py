@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,12 +14,30 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
+from .coupling import (
+    COUPLING_WEIGHTS,
+    WeightFunction,
+    dual_norms,
+    lengths_alone,
+    lengths_coupled,
+    unit_factors,
+)
 from .criterion import CURVES, NODES
 from .distributed import UnsupportedEngineError
 from .layout import Layout, as_matrix, matrix_name
 from .linalg import spectral_power
 from .linalg.coefficient_table import exponent_of
-from .options import OPTIMIZER_NAME, ScaleRule, SchattenOptions
+from .options import (
+    OPTIMIZER_NAME,
+    OPTION_VALUES,
+    CouplingWeights,
+    Precondition,
+    PreconditionExponent,
+    ScaleRule,
+    SchattenOptions,
+    StepRule,
+)
+from .preconditioning import SECOND_MOMENTS, root_exponent
 from .scaling import update_norm
 
 if TYPE_CHECKING:
@@ -30,8 +48,11 @@ if TYPE_CHECKING:
 STEP, MOMENTUM, P, STATISTICS, STATISTICS_WEIGHT = "step", "momentum", "p", "statistics", "statistics_weight"
 
 # Temporaries of a matrix (m, n), m <= n, while its batch is updated: momentum, normalised momentum, iterate, product
-# and weighted sum; Gram matrices and polynomials of them.
+# and weighted sum; Gram matrices and polynomials of them. A preconditioner is one rectangle more.
 _WORKSPACE_RECTANGLES, _WORKSPACE_SQUARES = 5, 4
+
+# What the matrices of one batch have in common, besides shape, dtype and device.
+_COMMON_OPTIONS = "step_rule", "precondition", "precondition_exponent"
 
 
 class SchattenP(Optimizer):
@@ -44,10 +65,11 @@ class SchattenP(Optimizer):
         W \leftarrow (1 - \eta \lambda) W - \eta \, c \, U \Sigma^{1/p} V^\top
 
     where U Σ Vᵀ is the singular value decomposition of the bias-corrected (Nesterov) momentum and c pins the
-    Frobenius norm of the update (:mod:`hf_schatten.scaling`). p = 1 is normalised SGD with momentum, p = ∞ is
-    Muon. A parameter is one matrix or several (:class:`hf_schatten.layout.Layout`), and each matrix has a p of its
-    own in ``state[parameter]["p"]``. A policy (:mod:`hf_schatten.policy`) changes it during training; without one it
-    stays at the group's ``p``.
+    Frobenius norm of the update (:mod:`hf_schatten.scaling`), or makes it the step of one of Schattor's oracles
+    (:mod:`hf_schatten.coupling`). p = 1 is normalised SGD with momentum, p = ∞ is Muon; between preconditioners
+    (:mod:`hf_schatten.preconditioning`) p = 1 is Adam. A parameter is one matrix or several
+    (:class:`hf_schatten.layout.Layout`), and each matrix has a p of its own in ``state[parameter]["p"]``. A policy
+    (:mod:`hf_schatten.policy`) changes it during training; without one it stays at the group's ``p``.
 
     Most users want :func:`hf_schatten.create_schatten_optimizer`, which makes the groups from a model.
 
@@ -61,10 +83,21 @@ class SchattenP(Optimizer):
         momentum: decay β of the momentum, in [0, 1). Default 0.95.
         nesterov: look one step ahead. Default True.
         weight_decay: decoupled weight decay λ of every group. Default 0.1.
-        scale: rule of the update's norm. Default ``match_rms_adamw``.
+        step_rule: ``pinned`` by ``scale`` (default), or Schattor's oracles: ``ball``, whose step has the
+            Schatten-(p + 1) norm of the learning rate, or ``regularized``, with the learning rate as reciprocal
+            penalty.
+        scale: rule of a pinned update's norm. Default ``match_rms_adamw``.
+        coupling_order: order, in [1, inf], of the norm that couples the oracle's steps of all matrices that have a
+            gradient. Their directions, one copy of the matrices, are kept until all are known; nothing waits for
+            the device. Default None: every matrix for itself.
+        coupling_weights: weight of a matrix in that norm, above 0: a name, or a function of the matrix' name and its
+            (out, in). Default ``uniform``, 1 for all.
+        precondition: second moment that is divided by: ``none`` (default), ``adam`` (state of 4 bytes a parameter)
+            or ``adafactor`` (4 bytes for each row and column of a matrix). Decays by the second of ``betas``.
+        precondition_exponent: ``scaled`` with p (default) or ``fixed``.
         lr_ratio: learning rate of the matrices divided by ``lr``. Default 1.
         betas: AdamW's decays. Default (0.9, 0.999).
-        eps: AdamW's epsilon. Default 1e-8.
+        eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5.
         workspace_mib: memory, in MiB, that one batch of matrices may take for its temporaries; a matrix that needs
             more is a batch of its own. Default 512.
@@ -74,7 +107,8 @@ class SchattenP(Optimizer):
         policy: what changes p, None where it is fixed.
 
     Raises:
-        ValueError: when a group marked ``spectral`` holds a parameter that is no matrix, or p is out of range.
+        ValueError: when a group marked ``spectral`` holds a parameter that is no matrix, p is out of range, or its
+            options exclude each other.
     """
 
     options: SchattenOptions | None = None
@@ -89,7 +123,12 @@ class SchattenP(Optimizer):
         momentum: float = 0.95,
         nesterov: bool = True,
         weight_decay: float = 0.1,
+        step_rule: StepRule = "pinned",
         scale: ScaleRule = "match_rms_adamw",
+        coupling_order: float | None = None,
+        coupling_weights: CouplingWeights | WeightFunction = "uniform",
+        precondition: Precondition = "none",
+        precondition_exponent: PreconditionExponent = "scaled",
         lr_ratio: float = 1.0,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -98,6 +137,8 @@ class SchattenP(Optimizer):
     ) -> None:
         self.ns_steps = ns_steps
         self.workspace_mib = workspace_mib
+        self.coupling_order = coupling_order
+        self.coupling_weights = coupling_weights
         defaults = {
             "spectral": True,
             "transposed": False,
@@ -107,7 +148,10 @@ class SchattenP(Optimizer):
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
+            "step_rule": step_rule,
             "scale": scale,
+            "precondition": precondition,
+            "precondition_exponent": precondition_exponent,
             "lr_ratio": lr_ratio,
             "betas": betas,
             "eps": eps,
@@ -118,13 +162,16 @@ class SchattenP(Optimizer):
         """Add a group as ``torch.optim.Optimizer`` does; a spectral group takes matrices only.
 
         Raises:
-            ValueError: when a spectral group holds something else, or its p is out of range.
+            ValueError: when a spectral group holds something else, its p is out of range, or its step rule does not
+                go with its p or with the coupling.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         if not group["spectral"]:
             return
         try:
+            _check_names(group)
+            self._check_coupling()
             for name, parameter in _named_parameters(group):
                 _layout(group).check(name, parameter.shape)
                 _initial_p(group, len(_layout(group).part_names(parameter.shape)))
@@ -156,6 +203,7 @@ class SchattenP(Optimizer):
 
         Raises:
             UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
+            ValueError: when a function of coupling weights returns one that is not above 0.
         """
         loss = None
         if closure is not None:
@@ -167,19 +215,18 @@ class SchattenP(Optimizer):
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             if group["spectral"]:
-                self._advance_momentum(group, parameters)
+                self._advance_moments(group, parameters)
             elif parameters:
                 self._adamw_step(group, parameters)
-        for batch in _batches((m for m in self.matrices() if m.parameter.grad is not None), self.workspace_mib):
-            self._update_batch(batch)
+        self._update_matrices([matrix for matrix in self.matrices() if matrix.parameter.grad is not None])
         if self.policy is not None:
             self.policy.after_update(self)
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: everything but the policy, whose hooks belong to the model."""
-        own = {"ns_steps": self.ns_steps, "workspace_mib": self.workspace_mib, "options": self.options}
-        return super().__getstate__() | own
+        own = ("ns_steps", "workspace_mib", "coupling_order", "coupling_weights", "options")
+        return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
@@ -267,25 +314,82 @@ class SchattenP(Optimizer):
                         _require_whole_matrix(parameter)
                         self.state[parameter] = _new_state(parameter, group)
 
-    def _advance_momentum(self, group: dict[str, Any], parameters: Iterable[Tensor]) -> None:
+    def _check_coupling(self) -> None:
+        if self.coupling_order is None:
+            return
+        if not self.coupling_order >= 1:
+            raise ValueError(f"coupling_order={self.coupling_order!r} is not allowed: it is 1 or more, or None.")
+        rules = {other["step_rule"] for other in self.param_groups if other["spectral"]}
+        if rules not in ({"ball"}, {"regularized"}):
+            raise ValueError(
+                f"coupling_order={self.coupling_order!r} couples the steps of one oracle, and the step_rule of the "
+                f"groups is {', '.join(sorted(rules))}: set step_rule to 'ball' or to 'regularized' for all."
+            )
+
+    def _advance_moments(self, group: dict[str, Any], parameters: Iterable[Tensor]) -> None:
+        second_moment = SECOND_MOMENTS.get(group["precondition"])
         for parameter in parameters:
             state = self.state[parameter]
             state[STEP].add_(1)
             gradient = parameter.grad.to(state[MOMENTUM].dtype)  # type: ignore[union-attr]
             state[MOMENTUM].lerp_(gradient, 1 - group["momentum"])
+            if second_moment is not None:
+                second_moment.advance(state, gradient, _layout(group), group["betas"][1])
 
-    def _update_batch(self, batch: list[Matrix]) -> None:
-        """Update matrices of one shape or its transpose: one batched direction, each matrix with its own p."""
+    def _update_matrices(self, matrices: list[Matrix]) -> None:
+        """Update matrices batch by batch; coupled ones when all directions are known."""
+        batches = _batches(matrices, self.workspace_mib)
+        if self.coupling_order is None:
+            for batch in batches:
+                self._update_alone(batch)
+        elif matrices:
+            updates = [self._update_of(batch) for batch in batches]
+            for update, factors in zip(updates, self._factors_coupled(updates), strict=True):
+                update.apply(factors)
+
+    def _update_alone(self, batch: list[Matrix]) -> None:
+        update = self._update_of(batch)
+        update.apply(_factors_alone(update))
+
+    def _update_of(self, batch: list[Matrix]) -> _Update:
+        """Return the update of matrices of one shape or its transpose: one batched direction, each with its own p."""
         momenta = batch[0].momentum.new_empty(len(batch), *batch[0].wide_shape)
         for matrix, slot in zip(batch, momenta, strict=True):
             matrix.write_momentum(slot)
         p = torch.stack([matrix.p for matrix in batch])  # (B,)
+        preconditioners = _preconditioners(batch, momenta, p)  # (B, m, n) or None
+        if preconditioners is not None:
+            momenta.mul_(preconditioners)
         directions = self.direction(momenta, p)  # (B, m, n)
-        norms = torch.linalg.matrix_norm(directions)  # (B,)
-        targets = torch.stack([matrix.update_norm() for matrix in batch])  # (B,)
-        factors = torch.where(norms > 0, targets / norms, 0.0)
-        for matrix, direction, factor in zip(batch, directions, factors, strict=True):
-            matrix.apply(direction, factor)
+        products = None
+        if batch[0].group["step_rule"] != "pinned":
+            products = torch.linalg.vecdot(momenta.flatten(1), directions.flatten(1))  # (B,)
+        if preconditioners is not None:
+            directions = preconditioners.mul_(directions)
+        return _Update(batch, directions, p.reciprocal(), products)
+
+    def _factors_coupled(self, updates: Sequence[_Update]) -> list[Tensor]:
+        """Return what the directions of each batch are multiplied by: the oracle's step of all matrices together."""
+        matrices = [matrix for update in updates for matrix in update.batch]
+        duals = [update.dual_norms() for update in updates]
+        together = torch.cat([dual.to(duals[0].device) for dual in duals])  # (matrices,)
+        weights = torch.tensor(self._coupling_weights(matrices), dtype=together.dtype)
+        weights = weights.to(together.device, non_blocking=True)
+        assert self.coupling_order is not None
+        lengths = lengths_coupled(matrices[0].group["step_rule"], together, self.coupling_order, weights)
+        return [
+            length.to(dual) * unit_factors(dual, update.exponents)
+            for update, dual, length in zip(updates, duals, lengths.split([len(dual) for dual in duals]), strict=True)
+        ]
+
+    def _coupling_weights(self, matrices: Iterable[Matrix]) -> list[float]:
+        chosen = self.coupling_weights
+        weight_of = chosen if callable(chosen) else COUPLING_WEIGHTS[chosen]
+        weights = {matrix.name: weight_of(matrix.name, matrix.shape) for matrix in matrices}
+        for name, weight in weights.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"coupling_weights gives {name!r} the weight {weight!r}: return a number above 0.")
+        return list(weights.values())
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -382,6 +486,15 @@ class Matrix:
         m, n = self.shape
         return min(m, n), max(m, n)
 
+    @property
+    def learning_rate(self) -> float:
+        """The present learning rate of the matrix."""
+        return float(self.group["lr"]) * self.group["lr_ratio"]
+
+    def weight_norm(self) -> Tensor:
+        """Return the Frobenius norm of the weights, a scalar."""
+        return torch.linalg.vector_norm(self._part(self.parameter), dtype=self.momentum.dtype)
+
     def look_ahead(self, out: Tensor | None = None) -> Tensor:
         """Return what the moving average would be if the gradient came once more, (r, c) as stored."""
         gradient = self.gradient.to(self.momentum.dtype)  # type: ignore[union-attr]
@@ -395,17 +508,23 @@ class Matrix:
         else:
             torch.div(self.momentum, 1 - beta**step, out=self._stored(wide))
 
-    def update_norm(self) -> Tensor:
-        """Return the Frobenius norm that the update is scaled to, a scalar."""
+    def write_root_of_second_moment(self, wide: Tensor) -> None:
+        """Write ``√V + ε`` with the bias-corrected second moment V into ``wide``."""
+        group, step, root = self.group, self.state[STEP].item(), self._stored(wide)
+        second_moment = SECOND_MOMENTS[group["precondition"]]
+        second_moment.write(self.state, _layout(group), self.parameter.shape, self.index, out=root)
+        root.div_(1 - group["betas"][1] ** step).sqrt_().add_(group["eps"])
+
+    def update_norm(self, own: Tensor) -> Tensor:
+        """Return the Frobenius norm that the update is scaled to, a scalar, from its own."""
         beta1, lr_ratio = self.group["betas"][0], self.group["lr_ratio"]
-        return update_norm(self.group["scale"], *self.shape, self.p.reciprocal(), beta1=beta1, lr_ratio=lr_ratio)
+        return update_norm(self.group["scale"], *self.shape, self.p.reciprocal(), own, beta1=beta1, lr_ratio=lr_ratio)
 
     def apply(self, wide: Tensor, factor: Tensor) -> None:
         """Decay the weights and take the step ``factor * wide``."""
-        lr = float(self.group["lr"]) * self.group["lr_ratio"]
         weights = self._part(self.parameter)
-        weights.mul_(1 - lr * self.group["weight_decay"])
-        weights.addcmul_(self._stored(wide).reshape(weights.shape), factor, value=-lr)
+        weights.mul_(1 - self.learning_rate * self.group["weight_decay"])
+        weights.addcmul_(self._stored(wide).reshape(weights.shape), factor, value=-self.learning_rate)
 
     def _part(self, tensor: Tensor) -> Tensor:
         return _layout(self.group).part(tensor, self.index)
@@ -415,14 +534,62 @@ class Matrix:
         return wide if rows <= columns else wide.mT
 
 
+class _Update(NamedTuple):
+    """The update of one batch before its length is known.
+
+    Attributes:
+        batch: matrices of one shape or its transpose, B of them.
+        directions: (B, m, n), of any length.
+        exponents: spectral exponents s, (B,).
+        products: ``⟨M, O⟩`` (B,) of momenta and directions where the step is an oracle's, else None.
+    """
+
+    batch: list[Matrix]
+    directions: Tensor
+    exponents: Tensor
+    products: Tensor | None
+
+    def dual_norms(self) -> Tensor:
+        """Return the dual norms of the momenta, (B,)."""
+        return dual_norms(self.products, self.exponents)  # type: ignore[arg-type]
+
+    def apply(self, factors: Tensor) -> None:
+        """Decay the weights and step by the directions times ``factors`` (B,)."""
+        for matrix, direction, factor in zip(self.batch, self.directions, factors, strict=True):
+            matrix.apply(direction, factor)
+
+
+def _factors_alone(update: _Update) -> Tensor:
+    """Return what the directions are multiplied by, (B,), where every matrix is for itself."""
+    if update.products is not None:
+        dual = update.dual_norms()
+        return lengths_alone(update.batch[0].group["step_rule"], dual) * unit_factors(dual, update.exponents)
+    norms = torch.linalg.matrix_norm(update.directions)  # (B,)
+    targets = torch.stack([matrix.update_norm(own) for matrix, own in zip(update.batch, norms, strict=True)])
+    return torch.where(norms > 0, targets / norms, 0.0)
+
+
+def _preconditioners(batch: list[Matrix], like: Tensor, p: Tensor) -> Tensor | None:
+    """Return the preconditioners (B, m, n) of a batch, None where it has none."""
+    if batch[0].group["precondition"] == "none":
+        return None
+    preconditioners = torch.empty_like(like)
+    for matrix, slot in zip(batch, preconditioners, strict=True):
+        matrix.write_root_of_second_moment(slot)
+    exponents = root_exponent(batch[0].group["precondition_exponent"], p.reciprocal())  # (B,)
+    return preconditioners.pow_(exponents[:, None, None])
+
+
 def _batches(matrices: Iterable[Matrix], workspace_mib: int) -> Iterator[list[Matrix]]:
-    """Yield batches of one shape (or its transpose), dtype and device that stay within the workspace."""
+    """Yield batches of one shape (or its transpose), dtype, device and kind that stay within the workspace."""
     alike: dict[Any, list[Matrix]] = {}
     for matrix in matrices:
         momentum = matrix.momentum
-        alike.setdefault((matrix.wide_shape, momentum.dtype, momentum.device), []).append(matrix)
-    for ((m, n), dtype, _), batch in alike.items():
-        needed = (_WORKSPACE_RECTANGLES * m * n + _WORKSPACE_SQUARES * m * m) * dtype.itemsize
+        kind = tuple(matrix.group[option] for option in _COMMON_OPTIONS)
+        alike.setdefault((matrix.wide_shape, momentum.dtype, momentum.device, kind), []).append(matrix)
+    for ((m, n), dtype, *_), batch in alike.items():
+        rectangles = _WORKSPACE_RECTANGLES + (batch[0].group["precondition"] != "none")
+        needed = (rectangles * m * n + _WORKSPACE_SQUARES * m * m) * dtype.itemsize
         size = max(1, (workspace_mib << 20) // needed)
         yield from (batch[start : start + size] for start in range(0, len(batch), size))
 
@@ -437,15 +604,31 @@ def _layout(group: dict[str, Any]) -> Layout:
     return Layout(group["transposed"], group["sections"])
 
 
+def _check_names(group: dict[str, Any]) -> None:
+    """Raise unless a group's options have values that exist.
+
+    Raises:
+        ValueError: with the option, its value and the allowed ones.
+    """
+    for option in ("scale", *_COMMON_OPTIONS):
+        if group[option] not in OPTION_VALUES[option]:
+            raise ValueError(f"{option}={group[option]!r} is not allowed: one of {', '.join(OPTION_VALUES[option])}.")
+
+
 def _initial_p(group: dict[str, Any], count: int) -> list[float]:
     """Return the p that each of a parameter's matrices starts with.
 
     Raises:
-        ValueError: when one is out of range, or their number is not that of the matrices.
+        ValueError: when one is out of range, or belongs to no norm where the step is an oracle's, or their number is
+            not that of the matrices.
     """
     values = list(group["p"]) if isinstance(group["p"], Sequence) else [group["p"]] * count
     for p in values:
-        exponent_of(p)
+        if exponent_of(p) < 0 and group["step_rule"] != "pinned":
+            raise ValueError(
+                f"p={p!r} is not allowed with step_rule={group['step_rule']!r}: the order p + 1 of its norm is at "
+                "least 2. Use p of at least 1, or step_rule='pinned'."
+            )
     if len(values) != count:
         raise ValueError(f"p={values!r} has {len(values)} values for a parameter of {count} matrices.")
     return values
@@ -460,10 +643,13 @@ def _new_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     step = torch.tensor(0.0)  # on the host, as in torch.optim: reading it synchronises nothing
     if not group["spectral"]:
         return {STEP: step, "exp_avg": average, "exp_avg_sq": torch.zeros_like(average)}
-    count = len(_layout(group).part_names(parameter.shape))
+    layout = _layout(group)
+    count = len(layout.part_names(parameter.shape))
+    second_moment = SECOND_MOMENTS.get(group["precondition"])
     return {
         STEP: step,
         MOMENTUM: average,
+        **(second_moment.new_state(average, layout) if second_moment else {}),
         P: torch.tensor(_initial_p(group, count), dtype=torch.float32, device=parameter.device),
         STATISTICS: torch.zeros(count, CURVES, NODES, dtype=torch.float64, device=parameter.device),
         STATISTICS_WEIGHT: torch.zeros(count, dtype=torch.float64, device=parameter.device),

@@ -13,9 +13,24 @@ from .linalg.coefficient_table import STEPS, exponent_of
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
-ScaleRule = Literal["match_rms_adamw", "muon", "interpolate"]
+ScaleRule = Literal["match_rms_adamw", "muon", "interpolate", "none"]
+StepRule = Literal["pinned", "ball", "regularized"]
+CouplingWeights = Literal["uniform", "sqrt_n_over_m"]
+Precondition = Literal["none", "adam", "adafactor"]
+PreconditionExponent = Literal["scaled", "fixed"]
 CriterionName = Literal["holder", "alignment", "decrease"]
 EstimatorName = Literal["exact", "submatrix", "lowrank", "lanczos", "iterates"]
+
+# The options that take one of several names.
+OPTION_VALUES: dict[str, tuple[str, ...]] = {
+    "criterion": get_args(CriterionName),
+    "p_estimator": get_args(EstimatorName),
+    "step_rule": get_args(StepRule),
+    "scale": get_args(ScaleRule),
+    "coupling_weights": get_args(CouplingWeights),
+    "precondition": get_args(Precondition),
+    "precondition_exponent": get_args(PreconditionExponent),
+}
 
 
 class OptionError(ValueError):
@@ -58,8 +73,21 @@ class SchattenOptions:
         p_steps: steps of ``p="schedule"``; a Trainer's whole training where it is none. Default none.
         momentum: decay of the momentum, in [0, 1). Default 0.95.
         nesterov: look one step ahead of the momentum. Default True.
-        scale: how ||O||_F is pinned: ``match_rms_adamw`` (default), ``muon`` or ``interpolate``;
-            see :mod:`hf_schatten.scaling`.
+        step_rule: how long a step is. ``pinned`` (default): as ``scale`` says. ``ball`` and ``regularized``:
+            Schattor's oracles, whose step has the Schatten-(p + 1) norm ``lr``, or ``lr`` times the dual norm of the
+            momentum; p is at least 1 then, and ``scale`` stays at its default. See :mod:`hf_schatten.coupling`.
+        scale: how ||O||_F is pinned: ``match_rms_adamw`` (default), ``muon``, ``interpolate``, or ``none``, which
+            leaves the update its own norm; see :mod:`hf_schatten.scaling`.
+        coupling_order: order of the vector norm, in [1, inf], in which the steps of all matrices are coupled; for
+            ``step_rule`` ``ball`` and ``regularized``. Keeps one more copy of the matrices. Default none: every
+            matrix for itself.
+        coupling_weights: weight of a matrix in that norm: ``uniform`` (default), or ``sqrt_n_over_m``, which makes
+            the spectral norm at p = inf the operator norm between root mean squares.
+        precondition: divide by roots of the second moment, on the way into the spectral power and on the way out:
+            ``none`` (default), ``adam`` (p = 1 is Adam) or ``adafactor``, whose second moment has rank one; see
+            :mod:`hf_schatten.preconditioning`.
+        precondition_exponent: exponent of the second moment on either way: ``scaled`` (default), -1/(2(p + 1)), with
+            which p = inf is Muon, or ``fixed``, -1/4, with which it is MuAdam.
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;
             both follow the one schedule. Default 1.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
@@ -93,7 +121,12 @@ class SchattenOptions:
     p_steps: int | None = None
     momentum: float = 0.95
     nesterov: bool = True
+    step_rule: StepRule = "pinned"
     scale: ScaleRule = "match_rms_adamw"
+    coupling_order: float | None = None
+    coupling_weights: CouplingWeights = "uniform"
+    precondition: Precondition = "none"
+    precondition_exponent: PreconditionExponent = "scaled"
     schatten_lr_ratio: float = 1.0
     ns_steps: int = 5
     workspace_mib: int = 512
@@ -107,8 +140,8 @@ class SchattenOptions:
             _require_exponent(name, getattr(self, name))
         for p in self.overrides.values():
             _require_exponent("p_overrides", p)
-        for name, allowed in (("criterion", CriterionName), ("p_estimator", EstimatorName), ("scale", ScaleRule)):
-            self._require(getattr(self, name) in get_args(allowed), name, f"one of {', '.join(get_args(allowed))}")
+        for name, allowed in OPTION_VALUES.items():
+            self._require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
         # In the order of 1/p, in which -4 lies beyond inf.
         self._require(self.p_min >= 1 and 1 / self.p_max <= 1 / self.p_min, "p_min", "1 <= p_min <= p_max")
         self._require(
@@ -126,6 +159,46 @@ class SchattenOptions:
         self._require(0 < self.schatten_lr_ratio < math.inf, "schatten_lr_ratio", "a positive finite number")
         self._require(self.ns_steps in STEPS, "ns_steps", f"one of {', '.join(map(str, STEPS))}")
         self._require(self.workspace_mib >= 1, "workspace_mib", "a number of MiB, 1 or more")
+        self._require(
+            self.precondition != "none" or self.precondition_exponent == "scaled",
+            "precondition_exponent",
+            "it is for precondition=adam or adafactor",
+        )
+        self._check_step_rule()
+
+    def _check_step_rule(self) -> None:
+        """Refuse combinations in which an option would be ignored, or a norm would be none."""
+        self._require(self.coupling_order is None or self.coupling_order >= 1, "coupling_order", "1 or more, or none")
+        self._require(
+            self.coupling_weights == "uniform" or self.coupling_order is not None,
+            "coupling_weights",
+            "it is for coupled matrices; set coupling_order, for example to 2",
+        )
+        if self.step_rule == "pinned":
+            self._require(
+                self.coupling_order is None,
+                "coupling_order",
+                "step_rule=pinned fixes the norm of every step; set step_rule=ball or step_rule=regularized",
+            )
+            return
+        self._require(
+            self.scale == SchattenOptions.scale,
+            "scale",
+            f"step_rule={self.step_rule} sets the step's length; leave scale out, or set step_rule=pinned",
+        )
+        for name, p in self._reachable_p().items():
+            if p < 1:
+                raise OptionError(
+                    f"{name}={p!r} is not allowed with step_rule={self.step_rule}: the order p + 1 of its norm is at "
+                    "least 2. Use p of at least 1, or step_rule=pinned."
+                )
+
+    def _reachable_p(self) -> dict[str, float]:
+        """The extremes of p by the option that allows them."""
+        names = {"adaptive": ("p_max",), "schedule": ("p_start", "p_end")}.get(str(self.p), ("p",))
+        return {name: getattr(self, name) for name in names} | {
+            f"p_overrides: {pattern}": p for pattern, p in self.overrides.items()
+        }
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:

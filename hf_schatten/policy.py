@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Protocol
 
+from torch import Tensor
+
 if TYPE_CHECKING:
-    from .optimizer import SchattenP
+    from .optimizer import Matrix, SchattenP
 
 
 class Policy(Protocol):
@@ -22,6 +24,9 @@ class Policy(Protocol):
 
     def before_update(self, optimizer: SchattenP) -> None:
         """Change p, where this step asks for it; every process takes part."""
+
+    def observe(self, matrices: Sequence[Matrix], directions: Tensor, factors: Tensor) -> None:
+        """See the updates of a batch of matrices: ``factors`` (B,) times ``directions`` (B, m, n), m <= n."""
 
     def after_update(self, optimizer: SchattenP) -> None:
         """Prepare the next step."""
@@ -78,6 +83,9 @@ class ScheduledP:
         for matrix in optimizer.matrices():
             if matrix.name in self.matrices:
                 matrix.p.fill_(p)
+
+    def observe(self, matrices: Sequence[Matrix], directions: Tensor, factors: Tensor) -> None:
+        """Nothing to see."""
 
     def after_update(self, optimizer: SchattenP) -> None:
         """Nothing to prepare."""

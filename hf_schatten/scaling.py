@@ -1,4 +1,4 @@
-"""How large an update is: the rules that pin its Frobenius norm, so that one learning rate serves every p."""
+"""How large a pinned update is: the rules of its Frobenius norm, so that one learning rate serves every p."""
 
 from __future__ import annotations
 
@@ -14,27 +14,32 @@ from .options import ScaleRule
 ADAMW_RMS = 0.2
 
 
-def _match_rms_adamw(m: int, n: int, s: Tensor, rho: float) -> Tensor:
+def _match_rms_adamw(m: int, n: int, s: Tensor, rho: float, own: Tensor) -> Tensor:
     return s.new_full(s.shape, ADAMW_RMS * math.sqrt(m * n))
 
 
-def _muon(m: int, n: int, s: Tensor, rho: float) -> Tensor:
+def _muon(m: int, n: int, s: Tensor, rho: float, own: Tensor) -> Tensor:
     return s.new_full(s.shape, math.sqrt(min(m, n) * max(1.0, m / n)))
 
 
-def _interpolate(m: int, n: int, s: Tensor, rho: float) -> Tensor:
+def _interpolate(m: int, n: int, s: Tensor, rho: float, own: Tensor) -> Tensor:
     kappa = rho * math.sqrt(max(m, n))
     return math.sqrt(min(m, n)) * kappa**s
 
 
-_RULES: dict[ScaleRule, Callable[[int, int, Tensor, float], Tensor]] = {
+def _none(m: int, n: int, s: Tensor, rho: float, own: Tensor) -> Tensor:
+    return own
+
+
+_RULES: dict[ScaleRule, Callable[[int, int, Tensor, float, Tensor], Tensor]] = {
     "match_rms_adamw": _match_rms_adamw,
     "muon": _muon,
     "interpolate": _interpolate,
+    "none": _none,
 }
 
 
-def update_norm(rule: ScaleRule, m: int, n: int, s: Tensor, *, beta1: float, lr_ratio: float) -> Tensor:
+def update_norm(rule: ScaleRule, m: int, n: int, s: Tensor, own: Tensor, *, beta1: float, lr_ratio: float) -> Tensor:
     r"""Return the Frobenius norm that the update of an (m, n) matrix is scaled to.
 
     ``match_rms_adamw``
@@ -44,16 +49,20 @@ def update_norm(rule: ScaleRule, m: int, n: int, s: Tensor, *, beta1: float, lr_
     ``interpolate``
         √min(m, n) · κ^s with κ = ρ √max(m, n) / lr_ratio and ρ = √((1 − β₁)/(1 + β₁)): the norm of the
         polar factor at s = 0, the norm of Adam's update under a pure-noise gradient at s = 1.
+    ``none``
+        The update's own norm: that of the momentum at s = 1, hence SGD, or Adam where the momentum is
+        preconditioned; √min(m, n) at s = 0. The learning rate depends on p and on the size of gradients.
 
     Args:
         rule: one of the rules above.
         m: output features.
         n: input features.
         s: spectral exponents 1/p, any shape.
+        own: norms of the updates as they are, of the shape of ``s``.
         beta1: Adam's first-moment decay.
         lr_ratio: learning rate of the matrices divided by that of AdamW.
 
     Returns:
         Norms of the shape, dtype and device of ``s``.
     """
-    return _RULES[rule](m, n, s, math.sqrt((1 - beta1) / (1 + beta1)) / lr_ratio)
+    return _RULES[rule](m, n, s, math.sqrt((1 - beta1) / (1 + beta1)) / lr_ratio, own)

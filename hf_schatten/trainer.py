@@ -17,7 +17,8 @@ from .callback import unwrap_optimizer
 from .checkpoint import STATE_FILE, CheckpointError, load_optimizer, save_optimizer
 from .optimizer import SchattenP
 from .options import OPTIMIZER_NAME
-from .report import FIGURE, card_section, write_card_section
+from .report import card_section, write_card_section
+from .report.figures import P_BY_LAYER
 
 logger = logging.get_logger(__name__)
 
@@ -52,7 +53,7 @@ class SchattenTrainer(Trainer):
             asdict(schatten.options) if schatten.options else {},
             schatten.destinations(),
             schatten.learned_p(),
-            FIGURE if (folder / FIGURE).is_file() else None,
+            P_BY_LAYER if (folder / P_BY_LAYER).is_file() else None,
         )
         write_card_section(folder / "README.md", section, _CARD_TAGS)
 

@@ -1,18 +1,31 @@
-"""Spectra of matrices, and Schatten norms computed from them in log space."""
+"""Spectra of matrices, and Schatten norms of many orders at once: exact, and estimated at less cost.
+
+An estimator maps matrices (..., m, n) and inverse orders (k,) to log ‖X‖_order, (..., k) float64. All of them are
+deterministic functions of each single matrix, and safe for every shape and scale. A zero matrix has a norm of -inf or
+NaN; a matrix that is not finite has NaN and leaves the rest of its batch alone.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-# From matrices (..., m, n) and inverse orders (k,), float64, to (..., k) float64 of log ‖X‖_order.
+from hf_schatten.linalg.iterate_norms import iterate_log_norms
+from hf_schatten.linalg.krylov_spectrum import full_spectrum, lanczos_spectrum, lowrank_spectrum
+from hf_schatten.linalg.submatrix_spectrum import submatrix_spectrum
+
+LogNormEstimatorName = Literal["exact", "exact32", "submatrix", "lowrank", "lanczos", "iterates"]
+
+# From matrices (..., m, n) and inverse orders (k,), float64 in [0, 4/3] with 0 for the spectral norm, to (..., k)
+# float64 of log ‖X‖_order.
 LogNormEstimator = Callable[[Tensor, Tensor], Tensor]
 
 
 def exact_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
-    """Return log ‖X‖ for many Schatten orders at once, from all singular values."""
+    """Return log ‖X‖_order from all singular values, in float64."""
     return log_schatten_norm(exact_log_spectrum(X), inverse_orders)
 
 
@@ -37,14 +50,15 @@ def exact_log_spectrum(X: Tensor) -> Tensor:
     return torch.where(finite, 0.5 * eigenvalues.clamp_min(0.0).log(), torch.nan)
 
 
-def log_schatten_norm(log_spectrum: Tensor, inverse_order: Tensor) -> Tensor:
+def log_schatten_norm(log_spectrum: Tensor, inverse_order: Tensor, log_multiplicity: Tensor | None = None) -> Tensor:
     """Return log ‖X‖ for many Schatten orders at once; safe for every order from (0, ∞].
 
-    With ℓ = log σ: log ‖X‖_order = ℓ_max + log(Σ exp(order · (ℓ − ℓ_max))) / order.
+    With ℓ = log σ and multiplicities μ: log ‖X‖_order = ℓ_max + log(Σ μ exp(order · (ℓ − ℓ_max))) / order.
 
     Args:
         log_spectrum: (..., r) logarithms of singular values; -inf for a zero.
         inverse_order: (k,) values of 1/order, at least 0; 0 is the spectral norm.
+        log_multiplicity: (..., r) logarithms of how often each singular value counts, finite; once if not given.
 
     Returns:
         (..., k) of the dtype of ``log_spectrum``; -inf or NaN for a zero matrix.
@@ -53,5 +67,55 @@ def log_schatten_norm(log_spectrum: Tensor, inverse_order: Tensor) -> Tensor:
     # At 1/order = 0 the sum counts the multiplicity of the largest value and its factor is zero: any positive
     # stand-in for the divisor gives the exact limit.
     divisor = inverse_order.clamp_min(torch.finfo(log_spectrum.dtype).tiny).unsqueeze(-1)  # (k, 1)
-    relative = (log_spectrum - largest).unsqueeze(-2) / divisor  # (..., k, r)
-    return largest + inverse_order * relative.exp().sum(dim=-1).log()
+    exponent = (log_spectrum - largest).unsqueeze(-2) / divisor  # (..., k, r)
+    if log_multiplicity is not None:
+        exponent = exponent + log_multiplicity.unsqueeze(-2)
+    return largest + inverse_order * exponent.exp().sum(dim=-1).log()
+
+
+def _estimator(log_norms: LogNormEstimator) -> LogNormEstimator:
+    """Make an estimator for every shape, dtype and scale from one for unit matrices, see `_unit_matrices`."""
+
+    @torch.no_grad()
+    def estimate(X: Tensor, inverse_orders: Tensor) -> Tensor:
+        unit, log_scale = _unit_matrices(X)
+        result = log_norms(unit, inverse_orders) + log_scale  # (B, k)
+        return result.reshape(*X.shape[:-2], -1)
+
+    return estimate
+
+
+def _of_spectrum(spectrum: Callable[[Tensor], tuple[Tensor, Tensor]]) -> LogNormEstimator:
+    """Make an estimator from a function of unit matrices to singular values and multiplicities, both logarithms."""
+
+    def log_norms(unit: Tensor, inverse_orders: Tensor) -> Tensor:
+        log_sigma, log_multiplicity = spectrum(unit)
+        return log_schatten_norm(log_sigma, inverse_orders, log_multiplicity)
+
+    return _estimator(log_norms)
+
+
+def _unit_matrices(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (B, m, n) float32 with m <= n and the largest magnitude 1, and (B, 1) float64 logarithms of the scale.
+
+    The scale of a zero matrix is zero and that of a matrix which is not finite NaN. All ones stand in for both: no
+    decomposition raises on them.
+    """
+    X = X.flatten(0, -3) if X.ndim > 2 else X.unsqueeze(0)
+    X = X.to(torch.promote_types(X.dtype, torch.float32))
+    largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
+    regular = largest.isfinite() & (largest > 0)
+    unit = torch.where(regular, X / largest, 1.0).to(torch.float32)
+    log_scale = torch.where(largest.isfinite(), largest, torch.nan).to(torch.float64).log()
+    return unit if X.shape[-2] <= X.shape[-1] else unit.mT, log_scale.flatten(1)
+
+
+# By name, as in the options.
+LOG_NORM_ESTIMATORS: dict[LogNormEstimatorName, LogNormEstimator] = {
+    "exact": exact_log_norms,
+    "exact32": _of_spectrum(full_spectrum),
+    "submatrix": _of_spectrum(submatrix_spectrum),
+    "lowrank": _of_spectrum(lowrank_spectrum),
+    "lanczos": _of_spectrum(lanczos_spectrum),
+    "iterates": _estimator(iterate_log_norms),
+}

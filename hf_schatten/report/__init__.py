@@ -1,0 +1,14 @@
+"""What a run leaves for people: log entries, pictures, and the optimizer's section of the model card."""
+
+from hf_schatten.report.card import card_section, write_card_section
+from hf_schatten.report.figures import plot_choices, plot_p_by_layer, plot_updates
+from hf_schatten.report.log import log_entry
+
+__all__ = [
+    "card_section",
+    "log_entry",
+    "plot_choices",
+    "plot_p_by_layer",
+    "plot_updates",
+    "write_card_section",
+]

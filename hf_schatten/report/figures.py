@@ -1,0 +1,158 @@
+"""Pictures of a run: p by layer, what it was chosen from, and what the updates were like."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from hf_schatten.adaptation import Choice
+from hf_schatten.layout import layer_name
+from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX, p_label
+
+# In a run's output folder.
+FOLDER = Path("figures")
+P_BY_LAYER, SPECTRA, UPDATES = (FOLDER / f"{name}.png" for name in ("p_by_layer", "spectra", "updates"))
+
+_P_TICKS = (1, 1.5, 2, 3, 4, 6, 10, math.inf, -10, -6, -4)
+
+Array = NDArray[np.float64]
+LogHistory = Iterable[Mapping[str, Any]]
+
+
+def plot_p_by_layer(log_history: LogHistory, path: Path) -> bool:
+    """Draw the learned p as a heat map, layers × steps of the estimates.
+
+    Colours are linear in s = 1/p, in which the update is smooth, and labelled in p.
+
+    Args:
+        log_history: entries as in ``trainer_state.json``; those without a layer's p are passed over.
+        path: the PNG to write; its folder is made.
+
+    Returns:
+        Whether there was an estimate to draw.
+    """
+    steps, layers, p = _by_layer(log_history, LAYER_PREFIX)
+    if not layers:
+        return False
+    figure = _figure(8, len(layers))
+    axes = figure.subplots()
+    lowest = min(0.0, float(np.nanmin(1 / p)))
+    image = axes.imshow(1 / p, aspect="auto", interpolation="nearest", cmap="viridis", vmin=lowest, vmax=1.0)
+    _label_layers_and_steps(axes, layers, steps)
+    axes.set_title("p of each layer (1: SGD-like, ∞: Muon)")
+    bar = figure.colorbar(image, ax=axes, label="p")
+    ticks = [tick for tick in _P_TICKS if lowest <= 1 / tick]
+    bar.set_ticks([1 / tick for tick in ticks], labels=[p_label(tick) for tick in ticks])
+    _save(figure, path)
+    return True
+
+
+def plot_updates(log_history: LogHistory, path: Path) -> bool:
+    """Draw stable rank and relative size of the updates, layers × steps of the estimates.
+
+    Both are quantities of F. L. Cesista 2025, "Steepest Descent Under Schatten-p Norms".
+
+    Args:
+        log_history: entries as in ``trainer_state.json``.
+        path: the PNG to write; its folder is made.
+
+    Returns:
+        Whether there was an update to draw.
+    """
+    log_history = list(log_history)
+    panels = (
+        (STABLE_RANK_PREFIX, "stable rank of the update  ‖ΔW‖²_F / ‖ΔW‖²₂"),
+        (RELATIVE_SIZE_PREFIX, "relative size of the update  ‖ΔW‖_F / ‖W‖_F"),
+    )
+    values = [_by_layer(log_history, prefix) for prefix, _ in panels]
+    if not values[0][1]:
+        return False
+    figure = _figure(13, len(values[0][1]))
+    for axes, (steps, layers, matrix), (_, title) in zip(figure.subplots(1, 2), values, panels, strict=True):
+        positive = np.where(matrix > 0, matrix, np.nan)
+        image = axes.imshow(positive, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm())
+        _label_layers_and_steps(axes, layers, steps)
+        axes.set_title(title)
+        figure.colorbar(image, ax=axes)
+    _save(figure, path)
+    return True
+
+
+def plot_choices(choices: Sequence[Choice], path: Path) -> bool:
+    """Draw for each matrix the spectra of gradient and input, and the criterion with its maximum.
+
+    Args:
+        choices: one for each row of the picture.
+        path: the PNG to write; its folder is made.
+
+    Returns:
+        Whether there was a choice to draw.
+    """
+    if not choices:
+        return False
+    figure = Figure(figsize=(11, 3.2 * len(choices)), dpi=120, layout="constrained")
+    for (spectra, criterion), choice in zip(figure.subplots(len(choices), 2, squeeze=False), choices, strict=True):
+        _draw_spectra(spectra, choice)
+        _draw_criterion(criterion, choice)
+    _save(figure, path)
+    return True
+
+
+def _draw_spectra(axes: Axes, choice: Choice) -> None:
+    for label, spectrum in (("gradient G", choice.gradient_spectrum), ("input rows A", choice.input_spectrum)):
+        positive = spectrum[spectrum > 0].numpy()
+        axes.plot(np.arange(1, len(positive) + 1), positive / positive[0], label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("index i")
+    axes.set_ylabel("singular value σᵢ / σ₁")
+    axes.set_title(f"{layer_name(choice.name)}, step {choice.step}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_criterion(axes: Axes, choice: Choice) -> None:
+    exponents, objective = choice.exponents.numpy(), choice.objective.numpy()
+    finite = np.isfinite(objective)
+    axes.plot(exponents[finite], objective[finite] - objective[finite].max())
+    p = 1 / choice.chosen if choice.chosen else math.inf
+    axes.axvline(choice.chosen, color="tab:red", linestyle="--", label=f"chosen: p = {p_label(p)}")
+    ticks = [tick for tick in _P_TICKS if exponents[0] - 0.01 <= 1 / tick <= exponents[-1]]
+    axes.set_xticks([1 / tick for tick in ticks], [p_label(tick) for tick in ticks])
+    axes.set_xlabel("p, on an axis linear in 1/p")
+    axes.set_ylabel("criterion, relative to its maximum")
+    axes.set_title("criterion")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _by_layer(log_history: LogHistory, prefix: str) -> tuple[list[int], list[str], Array]:
+    """Return the steps of the entries with this prefix, the layers, and the values (layers, steps)."""
+    entries = [entry for entry in log_history if any(key.startswith(prefix) for key in entry)]
+    keys = [key for key in entries[-1] if key.startswith(prefix)] if entries else []
+    values = np.array([[entry.get(key, math.nan) for entry in entries] for key in keys], dtype=np.float64)
+    return [entry["step"] for entry in entries], [key.removeprefix(prefix) for key in keys], values
+
+
+def _figure(width: float, layers: int) -> Figure:
+    return Figure(figsize=(width, min(40, 1.6 + 0.2 * layers)), dpi=120, layout="constrained")
+
+
+def _label_layers_and_steps(axes: Axes, layers: Sequence[str], steps: Sequence[int]) -> None:
+    axes.set_yticks(range(len(layers)), layers, fontsize=7)
+    shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 12)).astype(int))
+    axes.set_xticks(shown, [f"{steps[column]}" for column in shown])
+    axes.set_xlabel("step of the estimate")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
