@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 LOG_NORM_ESTIMATORS = {"exact": exact_log_norms}
 
 _ILLUSTRATED_POINTS = 257  # of the criterion's curve that is kept for a picture
-_POWER_ITERATIONS = 10
+_POWER_ITERATIONS = 20
 
 
 @dataclass(frozen=True)
@@ -296,7 +296,7 @@ def _spectrum(X: Tensor) -> Tensor:
 
 
 def _spectral_norm(X: Tensor) -> Tensor:
-    """Return the largest singular value of each matrix (B, m, n) to a per cent or so, from below."""
+    """Return the largest singular value of each matrix (B, m, n) from below, to a few per cent."""
     v = torch.ones(X.shape[0], X.shape[2], 1, dtype=X.dtype, device=X.device)
     for _ in range(_POWER_ITERATIONS):
         v = X.mT @ (X @ v)

@@ -309,3 +309,30 @@ def test_a_schedule_moves_the_exponent_linearly_and_then_stays():
 def test_a_schedule_of_unknown_length_is_an_error():
     with pytest.raises(RuntimeError, match="set the option p_steps"):
         Regression(steps=1, p="schedule").step(0)
+
+
+def test_stable_rank_and_relative_size_are_those_of_the_step():
+    run = Regression(steps=2, p_interval=2, lr=0.01, weight_decay=0.0)
+    run.step(0)
+    assert not run.optimizer.policy.updates
+    before = [run.model[index].weight.detach().clone() for index in (0, 2)]
+    run.step(1)
+    for name, index, weight in zip(("0.weight", "2.weight"), (0, 2), before, strict=True):
+        update = run.model[index].weight.detach() - weight
+        stable_rank, relative_size = run.optimizer.policy.updates[name]
+        sigma = torch.linalg.svdvals(update.double())
+        torch.testing.assert_close(stable_rank.item(), (sigma.square().sum() / sigma[0] ** 2).item(), atol=0, rtol=0.1)
+        torch.testing.assert_close(relative_size, update.norm() / weight.norm(), atol=1e-7, rtol=1e-3)
+
+
+def test_a_choice_holds_what_p_was_chosen_from():
+    run = Regression(steps=1, p_interval=1, p_max=50.0)
+    run.optimizer.policy.illustrated = 1
+    p = run.step(0)
+    (choice,) = run.optimizer.policy.choices
+    assert (choice.name, choice.step) == ("0.weight", 1)
+    torch.testing.assert_close(1 / choice.chosen, p["0.weight"], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(choice.gradient_spectrum, torch.linalg.svdvals(run.gradients[0]), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(choice.input_spectrum, torch.linalg.svdvals(run.batches[0]), atol=1e-5, rtol=1e-5)
+    best = choice.exponents[choice.objective.argmax()].item()
+    assert abs(best - choice.chosen) <= (choice.exponents[1] - choice.exponents[0]).item()

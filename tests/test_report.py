@@ -4,9 +4,18 @@ from __future__ import annotations
 
 import math
 
+import torch
 from matplotlib.image import imread
 
-from hf_schatten.report import card_section, log_entry, plot_p_by_layer, write_card_section
+from hf_schatten.adaptation import Choice
+from hf_schatten.report import (
+    card_section,
+    log_entry,
+    plot_choices,
+    plot_p_by_layer,
+    plot_updates,
+    write_card_section,
+)
 
 
 def test_a_log_entry_has_summary_and_layers():
@@ -57,3 +66,29 @@ def test_the_section_replaces_an_earlier_one_and_keeps_the_rest(tmp_path):
     assert "… 8 more" in text
     assert text.count("- schatten-p") == 1
     assert "- demo" in text
+
+
+def test_the_entry_holds_the_updates_of_each_layer():
+    entry = log_entry({"a.weight": 2.0}, {"a.weight": 7.0}, {"a.weight": 0.1})
+    assert entry["schatten_stable_rank/a"] == 7.0
+    assert entry["schatten_relative_size/a"] == 0.1
+
+
+def test_the_updates_are_drawn_where_they_were_logged(tmp_path):
+    p = {"a.weight": 1.0, "b.weight": 2.0}
+    history = [{"step": step, **log_entry(p, p, {"a.weight": 0.01, "b.weight": 0.0})} for step in (10, 20)]
+    assert plot_updates(history, tmp_path / "updates.png")
+    assert imread(tmp_path / "updates.png").std() > 0.05
+    assert not plot_updates([{"step": 1, **log_entry(p)}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+
+
+def test_a_choice_is_drawn_with_its_spectra(tmp_path):
+    exponents = torch.linspace(0.01, 1, 50, dtype=torch.float64)
+    objective = -((exponents - 0.3) ** 2)
+    objective[-5:] = -torch.inf
+    choice = Choice("a.weight", 10, torch.tensor([3.0, 1.0, 0.0]), torch.tensor([2.0, 1.0]), exponents, objective, 0.3)
+    assert plot_choices([choice, choice], tmp_path / "spectra.png")
+    height, width, _ = imread(tmp_path / "spectra.png").shape
+    assert width > height > 600
+    assert not plot_choices([], tmp_path / "none.png")
