@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -186,14 +186,15 @@ class InputProbe:
             sample = self._samples.setdefault(matrix_name(name, rows.part), RowSample(self._capacity))
             keeps.append(sample.offer(rows.count, rows.pick))
         if recomputed or not _autograd_keeps(args[0]):
-            _call_all(keeps)
+            _call_and_forget(keeps)
         else:
-            output.register_hook(lambda gradient: _call_all(keeps))
+            output.register_hook(lambda gradient: _call_and_forget(keeps))
 
 
-def _call_all(functions: Sequence[Callable[[], None]]) -> None:
-    for function in functions:
-        function()
+def _call_and_forget(functions: list[Callable[[], None]]) -> None:
+    """Call functions once; the hook that holds them lives to the end of backward, and what they hold must not."""
+    while functions:
+        functions.pop()()
 
 
 def _autograd_keeps(inputs: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -230,6 +231,17 @@ def test_rows_are_copied_when_the_gradient_passes():
     loss = net(torch.randn(2, 3)).sum()
     assert not any(sample._pieces for sample in probe._samples.values())
     loss.backward()
+    assert set(probe.take()) == {"first.weight", "second.weight"}
+
+
+def test_an_input_is_let_go_while_backward_goes_on():
+    net = Net(None)
+    probe = armed_probe(net)
+    hidden = []
+    net.second.register_forward_pre_hook(lambda module, args: hidden.append(weakref.ref(args[0])))
+    loss = net(torch.randn(2, 3)).sum()
+    loss.backward()
+    assert hidden[0]() is None  # though the loss and the graph's nodes with their hooks are alive
     assert set(probe.take()) == {"first.weight", "second.weight"}
 
 
