@@ -2,8 +2,8 @@
 
 Runs of a GPT-2 with random weights and tokens alternate in one process: p fixed, p adaptive with one step of the run
 due, p fixed, … The time that adaptation adds to a run is that of one due step and of hooks on the others; it is scaled
-to one due step in ``--interval`` steps. Peak memory is that of a process of its own for each variant. Nothing here
-asserts a time.
+to one due step in ``--interval`` steps. Peak memory is the largest sum of the sizes of living tensors, over steps that
+are all due. Nothing here asserts a time.
 
 Usage:
     python benchmarks/adaptation_overhead.py                               # 12 million parameters, about 10 minutes
@@ -13,28 +13,21 @@ Usage:
 
 import argparse
 import json
-import os
-import resource
-import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from bench import print_table
 from interleaved_timing import Ratio, time_ratio
+from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.options import EstimatorName
-
-# Blocks of this many bytes and more go back to the system when they are freed, so that the peak of resident memory is
-# that of living tensors and not of the allocator's fragments.
-_RETURNED_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -121,21 +114,24 @@ def measure_time(setting: Setting, options: dict[str, Any], repeats: int) -> tup
 
 
 def measure_peak_memory(setting: Setting, options: dict[str, Any]) -> int:
-    """Peak memory in bytes of two runs in a process of its own: of the device, or resident on the host."""
-    command = [sys.executable, __file__, "--peak-memory-of", json.dumps([asdict(setting), options])]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(_RETURNED_BYTES), "MALLOC_TRIM_THRESHOLD_": "0"}
-    return int(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+    """Largest sum of the sizes of living tensors, in bytes, over model, optimizer and two runs."""
+    if torch.device(setting.device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        _train(setting, options)
+        return torch.cuda.max_memory_allocated()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        _train(setting, options)
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(accumulate(event.nbytes() for event in events))
 
 
-def print_peak_memory(setting: Setting, options: dict[str, Any]) -> None:
-    """The other side of `measure_peak_memory`."""
+def _train(setting: Setting, options: dict[str, Any]) -> None:
     training = Training(setting, **options)
     for _ in range(2):
         training.run()
-    if torch.device(setting.device).type == "cuda":
-        print(torch.cuda.max_memory_allocated())
-    else:
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 
 def overhead(ratio: float, setting: Setting, interval: int) -> float:
@@ -145,21 +141,18 @@ def overhead(ratio: float, setting: Setting, interval: int) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    if options.peak_memory_of:
-        setting, optimizer_options = json.loads(options.peak_memory_of)
-        print_peak_memory(Setting(**setting), optimizer_options)
-        return
     setting = Setting(
         *(options.device, options.layers, options.width, options.sequences, options.length),
         *(options.vocabulary, options.micro_batches, options.run_steps),
     )
-    peaks = [measure_peak_memory(setting, {"p": 4.0}) for _ in range(options.memory_repeats)]
+    peak = measure_peak_memory(replace(setting, run_steps=1), {"p": 4.0})
+    idle, _ = measure_time(setting, {"p": "adaptive", "p_interval": 10**9, "p_first_step": 10**9}, options.repeats)
     rows: list[dict[str, Any]] = []
     for estimator in options.estimators:
         adaptive = adaptive_options(setting, estimator)
         ratio, parameters = measure_time(setting, adaptive, options.repeats)
         share = partial(overhead, setting=setting, interval=options.interval)
-        adaptive_peaks = [measure_peak_memory(setting, adaptive) for _ in range(options.memory_repeats)]
+        every_step = adaptive_options(replace(setting, run_steps=1), estimator)
         rows.append(
             {
                 "estimator": estimator,
@@ -168,16 +161,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "overhead_quartiles": [share(ratio.low), share(ratio.high)],
                 "step_seconds": ratio.reference_seconds / setting.run_steps,
                 "due_step_seconds": ratio.seconds - ratio.reference_seconds,
-                "memory_ratio": statistics.median(adaptive_peaks) / statistics.median(peaks),
-                "peak_bytes": peaks,
-                "adaptive_peak_bytes": adaptive_peaks,
+                "peak_bytes": peak,
+                "adaptive_peak_bytes": measure_peak_memory(replace(setting, run_steps=1), every_step),
             }
         )
     print(f"{rows[0]['parameters']:,} parameters, {setting}, {torch.get_num_threads()} threads")
     header = (f"time, 1 due step in {options.interval} (quartiles)", "added to a due step", "a step", "peak memory")
     print_table(("estimator", *header), map(_cells, rows))
+    print(f"\nSteps that are not due, with hooks over without: {idle.median:.4f} ({idle.low:.4f} to {idle.high:.4f})")
     options.output.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"setting": asdict(setting), "interval": options.interval, "rows": rows}, indent=1)
+    text = json.dumps(
+        {"setting": asdict(setting), "interval": options.interval, "hooks": asdict(idle), "rows": rows}, indent=1
+    )
     (options.output / "adaptation_overhead.json").write_text(text + "\n", "utf-8")
 
 
@@ -188,7 +183,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         f"{row['overhead']:+.2%} ({low:+.2%} to {high:+.2%})",
         f"{row['due_step_seconds']:.3f} s",
         f"{row['step_seconds']:.3f} s",
-        f"{row['memory_ratio'] - 1:+.2%} of {statistics.median(row['peak_bytes']) / 2**20:.0f} MiB",
+        f"{row['adaptive_peak_bytes'] / row['peak_bytes'] - 1:+.2%} of {row['peak_bytes'] / 2**20:.0f} MiB",
     )
 
 
@@ -201,7 +196,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--interval", type=int, default=100, help="steps between estimates (default %(default)s)")
     parser.add_argument("--run-steps", type=int, default=5, help="steps of a run (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=9, help="runs of each variant (default %(default)s)")
-    parser.add_argument("--memory-repeats", type=int, default=3, help="processes a variant (default %(default)s)")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--sequences", type=int, default=16)
@@ -209,7 +203,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--micro-batches", type=int, default=1, help="backward passes in a step (default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder (default %(default)s)")
-    parser.add_argument("--peak-memory-of", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
