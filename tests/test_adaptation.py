@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from torch import nn
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_schatten
 from hf_schatten import adaptation
@@ -336,3 +337,89 @@ def test_a_choice_holds_what_p_was_chosen_from():
     torch.testing.assert_close(choice.input_spectrum, torch.linalg.svdvals(run.batches[0]), atol=1e-5, rtol=1e-5)
     best = choice.exponents[choice.objective.argmax()].item()
     assert abs(best - choice.chosen) <= (choice.exponents[1] - choice.exponents[0]).item()
+
+
+def test_lora_adapters_learn_a_p_of_their_own(llama):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(llama, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
+    optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False, p_interval=2, p_first_step=2, p_init=33.0)
+    tokens = torch.randint(0, 64, (4, 16))
+    for _ in range(2):  # the gradient of lora_A is zero on the first step
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    learned = optimizer.learned_p()
+    assert len(learned) == 2 * 2 * 2
+    assert all(p != 33.0 for p in learned.values())
+
+
+def test_padding_does_not_change_p(llama):
+    tokens = torch.randint(1, 64, (4, 10), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(tokens)
+    padded = [torch.nn.functional.pad(x, (0, 6)) for x in (tokens, mask)]
+    learned = []
+    for ids, attention_mask in ((tokens, mask), padded):
+        model = copy.deepcopy(llama)
+        optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False, p_interval=1)
+        labels = ids.masked_fill(attention_mask == 0, -100)
+        model(input_ids=ids, attention_mask=attention_mask, labels=labels).loss.backward()
+        optimizer.step()
+        learned.append(torch.tensor(list(optimizer.learned_p().values())).reciprocal())
+    torch.testing.assert_close(*learned, atol=1e-4, rtol=0.0)
+    assert learned[0].std() > 0.01  # there was something to change
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing_does_not_change_p(llama, use_reentrant):
+    tokens = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
+    learned = []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(llama)
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False, p_interval=1)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        learned.append(optimizer.learned_p())
+    assert learned[0] == learned[1]
+
+
+def test_experts_learn_a_p_each_and_one_without_tokens_keeps_its_own():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=30,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        experts_implementation="eager",
+    )
+    model = MixtralForCausalLM(config)
+    optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False, p_interval=1, p_init=33.0)
+    tokens = torch.randint(0, 30, (1, 3))
+    router = model.model.layers[0].mlp.gate
+    used = set()
+    router.register_forward_hook(lambda module, args, output: used.update(output[2].flatten().tolist()))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
+    learned = optimizer.learned_p()
+    prefix = "model.layers.0.mlp.experts."
+    assert 0 < len(used) < 8
+    for expert in range(8):
+        for part in (f"gate_up_proj.{expert}.gate", f"gate_up_proj.{expert}.up", f"down_proj.{expert}"):
+            assert (learned[prefix + part] == 33.0) == (expert not in used), part
+
+
+def test_a_cnn_learns_a_p_for_its_filters():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(), nn.Flatten())
+    optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False, p_interval=1, p_init=33.0)
+    model(torch.randn(4, 3, 12, 12)).square().mean().backward()
+    optimizer.step()
+    assert list(optimizer.learned_p()) == ["2.weight"]
+    assert optimizer.learned_p()["2.weight"] != 33.0
