@@ -175,3 +175,40 @@ def test_with_another_optimizer_it_is_a_plain_trainer(gpt2, token_dataset, train
     assert (checkpoint / "optimizer.pt").is_file()
     _, resumed, _ = train(SchattenTrainer, gpt2, token_dataset, arguments, resume=str(checkpoint))
     assert all(torch.equal(weights[name], resumed[name]) for name in weights)
+
+
+def test_a_schedule_lasts_as_long_as_the_training_and_is_logged(gpt2, token_dataset, training_arguments):
+    arguments = training_arguments(optim_args="p=schedule,p_start=2,p_end=-10")
+    trainer = Trainer(model=gpt2, args=arguments, train_dataset=token_dataset)
+    trainer.train()
+    logged = [1 / entry["schatten_p_median"] for entry in trainer.state.log_history if "schatten_p_median" in entry]
+    assert logged[:10] == pytest.approx([0.5 - 0.6 * step / 9 for step in range(10)], abs=1e-6)
+
+
+def test_the_pictures_are_drawn_at_every_save(gpt2, token_dataset, training_arguments):
+    arguments = training_arguments(optim_args=ADAPTIVE, save_strategy="steps", save_steps=4, max_steps=5)
+    folder, drawn = Path(arguments.output_dir) / "figures", []
+
+    class Watch(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            drawn.append(sorted(path.name for path in folder.iterdir()))
+
+    trainer = Trainer(model=gpt2, args=arguments, train_dataset=token_dataset, callbacks=[Watch()])
+    trainer.train()
+    pictures = ["p_by_layer.png", "spectra.png", "updates.png"]
+    assert drawn == [pictures, pictures]
+    entry = next(entry for entry in trainer.state.log_history if "schatten_p_median" in entry)
+    layers = {key.partition("/")[2] for key in entry if key.startswith("schatten_p/")}
+    assert layers == {key.partition("/")[2] for key in entry if key.startswith("schatten_stable_rank/")}
+    assert all(entry[f"schatten_relative_size/{layer}"] > 0 for layer in layers)
+
+
+def test_a_worker_thread_estimates_while_a_trainer_trains(gpt2, token_dataset, training_arguments):
+    arguments = training_arguments(optim_args=ADAPTIVE + ",p_async=true", max_steps=30, save_strategy="steps")
+    trainer = SchattenTrainer(model=gpt2, args=arguments, train_dataset=token_dataset)
+    trainer.train()
+    entries = [entry for entry in trainer.state.log_history if "schatten_p_median" in entry]
+    assert entries
+    last = {name: p for name, p in entries[-1].items() if name.startswith("schatten_p/")}
+    saved = load_learned_p(f"{arguments.output_dir}/checkpoint-30")
+    assert {f"schatten_p/{name.replace('.weight', '')}": p for name, p in saved.items()} == last
