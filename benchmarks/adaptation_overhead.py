@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_schatten import SchattenP, create_schatten_optimizer
-from hf_schatten.options import EstimatorName
+from hf_schatten.linalg.spectrum import LogNormEstimatorName
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default cpu)")
     parser.add_argument(
-        "--estimators", nargs="+", choices=get_args(EstimatorName), default=["exact"], help="of the spectra"
+        "--estimators", nargs="+", choices=get_args(LogNormEstimatorName), default=["exact"], help="of the spectra"
     )
     parser.add_argument("--interval", type=int, default=100, help="steps between estimates (default %(default)s)")
     parser.add_argument("--run-steps", type=int, default=5, help="steps of a run (default %(default)s)")

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from .criterion import CRITERIA, CURVES, NODES, Criterion, Inputs, Sample, maximising_exponent, objective_curve
 from .distributed import mean_over_processes, process_count
-from .linalg.spectrum import exact_log_norms
+from .linalg.spectrum import LOG_NORM_ESTIMATORS
 from .optimizer import Matrix, SchattenP
 from .options import SchattenOptions
 from .probe import InputProbe
 
 logger = logging.getLogger(__name__)
-LOG_NORM_ESTIMATORS = {"exact": exact_log_norms}
 
 _ILLUSTRATED_POINTS = 257  # of the criterion's curve that is kept for a picture
 _POWER_ITERATIONS = 20

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
 
 from .linalg.coefficient_table import STEPS, exponent_of
+from .linalg.spectrum import LogNormEstimatorName
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
@@ -19,12 +20,11 @@ CouplingWeights = Literal["uniform", "sqrt_n_over_m"]
 Precondition = Literal["none", "adam", "adafactor"]
 PreconditionExponent = Literal["scaled", "fixed"]
 CriterionName = Literal["holder", "alignment", "decrease"]
-EstimatorName = Literal["exact", "submatrix", "lowrank", "lanczos", "iterates"]
 
 # The options that take one of several names.
 OPTION_VALUES: dict[str, tuple[str, ...]] = {
     "criterion": get_args(CriterionName),
-    "p_estimator": get_args(EstimatorName),
+    "p_estimator": get_args(LogNormEstimatorName),
     "step_rule": get_args(StepRule),
     "scale": get_args(ScaleRule),
     "coupling_weights": get_args(CouplingWeights),
@@ -105,7 +105,7 @@ class SchattenOptions:
     p: float | Literal["adaptive", "schedule"] = "adaptive"
     p_overrides: tuple[str, ...] = ()
     criterion: CriterionName = "holder"
-    p_estimator: EstimatorName = "exact"
+    p_estimator: LogNormEstimatorName = "exact"
     p_groups: tuple[str, ...] = ()
     p_min: float = 1.0
     p_max: float = 100.0

@@ -24,6 +24,7 @@ class Regression:
         self.model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 8))
         self.batches = torch.randn(steps, 32, 12) * torch.linspace(0.1, 3, 12)
         self.targets = torch.randn(steps, 32, 8)
+        options = {"p_estimator": "exact"} | options
         self.optimizer = hf_schatten.create_schatten_optimizer(self.model, verbose=False, **options)
         self.gradients: list[torch.Tensor] = []
 
