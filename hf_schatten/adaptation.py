@@ -11,9 +11,18 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .criterion import CRITERIA, CURVES, NODES, Criterion, Inputs, Sample, maximising_exponent, objective_curve
+from .criterion import (
+    CRITERIA,
+    CURVES,
+    NODES,
+    Criterion,
+    Estimator,
+    Inputs,
+    Sample,
+    maximising_exponent,
+    objective_curve,
+)
 from .distributed import mean_over_processes, process_count
-from .linalg.spectrum import LOG_NORM_ESTIMATORS
 from .optimizer import Matrix, SchattenP
 from .options import SchattenOptions
 from .probe import InputProbe
@@ -179,11 +188,11 @@ class Adaptation:
         criterion = CRITERIA[self._options.criterion]
         samples = (_sample(criterion, matrix, inputs.get(matrix.input_name)) for matrix in matrices)
         nothing = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), matrices[0].parameter.device)
-        log_norms = LOG_NORM_ESTIMATORS[self._options.p_estimator]
+        estimator = Estimator.named(self._options.p_estimator)
         measure = partial(
             _measure,
             nothing,
-            statistics=lambda sample: criterion.statistics(sample, log_norms),
+            statistics=lambda sample: criterion.statistics(sample, estimator),
             illustrated=_evenly_spaced(self.illustrated, len(matrices)),
         )
         if self._worker is None:

@@ -215,7 +215,8 @@ def _require_same_model(optimizer: SchattenP, saved: Mapping[str, Mapping[str, T
         if state.keys() != expected[name].keys():
             raise CheckpointError(
                 f"{path} holds {sorted(state)} for {name!r}, but its update now needs {sorted(expected[name])}: the "
-                "parameter was routed elsewhere. Use the routing options (exclude) of the run that wrote it."
+                "parameter was routed elsewhere, or its second moment is kept otherwise. Use the options exclude and "
+                "precondition of the run that wrote it."
             )
         for key, shape in expected[name].items():
             if state[key].shape != shape:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from .linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT
-from .linalg.spectrum import LogNormEstimator
+from .linalg.direction_curves import DirectionCurves, direction_curves, iterate_direction_curves
+from .linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, LogNormEstimatorName
 from .options import CriterionName
 
 # Chebyshev nodes in s. The curves are analytic in s, but the norm of A bends within about 1/k of s = 1 when the
@@ -82,6 +83,24 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Estimator:
+    """How the norms of matrices, and what a direction does, are computed.
+
+    Attributes:
+        log_norms: of gradient and inputs.
+        direction_curves: of the momentum's O_s, exact by default.
+    """
+
+    log_norms: LogNormEstimator
+    direction_curves: Callable[[Tensor, Tensor, Tensor, Tensor], DirectionCurves] = direction_curves
+
+    @classmethod
+    def named(cls, name: LogNormEstimatorName) -> Estimator:
+        """Return the estimator of an option's value; only ``iterates`` does without the momentum's SVD."""
+        return cls(LOG_NORM_ESTIMATORS[name], iterate_direction_curves if name == "iterates" else direction_curves)
+
+
+@dataclass(frozen=True)
 class Criterion:
     """A criterion in two halves, between which statistics are averaged over processes and time.
 
@@ -96,7 +115,7 @@ class Criterion:
 
     curves: int
     needs_momentum: bool
-    statistics: Callable[[Sample, LogNormEstimator], Tensor]
+    statistics: Callable[[Sample, Estimator], Tensor]
     objective: Callable[[Tensor], Tensor]
 
 
@@ -147,51 +166,33 @@ def exponent_nodes() -> Tensor:
     return center - radius * torch.cos(angles)
 
 
-def _holder_statistics(sample: Sample, log_norms: LogNormEstimator) -> Tensor:
+def _holder_statistics(sample: Sample, estimator: Estimator) -> Tensor:
     """Log-norms of gradient and input, relative to their value at s = 1.
 
     So the scale of gradient and input, which does not move the maximum, cannot dominate an average.
     """
     s = exponent_nodes().to(sample.gradient.device)
-    gradient_curve = log_norms(sample.gradient, 1 / (1 + s))
-    return _curves(gradient_curve - gradient_curve[-1], sample.inputs.curve(log_norms))
+    gradient_curve = estimator.log_norms(sample.gradient, 1 / (1 + s))
+    return _curves(gradient_curve - gradient_curve[-1], sample.inputs.curve(estimator.log_norms))
 
 
-def _alignment_statistics(sample: Sample, log_norms: LogNormEstimator) -> Tensor:
-    """⟨G, O_s⟩ / ‖G‖_F, the input's log-norm, and s/(1 + s) · log Σ σ^{1+s}, with σ relative to the largest."""
+def _alignment_statistics(sample: Sample, estimator: Estimator) -> Tensor:
+    """⟨G, O_s⟩ / ‖G‖_F, the input's log-norm, and s/(1 + s) · log Σ σ^{1+s}."""
+    s, direction = _direction(sample, estimator)
+    bound = s / (1 + s) * direction.log_power_sum
+    return _curves(direction.gain, sample.inputs.curve(estimator.log_norms), bound)
+
+
+def _decrease_statistics(sample: Sample, estimator: Estimator) -> Tensor:
+    """⟨G, O_s⟩ / ‖G‖_F and tr(O_s Γ O_sᵀ) / tr Γ."""
+    _, direction = _direction(sample, estimator)
+    return _curves(direction.gain, direction.energy)
+
+
+def _direction(sample: Sample, estimator: Estimator) -> tuple[Tensor, DirectionCurves]:
+    assert sample.momentum is not None
     s = exponent_nodes().to(sample.gradient.device)
-    direction = _Direction.of(sample, s)
-    momentum_curve = (s / (1 + s)) * (direction.powers @ direction.sigma).log()
-    return _curves(direction.product_with_gradient, sample.inputs.curve(log_norms), momentum_curve)
-
-
-def _decrease_statistics(sample: Sample, log_norms: LogNormEstimator) -> Tensor:
-    """⟨G, O_s⟩ / ‖G‖_F and tr(O_s Γ O_sᵀ) / tr Γ, with σ relative to the largest."""
-    direction = _Direction.of(sample, exponent_nodes().to(sample.gradient.device))
-    inputs = sample.inputs.rows.to(torch.float64)
-    energy = (inputs @ direction.right).square().sum(dim=0)  # (r,): T · v_iᵀ Γ v_i
-    return _curves(direction.product_with_gradient, direction.powers.square() @ energy / inputs.square().sum())
-
-
-@dataclass(frozen=True)
-class _Direction:
-    """The singular values and vectors of the momentum, and their powers at K exponents."""
-
-    sigma: Tensor  # (r,), relative to the largest
-    right: Tensor  # (n, r)
-    powers: Tensor  # (K, r) σ^s
-    product_with_gradient: Tensor  # (K,) ⟨G, O_s⟩ / ‖G‖_F
-
-    @classmethod
-    def of(cls, sample: Sample, s: Tensor) -> _Direction:
-        assert sample.momentum is not None
-        gradient, momentum = sample.gradient.to(torch.float64), sample.momentum.to(torch.float64)
-        U, sigma, Vh = torch.linalg.svd(momentum, full_matrices=False)
-        sigma = sigma / sigma[0]
-        present = sigma > torch.finfo(sigma.dtype).eps * max(momentum.shape)
-        powers = torch.where(present, sigma.clamp_min(1e-300) ** s[:, None], 0.0)
-        aligned = ((U.mT @ gradient) * Vh).sum(dim=1)  # (r,) C_i = u_iᵀ G v_i
-        return cls(sigma, Vh.mT, powers, powers @ aligned / torch.linalg.matrix_norm(gradient))
+    return s, estimator.direction_curves(sample.momentum, sample.gradient, sample.inputs.rows, s)
 
 
 def _curves(*curves: Tensor) -> Tensor:

@@ -315,7 +315,14 @@ class SchattenP(Optimizer):
                         self.state[parameter] = _new_state(parameter, group)
 
     def _check_coupling(self) -> None:
+        weights, names = self.coupling_weights, OPTION_VALUES["coupling_weights"]
+        if not callable(weights) and weights not in names:
+            raise ValueError(f"coupling_weights={weights!r} is not allowed: one of {', '.join(names)}, or a function.")
         if self.coupling_order is None:
+            if weights != "uniform":
+                raise ValueError(
+                    f"coupling_weights={weights!r} is for coupled matrices: set coupling_order to 2, say."
+                )
             return
         if not self.coupling_order >= 1:
             raise ValueError(f"coupling_order={self.coupling_order!r} is not allowed: it is 1 or more, or None.")
@@ -344,12 +351,17 @@ class SchattenP(Optimizer):
                 self._update_alone(batch)
         elif matrices:
             updates = [self._update_of(batch) for batch in batches]
-            for update, factors in zip(updates, self._factors_coupled(updates), strict=True):
-                update.apply(factors)
+            for update, factors in zip(updates, self._factors_coupled(updates, self.coupling_order), strict=True):
+                self._take(update, factors)
 
     def _update_alone(self, batch: list[Matrix]) -> None:
         update = self._update_of(batch)
-        update.apply(_factors_alone(update))
+        self._take(update, _factors_alone(update))
+
+    def _take(self, update: _Update, factors: Tensor) -> None:
+        if self.policy is not None:
+            self.policy.observe(update.batch, update.directions, factors)
+        update.apply(factors)
 
     def _update_of(self, batch: list[Matrix]) -> _Update:
         """Return the update of matrices of one shape or its transpose: one batched direction, each with its own p."""
@@ -366,30 +378,31 @@ class SchattenP(Optimizer):
             products = torch.linalg.vecdot(momenta.flatten(1), directions.flatten(1))  # (B,)
         if preconditioners is not None:
             directions = preconditioners.mul_(directions)
-        return _Update(batch, directions, p.reciprocal(), products)
+        return _Update(batch, directions, p.reciprocal().to(momenta.dtype), products)
 
-    def _factors_coupled(self, updates: Sequence[_Update]) -> list[Tensor]:
+    def _factors_coupled(self, updates: Sequence[_Update], order: float) -> list[Tensor]:
         """Return what the directions of each batch are multiplied by: the oracle's step of all matrices together."""
         matrices = [matrix for update in updates for matrix in update.batch]
         duals = [update.dual_norms() for update in updates]
         together = torch.cat([dual.to(duals[0].device) for dual in duals])  # (matrices,)
         weights = torch.tensor(self._coupling_weights(matrices), dtype=together.dtype)
         weights = weights.to(together.device, non_blocking=True)
-        assert self.coupling_order is not None
-        lengths = lengths_coupled(matrices[0].group["step_rule"], together, self.coupling_order, weights)
+        lengths = lengths_coupled(matrices[0].group["step_rule"], together, order, weights)
         return [
             length.to(dual) * unit_factors(dual, update.exponents)
             for update, dual, length in zip(updates, duals, lengths.split([len(dual) for dual in duals]), strict=True)
         ]
 
-    def _coupling_weights(self, matrices: Iterable[Matrix]) -> list[float]:
+    def _coupling_weights(self, matrices: Sequence[Matrix]) -> list[float]:
         chosen = self.coupling_weights
         weight_of = chosen if callable(chosen) else COUPLING_WEIGHTS[chosen]
-        weights = {matrix.name: weight_of(matrix.name, matrix.shape) for matrix in matrices}
-        for name, weight in weights.items():
+        weights = [weight_of(matrix.name, matrix.shape) for matrix in matrices]
+        for matrix, weight in zip(matrices, weights, strict=True):
             if not 0 < weight < math.inf:
-                raise ValueError(f"coupling_weights gives {name!r} the weight {weight!r}: return a number above 0.")
-        return list(weights.values())
+                raise ValueError(
+                    f"coupling_weights gives {matrix.name!r} the weight {weight!r}: return a number above 0."
+                )
+        return weights
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         for parameter in parameters:
@@ -517,8 +530,8 @@ class Matrix:
 
     def update_norm(self, own: Tensor) -> Tensor:
         """Return the Frobenius norm that the update is scaled to, a scalar, from its own."""
-        beta1, lr_ratio = self.group["betas"][0], self.group["lr_ratio"]
-        return update_norm(self.group["scale"], *self.shape, self.p.reciprocal(), own, beta1=beta1, lr_ratio=lr_ratio)
+        s, beta1, lr_ratio = self.p.reciprocal().to(own.dtype), self.group["betas"][0], self.group["lr_ratio"]
+        return update_norm(self.group["scale"], *self.shape, s, own, beta1=beta1, lr_ratio=lr_ratio)
 
     def apply(self, wide: Tensor, factor: Tensor) -> None:
         """Decay the weights and take the step ``factor * wide``."""
@@ -576,7 +589,7 @@ def _preconditioners(batch: list[Matrix], like: Tensor, p: Tensor) -> Tensor | N
     preconditioners = torch.empty_like(like)
     for matrix, slot in zip(batch, preconditioners, strict=True):
         matrix.write_root_of_second_moment(slot)
-    exponents = root_exponent(batch[0].group["precondition_exponent"], p.reciprocal())  # (B,)
+    exponents = root_exponent(batch[0].group["precondition_exponent"], p.reciprocal().to(like.dtype))  # (B,)
     return preconditioners.pow_(exponents[:, None, None])
 
 

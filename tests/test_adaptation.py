@@ -11,9 +11,10 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_schatten
-from hf_schatten import adaptation
-from hf_schatten.criterion import CRITERIA, Inputs, Sample, maximising_exponent, objective_curve
-from hf_schatten.linalg.spectrum import exact_log_norms
+from hf_schatten.criterion import CRITERIA, Estimator, Inputs, Sample, maximising_exponent, objective_curve
+from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, exact_log_norms
+
+EXACT = Estimator.named("exact")
 
 
 class Regression:
@@ -54,7 +55,7 @@ def test_p_follows_the_moving_average_of_the_holder_statistics():
         p = run.step(index)["0.weight"]
         if index + 1 in (1, 2, 4, 6):
             sample = Sample(run.gradients[index], None, Inputs(run.batches[index]))
-            average = 0.7 * average + 0.3 * CRITERIA["holder"].statistics(sample, exact_log_norms)
+            average = 0.7 * average + 0.3 * CRITERIA["holder"].statistics(sample, EXACT)
             expected = 1 / maximising_exponent(objective_curve("holder", average, 1 / 50, 1.0), 1 / 50, 1.0)
         torch.testing.assert_close(p, expected.item(), atol=1e-4, rtol=1e-5)
 
@@ -209,7 +210,7 @@ def test_the_mean_of_a_group_is_that_of_its_objectives():
     p = run.step(0)["0.weight"]
     gradients = [run.gradients[0], run.last_gradient]
     samples = [Sample(G, None, Inputs(A)) for G, A in zip(gradients, inputs, strict=True)]
-    statistics = [CRITERIA["holder"].statistics(sample, exact_log_norms) for sample in samples]
+    statistics = [CRITERIA["holder"].statistics(sample, EXACT) for sample in samples]
     curves = [objective_curve("holder", curve, 0.02, 1.0) for curve in statistics]
     expected = 1 / maximising_exponent((curves[0] + curves[1]) / 2, 0.02, 1.0)
     torch.testing.assert_close(p, expected.item(), atol=1e-4, rtol=1e-5)
@@ -252,7 +253,7 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch):
     gate = Gate()
-    monkeypatch.setitem(adaptation.LOG_NORM_ESTIMATORS, "exact", gate)
+    monkeypatch.setitem(LOG_NORM_ESTIMATORS, "exact", gate)
     yield gate
     gate.open.set()
 
@@ -268,7 +269,7 @@ def test_a_slow_worker_delays_no_step_and_its_p_is_used_from_the_step_after_it_a
     assert run.optimizer.policy.estimates == 1
     assert 9.0 not in measured.values()
     sample = Sample(run.gradients[0], None, Inputs(run.batches[0]))
-    statistics = CRITERIA["holder"].statistics(sample, exact_log_norms)
+    statistics = CRITERIA["holder"].statistics(sample, EXACT)
     expected = maximising_exponent(objective_curve("holder", statistics, 0.01, 1.0), 0.01, 1.0)
     torch.testing.assert_close(1 / measured["0.weight"], expected.item(), atol=1e-6, rtol=1e-5)
     run.optimizer.policy._pending.result(timeout=30)  # step 6's

@@ -191,14 +191,25 @@ def parts_of(layout: str, tensor: torch.Tensor) -> list[torch.Tensor]:
     ],
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_each_matrix_of_a_parameter_is_updated_as_if_it_were_alone(layout, shape, group, memory_format):
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"scale": "muon"},
+        {"precondition": "adam"},
+        {"precondition": "adafactor", "scale": "none"},
+        {"precondition": "adafactor", "precondition_exponent": "fixed", "step_rule": "regularized"},
+        {"step_rule": "ball", "coupling_order": 2, "coupling_weights": "sqrt_n_over_m"},
+    ],
+    ids=str,
+)
+def test_each_matrix_of_a_parameter_is_updated_as_if_it_were_alone(layout, shape, group, memory_format, rule):
     torch.manual_seed(0)
     if memory_format == torch.channels_last and layout != "filters":
         pytest.skip("only filters have it")
     W, gradients = torch.randn(shape), [torch.randn(shape) for _ in range(2)]
     whole = nn.Parameter(W.clone(memory_format=memory_format))
     count = len(parts_of(layout, W))
-    options = {"lr": 0.1, "weight_decay": 0.2, "scale": "muon"}
+    options = {"lr": 0.1, "weight_decay": 0.2, **rule}
     p = [(2.0, math.inf, 4.0, 1.5)[index] for index in range(count)]
     optimizer = SchattenP([{"params": [("w", whole)], "p": p, **group}], **options)
     alone = [nn.Parameter(part.clone()) for part in parts_of(layout, W)]

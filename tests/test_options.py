@@ -37,6 +37,19 @@ def test_overrides_are_pairs_of_pattern_and_p():
         }
 
 
+def test_schattor_and_preconditioning_are_names_and_orders():
+    options = SchattenOptions.from_optim_args(
+        "p=4,step_rule=regularized,coupling_order=inf,coupling_weights=sqrt_n_over_m,precondition=adafactor"
+    )
+    assert (options.step_rule, options.coupling_order) == ("regularized", math.inf)
+    assert (options.coupling_weights, options.precondition) == ("sqrt_n_over_m", "adafactor")
+    assert SchattenOptions.from_optim_args("coupling_order=none,scale=none").coupling_order is None
+
+
+def test_a_range_that_the_estimate_does_not_use_does_not_count_against_the_step_rule():
+    assert SchattenOptions.from_optim_args("p=4,step_rule=ball,p_max=-10,p_end=-10").initial_p == 4
+
+
 @pytest.mark.parametrize("text", [None, "", " "])
 def test_no_optim_args_are_the_defaults(text):
     assert SchattenOptions.from_optim_args(text) == SchattenOptions()
@@ -57,7 +70,10 @@ def test_adaptive_p_starts_at_p_max_unless_told():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("p_intervall=50", "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: criterion, "),
+        (
+            "p_intervall=50",
+            "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: coupling_order, ",
+        ),
         ("zzz=1", "Unknown option 'zzz'. The options are: "),
         ("p_interval", "'p_interval', which is no name=value pair"),
         ("p_interval=", "'p_interval=', which is no name=value pair"),
@@ -85,10 +101,32 @@ def test_adaptive_p_starts_at_p_max_unless_told():
         ("p_max=4,p_init=5", "p_init=5.0 is not allowed"),
         ("p_interval=0", "p_interval=0 is not allowed"),
         ("p_ema_decay=1", "p_ema_decay=1.0 is not allowed"),
-        ("scale=huge", "scale='huge' is not allowed: one of match_rms_adamw, muon, interpolate"),
+        ("scale=huge", "scale='huge' is not allowed: one of match_rms_adamw, muon, interpolate, none"),
         ("ns_steps=2", "ns_steps=2 is not allowed: one of 3, 4, 5, 6, 7, 8"),
         ("momentum=1", "momentum=1.0 is not allowed"),
         ("schatten_lr_ratio=0", "schatten_lr_ratio=0.0 is not allowed"),
+        ("precondition=shampoo", "precondition='shampoo' is not allowed: one of none, adam, adafactor"),
+        ("precondition_exponent=half", "precondition_exponent='half' is not allowed: one of scaled, fixed"),
+        (
+            "precondition_exponent=fixed",
+            "precondition_exponent='fixed' is not allowed: it is for precondition=adam or ",
+        ),
+        ("step_rule=cube", "step_rule='cube' is not allowed: one of pinned, ball, regularized"),
+        ("step_rule=ball,scale=muon", "scale='muon' is not allowed: step_rule=ball sets the step's length; leave"),
+        (
+            "coupling_order=2",
+            "coupling_order=2.0 is not allowed: step_rule=pinned fixes the norm .* set step_rule=ball",
+        ),
+        ("step_rule=ball,coupling_order=0.5", "coupling_order=0.5 is not allowed: 1 or more, or none"),
+        ("step_rule=ball,coupling_order=nan", "coupling_order=nan is not allowed: 1 or more, or none"),
+        ("step_rule=ball,coupling_weights=sqrt_n_over_m", "coupling_weights='sqrt_n_over_m' .* set coupling_order"),
+        (
+            "step_rule=ball,p=-10",
+            "p=-10.0 is not allowed with step_rule=ball: the order p \\+ 1 of its norm is at least 2",
+        ),
+        ("step_rule=regularized,p_max=-10", "p_max=-10.0 is not allowed with step_rule=regularized"),
+        ("step_rule=ball,p=schedule,p_end=-5", "p_end=-5.0 is not allowed with step_rule=ball"),
+        ("step_rule=ball,p_overrides=*.c_proj:-8", "p_overrides: \\*.c_proj=-8.0 is not allowed with step_rule=ball"),
     ],
 )
 def test_a_bad_option_names_the_value_and_the_fix(text, message):

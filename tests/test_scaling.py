@@ -38,6 +38,12 @@ def test_interpolate_runs_from_adams_norm_to_the_polar_factors(m, n, lr_ratio):
     torch.testing.assert_close(norms, expected, atol=1e-12, rtol=1e-12)
 
 
+def test_none_leaves_an_update_its_own_norm():
+    own = torch.tensor([3.0, 0.5, 7.0], dtype=torch.float64)
+    norms = update_norm("none", 4, 16, S, own, beta1=0.9, lr_ratio=2.0)
+    torch.testing.assert_close(norms, own, atol=0.0, rtol=0.0)
+
+
 def test_adams_norm_in_interpolate_is_that_of_adam_on_noise():
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(torch.zeros(64, 64))

@@ -21,7 +21,6 @@ _STEPS = 6
 _SQUARINGS = 5
 # Orders 2, 4, 6, 8, 12, 16, … 128: twice the powers that products of two squares of squares reach.
 _POWERS = [1, 2, *(power << j for j in range(_SQUARINGS) for power in (3, 4))]
-_POWER_NODES = [1 / (2 * power) for power in _POWERS]
 # Inverse orders at which the weights are fitted: between orders 2 and 4, and down to 3/4.
 _FITTED_NODES = [0.3, 0.35, 0.4, 0.45, *(0.55 + 0.05 * j for j in range(16)), 1.34]
 
@@ -29,7 +28,7 @@ _FIT_POINTS = 2000
 _FIT_RANGE = (1e-4, 1.0)
 _FIT_FLOOR = 1e-3  # of σ^order: errors are relative above and absolute below
 _FIT_RIDGE = 1e-4  # keeps the weights below about 1, so that they amplify no rounding
-_ORDER = 4  # points of the local interpolation
+_STENCIL = 4  # nodes of the local interpolation
 
 
 def iterate_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
@@ -42,17 +41,16 @@ def iterate_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
     Returns:
         (B, k) float64.
     """
+    powers, fitted = (_constant(tuple(values), X.device) for values in (_POWERS, _FITTED_NODES))
     gram = symmetric_product(X, X.mT)
     log_traces = _log_traces_of_powers(gram)  # (B, powers)
-    powers = torch.tensor(_POWERS, dtype=torch.float64, device=X.device)
     power_norms = log_traces / (2 * powers)
     # The Schatten-128 norm: at least the largest singular value, and at most 6 % more at rank 1700.
     log_norm = power_norms[:, -1:]
-    features = torch.cat([_features(gram, log_norm), (log_traces - 2 * powers * log_norm)[:, 2:4].exp()], -1)
-    sums = (features @ _weights(X.device).mT).clamp_min(torch.finfo(torch.float64).tiny)
-    fitted_norms = log_norm + sums.log() * torch.tensor(_FITTED_NODES, dtype=torch.float64, device=X.device)
-    nodes = torch.tensor([*_POWER_NODES, *_FITTED_NODES], dtype=torch.float64, device=X.device)
-    nodes, ascending = nodes.sort()
+    sixth_and_eighth = (log_traces - 2 * powers * log_norm)[:, 2:4].exp()
+    sums = torch.cat([_features(gram, log_norm), sixth_and_eighth], -1) @ _weights(X.device).mT
+    fitted_norms = log_norm + fitted * sums.clamp_min(torch.finfo(sums.dtype).tiny).log()
+    nodes, ascending = torch.cat([0.5 / powers, fitted]).sort()
     return _interpolated(nodes, torch.cat([power_norms, fitted_norms], -1)[:, ascending], inverse_orders)
 
 
@@ -103,7 +101,7 @@ def _weights(device: torch.device) -> Tensor:
     """Weights of the features at the fitted nodes, (nodes, features): ridge regression on a log-uniform grid."""
     low, high = torch.tensor(_FIT_RANGE, dtype=torch.float64).log10()
     x = torch.logspace(low, high, _FIT_POINTS, dtype=torch.float64)
-    target = x ** torch.tensor(_FITTED_NODES, dtype=torch.float64)[:, None].reciprocal()  # (nodes, points)
+    target = x ** _constant(tuple(_FITTED_NODES), x.device)[:, None].reciprocal()  # (nodes, points)
     precision = 1 / (target.clamp_min(_FIT_FLOOR) * _FIT_POINTS**0.5)
     design = _scalar_features(x) * precision[..., None]  # (nodes, points, features)
     ridge = _FIT_RIDGE**2 * torch.eye(design.shape[-1], dtype=torch.float64)
@@ -111,12 +109,17 @@ def _weights(device: torch.device) -> Tensor:
     return torch.linalg.solve(design.mT @ design + ridge, moments).squeeze(-1).to(device)
 
 
+@lru_cache(maxsize=16)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
 def _interpolated(nodes: Tensor, values: Tensor, x: Tensor) -> Tensor:
     """Interpolate values (B, nodes) at ascending nodes to x (k,) by the cubic through the four nearest, (B, k)."""
-    left = (torch.searchsorted(nodes, x) - _ORDER // 2).clamp(0, len(nodes) - _ORDER)
-    index = left[:, None] + torch.arange(_ORDER, device=x.device)  # (k, 4)
+    left = (torch.searchsorted(nodes, x) - _STENCIL // 2).clamp(0, len(nodes) - _STENCIL)
+    index = left[:, None] + torch.arange(_STENCIL, device=x.device)  # (k, 4)
     near = nodes[index]
-    apart = torch.eye(_ORDER, dtype=torch.bool, device=x.device)
+    apart = torch.eye(_STENCIL, dtype=torch.bool, device=x.device)
     numerator = torch.where(apart, 1.0, (x[:, None] - near)[:, None, :])  # (k, 4, 4)
     denominator = torch.where(apart, 1.0, near[:, :, None] - near[:, None, :])
     return (values[:, index] * (numerator / denominator).prod(-1)).sum(-1)

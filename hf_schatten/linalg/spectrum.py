@@ -105,7 +105,7 @@ def _unit_matrices(X: Tensor) -> tuple[Tensor, Tensor]:
     X = X.to(torch.promote_types(X.dtype, torch.float32))
     largest = torch.maximum(X.amax((-2, -1), keepdim=True), -X.amin((-2, -1), keepdim=True))
     regular = largest.isfinite() & (largest > 0)
-    unit = torch.where(regular, X / largest, 1.0).to(torch.float32)
+    unit = (X / largest).masked_fill_(~regular, 1.0).to(torch.float32)
     log_scale = torch.where(largest.isfinite(), largest, torch.nan).to(torch.float64).log()
     return unit if X.shape[-2] <= X.shape[-1] else unit.mT, log_scale.flatten(1)
 

@@ -13,9 +13,9 @@ from torch import multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_schatten
-from hf_schatten.criterion import CRITERIA, Inputs, Sample, maximising_exponent, objective_curve
-from hf_schatten.linalg.spectrum import exact_log_norms
+from hf_schatten.criterion import CRITERIA, Estimator, Inputs, Sample, maximising_exponent, objective_curve
 
+EXACT = Estimator.named("exact")
 STEPS, RANKS = 4, 2
 
 
@@ -65,7 +65,7 @@ def test_p_is_shared_and_follows_every_ranks_inputs(tmp_path, rank_without_sampl
 
     sampled = [rank for rank in range(RANKS) if rank != rank_without_samples]
     samples = [Sample(first["gradient"], None, Inputs(data(rank)[-1])) for rank in range(RANKS)]
-    curves = [CRITERIA["holder"].statistics(sample, exact_log_norms) for sample in samples]
+    curves = [CRITERIA["holder"].statistics(sample, EXACT) for sample in samples]
     s = 1 / first["p"]["0.weight"]
     expected = exponent(torch.stack([curves[rank] for rank in sampled]).mean(0))
     torch.testing.assert_close(torch.tensor(s, dtype=torch.float64), expected, atol=1e-6, rtol=0.0)
