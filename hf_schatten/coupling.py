@@ -37,6 +37,7 @@ WeightFunction = Callable[[str, tuple[int, int]], float]
 # Of a matrix (m, n) = (out, in).
 COUPLING_WEIGHTS: dict[CouplingWeights, WeightFunction] = {
     "uniform": lambda name, shape: 1.0,
+    "sqrt_m_over_n": lambda name, shape: math.sqrt(shape[0] / shape[1]),
     # At p = inf, w ‖T‖ is then the operator norm between root mean squares of inputs and of outputs
     # (Yang, Simon and Bernstein 2023, "A spectral condition for feature learning").
     "sqrt_n_over_m": lambda name, shape: math.sqrt(shape[1] / shape[0]),

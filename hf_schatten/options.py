@@ -16,7 +16,7 @@ OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
 ScaleRule = Literal["match_rms_adamw", "muon", "interpolate", "none"]
 StepRule = Literal["pinned", "ball", "regularized"]
-CouplingWeights = Literal["uniform", "sqrt_n_over_m"]
+CouplingWeights = Literal["uniform", "sqrt_m_over_n", "sqrt_n_over_m"]
 Precondition = Literal["none", "adam", "adafactor"]
 PreconditionExponent = Literal["scaled", "fixed"]
 CriterionName = Literal["holder", "alignment", "decrease"]

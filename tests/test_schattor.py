@@ -107,13 +107,19 @@ def test_alone_every_matrix_takes_its_oracles_step(cls, dtype, rtol, p, rule):
 @pytest.mark.parametrize("p", [1, 2, math.inf])
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", ["ball", "regularized"])
-@pytest.mark.parametrize("weights", ["uniform", "sqrt_n_over_m", lambda name, shape: 1 + len(name) / shape[0]])
+@pytest.mark.parametrize(
+    "weights", ["uniform", "sqrt_m_over_n", "sqrt_n_over_m", lambda name, shape: 1 + len(name) / shape[0]]
+)
 def test_coupled_all_matrices_together_take_one_step(cls, dtype, rtol, p, order, rule, weights):
     oracle = {"ball": multi_block_ball_oracle, "regularized": multi_block_regularized_oracle}[rule]
     gradients, updates, optimizer = one_step(
         cls, dtype, p, step_rule=rule, coupling_order=order, coupling_weights=weights
     )
-    functions = {"uniform": lambda name, shape: 1.0, "sqrt_n_over_m": lambda name, shape: (shape[1] / shape[0]) ** 0.5}
+    functions = {
+        "uniform": lambda name, shape: 1.0,
+        "sqrt_m_over_n": lambda name, shape: (shape[0] / shape[1]) ** 0.5,
+        "sqrt_n_over_m": lambda name, shape: (shape[1] / shape[0]) ** 0.5,
+    }
     weight_of = functions.get(weights, weights)
     w = [weight_of(matrix.name, matrix.shape) for matrix in optimizer.matrices()]
     expected = oracle([G.double() for G in gradients], p + 1, order, w)
@@ -263,7 +269,10 @@ def test_a_copy_stays_coupled():
             {"coupling_weights": "sqrt_n_over_m"},
             "coupling_weights='sqrt_n_over_m' is for coupled matrices: set coupling_",
         ),
-        ({"coupling_weights": "heavy"}, "coupling_weights='heavy' is not allowed: one of uniform, sqrt_n_over_m"),
+        (
+            {"coupling_weights": "heavy"},
+            "coupling_weights='heavy' is not allowed: one of uniform, sqrt_m_over_n, sqrt_n_over_m",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, message):
