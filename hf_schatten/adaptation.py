@@ -220,7 +220,9 @@ class Adaptation:
         if measured is None:
             device = matrices[0].parameter.device
             measured = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), device)
-        statistics, valid = mean_over_processes(measured.statistics, measured.valid)
+        curves = CRITERIA[self._options.criterion].curves  # the others are zero, and need not travel
+        used, valid = mean_over_processes(measured.statistics[:, :curves], measured.valid)
+        statistics = torch.cat([used, measured.statistics[:, curves:]], dim=1)
         average = torch.stack([matrix.statistics for matrix in matrices])  # (L, CURVES, NODES)
         weight = torch.stack([matrix.statistics_weight for matrix in matrices])  # (L,)
         rate = valid.to(average.dtype) * (1 - self._options.p_ema_decay)
