@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 
 import pytest
@@ -363,3 +364,51 @@ def test_a_copy_takes_the_same_steps():
     optimizer.step()
     copied.step()
     assert torch.equal(copied.param_groups[0]["params"][0], W)
+
+
+def test_the_default_target_is_the_spectral_power_bitwise():
+    momenta, p = torch.randn(3, 8, 12), torch.tensor([1.0, 2.5, math.inf])
+    optimizer = SchattenP([nn.Parameter(torch.zeros(8, 12))])
+    expected = hf_schatten.linalg.spectral_power(momenta, p, steps=5)
+    torch.testing.assert_close(optimizer.direction(momenta, p), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(12, 30), (30, 12)])
+def test_a_step_of_another_target_equals_the_svd(shape):
+    torch.manual_seed(0)
+    W, gradient = nn.Parameter(torch.zeros(shape)), torch.randn(shape)
+    optimizer = SchattenP([W], lr=1.0, target="top_k:3", scale="none", weight_decay=0.0, nesterov=False)
+    U, sigma, Vh = torch.linalg.svd(gradient, full_matrices=False)
+    sigma[3:] *= 0.5  # a gap
+    W.grad = U @ torch.diag(sigma) @ Vh
+    optimizer.step()
+    torch.testing.assert_close(-W.detach(), U[:, :3] @ Vh[:3], rtol=1e-4, atol=1e-5)
+
+
+def squared(x):
+    return x**2
+
+
+def test_a_function_is_a_target_and_its_name_is_kept(gpt2, tmp_path, capsys):
+    optimizer = hf_schatten.create_schatten_optimizer(gpt2, p=math.inf, target=squared)
+    assert "schatten_p's target function:squared: largest error" in capsys.readouterr().out
+    assert optimizer.options.target == "function:squared"
+    for parameter in gpt2.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    hf_schatten.checkpoint.save_optimizer(optimizer, tmp_path)
+    saved = json.loads((tmp_path / "optimizer_config.json").read_text())
+    assert saved["options"]["target"] == "function:squared"
+    assert copy.deepcopy(optimizer).target.f is squared
+    again = hf_schatten.create_schatten_optimizer(gpt2, p=math.inf, target=squared, verbose=False)
+    hf_schatten.checkpoint.load_optimizer(again, tmp_path)
+    assert again.steps_taken() == 1
+    with pytest.raises(ValueError, match=r"target='function:squared' is not allowed: .* Pass the function itself"):
+        hf_schatten.create_schatten_optimizer(gpt2, p=math.inf, target="function:squared", verbose=False)
+
+
+def test_a_target_that_the_step_rule_cannot_measure_is_refused():
+    with pytest.raises(ValueError, match=r"target='top_k:2' is not allowed with step_rule='ball'.*step_rule='pinned'"):
+        SchattenP([nn.Parameter(torch.zeros(4, 4))], target="top_k:2", step_rule="ball")
+    with pytest.raises(hf_schatten.OptionError, match=r"p=adaptive .* set p to a number"):
+        hf_schatten.create_schatten_optimizer(nn.Linear(4, 4), target=squared)

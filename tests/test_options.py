@@ -50,6 +50,11 @@ def test_a_range_that_the_estimate_does_not_use_does_not_count_against_the_step_
     assert SchattenOptions.from_optim_args("p=4,step_rule=ball,p_max=-10,p_end=-10").initial_p == 4
 
 
+def test_a_target_goes_with_a_number_for_p():
+    assert SchattenOptions.from_optim_args("p=inf,target=soft_threshold:0.1").target == "soft_threshold:0.1"
+    assert SchattenOptions.from_optim_args("target=power") == SchattenOptions()
+
+
 @pytest.mark.parametrize("text", [None, "", " "])
 def test_no_optim_args_are_the_defaults(text):
     assert SchattenOptions.from_optim_args(text) == SchattenOptions()
@@ -127,6 +132,24 @@ def test_adaptive_p_starts_at_p_max_unless_told():
         ("step_rule=regularized,p_max=-10", "p_max=-10.0 is not allowed with step_rule=regularized"),
         ("step_rule=ball,p=schedule,p_end=-5", "p_end=-5.0 is not allowed with step_rule=ball"),
         ("step_rule=ball,p_overrides=*.c_proj:-8", "p_overrides: \\*.c_proj=-8.0 is not allowed with step_rule=ball"),
+        ("p=inf,target=low_rank", "target='low_rank' is not allowed: one of power, top_k:K, soft_threshold:TAU, soft"),
+        ("p=inf,target=soft_treshold:0.1", "Did you mean 'soft_threshold'\\?"),
+        (
+            "p=inf,target=top_k",
+            "target='top_k' is not allowed: write top_k:K, K a whole number from 1, such as top_k:8",
+        ),
+        ("p=inf,target=top_k:0", "target='top_k:0' is not allowed: write top_k:K, K a whole number from 1"),
+        ("p=inf,target=top_k:2.5", "target='top_k:2.5' is not allowed: write top_k:K"),
+        ("p=inf,target=soft_threshold:1", "target='soft_threshold:1' is not allowed: .* TAU between 0 and 1, such as"),
+        ("p=inf,target=soft_step:nan", "target='soft_step:nan' is not allowed: write soft_step:TAU"),
+        ("target=power:2", "target='power:2' is not allowed: write power, whose exponent is 1/p"),
+        ("target=top_k:4", "target='top_k:4' is not allowed: .* p=adaptive .* would be ignored; set p to a number"),
+        ("p=schedule,target=top_k:4", "p=schedule .* would be ignored; set p to a number, such as p=inf"),
+        ("p=2,p_overrides=*.fc:4,target=top_k:4", "p_overrides would be ignored; .* leave p_overrides out"),
+        (
+            "p=2,step_rule=ball,target=top_k:4",
+            "target='top_k:4' is not allowed: the norm of step_rule=ball .* set step_rule=pinned",
+        ),
     ],
 )
 def test_a_bad_option_names_the_value_and_the_fix(text, message):

@@ -74,7 +74,7 @@ def lanczos_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
         Logarithms of d + 1 singular values and of their multiplicities, (B, d + 1) float64.
     """
     if X.shape[-2] <= _WORTHWHILE * _WIDTH * _LANCZOS_DEPTH:
-        return full_spectrum(X)
+        return full_spectrum(X.to(torch.float64))  # cheap there, and the same to 1e-6 however a batch is cut
     energy, share, resolved = _quadrature(block_krylov(X, _WIDTH, _LANCZOS_DEPTH))
     count = X.shape[-2] - resolved.sum(-1, keepdim=True)  # (B, 1), at least m - d
     missing = _squared_frobenius(X) - torch.where(resolved, energy, 0.0).sum(-1, keepdim=True)
@@ -117,7 +117,7 @@ def full_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
     """All singular values, each once: what the others fall back on for matrices that are hardly larger than the space.
 
     Args:
-        X: (B, m, n) float32, m <= n, of unit scale.
+        X: (B, m, n), m <= n, of unit scale; the decomposition is of its dtype.
 
     Returns:
         Logarithms of m singular values and of their multiplicities, (B, m) float64.
@@ -168,7 +168,8 @@ def _decay(fall: Tensor, log_total: Tensor) -> Tensor:
 
 
 def _squared_frobenius(X: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(X, dim=(-2, -1), dtype=torch.float64).square().unsqueeze(-1)
+    # In float64 from the norms of the rows on: without a copy of X, and exact enough to subtract from.
+    return torch.linalg.vector_norm(X, dim=-1).to(torch.float64).square().sum(-1, keepdim=True)
 
 
 def _positive(x: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def run(rank: int, port: int, folder: str, rank_without_samples: int | None) -> 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     optimizer = hf_schatten.create_schatten_optimizer(
-        model, p_interval=2, p_first_step=1, p_ema_decay=0.0, p_max=1000.0, verbose=False
+        model, p_estimator="exact", p_interval=2, p_first_step=1, p_ema_decay=0.0, p_max=1000.0, verbose=False
     )
     wrapped = DistributedDataParallel(model)
     if rank == rank_without_samples:
