@@ -11,6 +11,7 @@ from .adaptation import Adaptation
 from .coupling import WeightFunction
 from .distributed import is_main_process, refuse_unsupported_engines
 from .layout import matches, matrix_name
+from .linalg.targets import POWER, TargetFunction, target_name
 from .optimizer import SchattenP
 from .options import CouplingWeights, SchattenOptions
 from .policy import Policy, ScheduledP
@@ -27,6 +28,7 @@ def create_schatten_optimizer(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     coupling_weights: CouplingWeights | WeightFunction = "uniform",
+    target: str | TargetFunction = POWER,
     verbose: bool = True,
     **options: Any,
 ) -> SchattenP:
@@ -45,11 +47,15 @@ def create_schatten_optimizer(
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
         coupling_weights: the option of this name, or a function from a matrix' name and its (out, in) to its weight,
             above 0; a function is not written to checkpoints. Default ``uniform``.
-        verbose: print the routing table, on the main process. Default True.
+        target: the option of this name, or a function of a NumPy array of singular values in (0, 1], relative to the
+            matrix' Schatten-8 norm, that replaces σ^{1/p}; of a function, checkpoints hold the name. It is fitted
+            here, which takes seconds. Default ``power``.
+        verbose: print the routing table, and a fitted target's accuracy, on the main process. Default True.
         **options: fields of :class:`SchattenOptions`, such as ``p=4`` or ``p_interval=50``.
 
     Raises:
         OptionError: on an unknown or malformed option.
+        ValueError: when a function given as target has values that are not finite, or all zero.
         RoutingError: when no matrix is routed, or a pattern matches nothing.
         UnsupportedEngineError: when the model is wrapped by DeepSpeed or FSDP version 1.
 
@@ -60,7 +66,7 @@ def create_schatten_optimizer(
         >>> optimizer.step()
     """
     named_weights = {} if callable(coupling_weights) else {"coupling_weights": coupling_weights}
-    parsed = SchattenOptions.from_mapping(options | named_weights)
+    parsed = SchattenOptions.from_mapping(options | named_weights | {"target": target_name(target)})
     refuse_unsupported_engines(model)
     routing = route_parameters(model, parsed.exclude, split_fused=parsed.split_fused)
     if verbose and is_main_process():
@@ -89,9 +95,13 @@ def create_schatten_optimizer(
         betas=betas,
         eps=eps,
         ns_steps=parsed.ns_steps,
+        target=target,
         workspace_mib=parsed.workspace_mib,
     )
     optimizer.options = parsed
+    if verbose and is_main_process() and parsed.target != POWER:
+        accuracy = optimizer.target.accuracy(parsed.ns_steps)
+        print(f"schatten_p's target {optimizer.target.name}: {accuracy}.", flush=True)
     free = [name for name in names if not any(matches(pattern, name) for pattern in parsed.overrides)]
     policy = _policy(model, matrices, free, parsed)
     if policy is not None:

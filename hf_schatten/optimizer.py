@@ -25,8 +25,8 @@ from .coupling import (
 from .criterion import CURVES, NODES
 from .distributed import UnsupportedEngineError
 from .layout import Layout, as_matrix, matrix_name
-from .linalg import spectral_power
 from .linalg.coefficient_table import exponent_of
+from .linalg.targets import POWER, TargetFunction, target_of
 from .options import (
     OPTIMIZER_NAME,
     OPTION_VALUES,
@@ -99,16 +99,21 @@ class SchattenP(Optimizer):
         betas: AdamW's decays. Default (0.9, 0.999).
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5.
+        target: what replaces σ^{1/p} where the step is pinned: a name that
+            :func:`hf_schatten.linalg.targets.parse_target` takes, or a function of a NumPy array of singular values in
+            (0, 1], relative to the Schatten-8 norm. A function is fitted here, once. p then shapes the
+            preconditioner and ``scale="interpolate"`` only. Default ``power``.
         workspace_mib: memory, in MiB, that one batch of matrices may take for its temporaries; a matrix that needs
             more is a batch of its own. Default 512.
 
     Attributes:
         options: the options it was created with, None where it was made by hand.
+        target: the :class:`hf_schatten.linalg.targets.Target` of its directions.
         policy: what changes p, None where it is fixed.
 
     Raises:
-        ValueError: when a group marked ``spectral`` holds a parameter that is no matrix, p is out of range, or its
-            options exclude each other.
+        ValueError: when a group marked ``spectral`` holds a parameter that is no matrix, p is out of range, its
+            options exclude each other, or the target is unknown or cannot be fitted.
     """
 
     options: SchattenOptions | None = None
@@ -133,9 +138,12 @@ class SchattenP(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         ns_steps: int = 5,
+        target: str | TargetFunction = POWER,
         workspace_mib: int = 512,
     ) -> None:
         self.ns_steps = ns_steps
+        self.target = target_of(target)
+        self.target.accuracy(ns_steps)  # fits it now, where a bad function can still be refused
         self.workspace_mib = workspace_mib
         self.coupling_order = coupling_order
         self.coupling_weights = coupling_weights
@@ -172,6 +180,7 @@ class SchattenP(Optimizer):
         try:
             _check_names(group)
             self._check_coupling()
+            self._check_target(group)
             for name, parameter in _named_parameters(group):
                 _layout(group).check(name, parameter.shape)
                 _initial_p(group, len(_layout(group).part_names(parameter.shape)))
@@ -187,9 +196,9 @@ class SchattenP(Optimizer):
             p: (B,) exponents.
 
         Returns:
-            (B, m, n) U Σ^{1/p} Vᵀ of each momentum.
+            (B, m, n) U Σ^{1/p} Vᵀ of each momentum, or what another target makes of Σ.
         """
-        return spectral_power(momenta, p, steps=self.ns_steps)
+        return self.target.direction(momenta, p, self.ns_steps)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -225,7 +234,7 @@ class SchattenP(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: everything but the policy, whose hooks belong to the model."""
-        own = ("ns_steps", "workspace_mib", "coupling_order", "coupling_weights", "options")
+        own = ("ns_steps", "target", "workspace_mib", "coupling_order", "coupling_weights", "options")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def matrices(self) -> Iterator[Matrix]:
@@ -331,6 +340,13 @@ class SchattenP(Optimizer):
             raise ValueError(
                 f"coupling_order={self.coupling_order!r} couples the steps of one oracle, and the step_rule of the "
                 f"groups is {', '.join(sorted(rules))}: set step_rule to 'ball' or to 'regularized' for all."
+            )
+
+    def _check_target(self, group: dict[str, Any]) -> None:
+        if self.target.name != POWER and group["step_rule"] != "pinned":
+            raise ValueError(
+                f"target={self.target.name!r} is not allowed with step_rule={group['step_rule']!r}, whose norm is "
+                "that of the spectral power. Use step_rule='pinned'."
             )
 
     def _advance_moments(self, group: dict[str, Any], parameters: Iterable[Tensor]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 from .linalg.coefficient_table import STEPS, exponent_of
 from .linalg.spectrum import LogNormEstimatorName
+from .linalg.targets import FUNCTION_PREFIX, POWER, parse_target
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
@@ -53,7 +54,7 @@ class SchattenOptions:
         criterion: what the estimate maximises: ``holder`` (default), ``alignment`` or ``decrease``; see
             :mod:`hf_schatten.criterion`.
         p_estimator: how norms are computed for it; see :data:`hf_schatten.linalg.spectrum.LOG_NORM_ESTIMATORS`.
-            Default ``exact``.
+            Default ``lanczos``.
         p_groups: patterns, joined by ``;``: all matrices that match one share a p. Default none.
         p_min: smallest p that the estimate may choose, at least 1. Default 1.
         p_max: largest p that the estimate may choose; ``inf`` is allowed, and so are -4 and below, which extend the
@@ -81,8 +82,8 @@ class SchattenOptions:
         coupling_order: order of the vector norm, in [1, inf], in which the steps of all matrices are coupled; for
             ``step_rule`` ``ball`` and ``regularized``. Keeps one more copy of the matrices. Default none: every
             matrix for itself.
-        coupling_weights: weight of a matrix in that norm: ``uniform`` (default), or ``sqrt_n_over_m``, which makes
-            the spectral norm at p = inf the operator norm between root mean squares.
+        coupling_weights: weight of a matrix in that norm: ``uniform`` (default), ``sqrt_m_over_n``, or
+            ``sqrt_n_over_m``, which makes the spectral norm at p = inf the operator norm between root mean squares.
         precondition: divide by roots of the second moment, on the way into the spectral power and on the way out:
             ``none`` (default), ``adam`` (p = 1 is Adam) or ``adafactor``, whose second moment has rank one; see
             :mod:`hf_schatten.preconditioning`.
@@ -91,6 +92,10 @@ class SchattenOptions:
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;
             both follow the one schedule. Default 1.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
+        target: what becomes of the singular values: ``power`` (default), σ^{1/p}; or, relative to the Schatten-8 norm
+            of the matrix, ``soft_threshold:TAU``, ``soft_step:TAU``, or ``top_k:K``, 1 for the largest K and 0 for
+            the rest; see :mod:`hf_schatten.linalg.targets`. With any but ``power``, p is a number, which then shapes
+            ``precondition`` and ``scale=interpolate`` only, and ``step_rule`` is ``pinned``.
         workspace_mib: memory, in MiB, that a batch of equally shaped matrices may take for temporaries. Default 512.
         split_fused: update the parts of fused projections (``c_attn``, ``qkv_proj``, ``gate_up_proj``) as matrices
             of their own. Default True.
@@ -105,7 +110,7 @@ class SchattenOptions:
     p: float | Literal["adaptive", "schedule"] = "adaptive"
     p_overrides: tuple[str, ...] = ()
     criterion: CriterionName = "holder"
-    p_estimator: LogNormEstimatorName = "exact"
+    p_estimator: LogNormEstimatorName = "lanczos"
     p_groups: tuple[str, ...] = ()
     p_min: float = 1.0
     p_max: float = 100.0
@@ -129,6 +134,7 @@ class SchattenOptions:
     precondition_exponent: PreconditionExponent = "scaled"
     schatten_lr_ratio: float = 1.0
     ns_steps: int = 5
+    target: str = POWER
     workspace_mib: int = 512
     split_fused: bool = True
     exclude: tuple[str, ...] = ()
@@ -165,6 +171,7 @@ class SchattenOptions:
             "it is for precondition=adam or adafactor",
         )
         self._check_step_rule()
+        self._check_target()
 
     def _check_step_rule(self) -> None:
         """Refuse combinations in which an option would be ignored, or a norm would be none."""
@@ -192,6 +199,27 @@ class SchattenOptions:
                     f"{name}={p!r} is not allowed with step_rule={self.step_rule}: the order p + 1 of its norm is at "
                     "least 2. Use p of at least 1, or step_rule=pinned."
                 )
+
+    def _check_target(self) -> None:
+        """Refuse a target that does not exist, and options that it would ignore."""
+        if not self.target.startswith(FUNCTION_PREFIX):
+            try:
+                parse_target(self.target)
+            except ValueError as error:
+                raise OptionError(str(error)) from error
+        if self.target == POWER:
+            return
+        self._require(
+            not isinstance(self.p, str) and not self.p_overrides,
+            "target",
+            f"its directions do not depend on p, and p={self.p} or p_overrides would be ignored; set p to a number, "
+            "such as p=inf, and leave p_overrides out",
+        )
+        self._require(
+            self.step_rule == "pinned",
+            "target",
+            f"the norm of step_rule={self.step_rule} is that of the spectral power; set step_rule=pinned",
+        )
 
     def _reachable_p(self) -> dict[str, float]:
         """The extremes of p by the option that allows them."""

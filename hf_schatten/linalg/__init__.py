@@ -17,14 +17,17 @@ from hf_schatten.linalg.spectral_power import (
     spectral_power_from_exponent,
     spectral_power_svd,
 )
+from hf_schatten.linalg.targets import FittedTarget, fit_target, top_k_direction
 from hf_schatten.linalg.top_singular import top_singular_direction
 
 __all__ = [
     "Coefficients",
+    "FittedTarget",
     "ball_oracle",
     "coupling_factors",
     "dual_order",
     "dualizer",
+    "fit_target",
     "multi_block_ball_oracle",
     "multi_block_regularized_oracle",
     "operator_norm_dualizer",
@@ -36,5 +39,6 @@ __all__ = [
     "spectral_power_from_exponent",
     "spectral_power_svd",
     "stable_rank",
+    "top_k_direction",
     "top_singular_direction",
 ]
