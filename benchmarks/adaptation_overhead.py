@@ -85,11 +85,6 @@ class Training:
         """Number of the model's parameters."""
         return self._model.num_parameters()
 
-    @property
-    def estimates(self) -> int:
-        """How often p was estimated."""
-        return self._optimizer.policy.estimates if self._optimizer.policy else 0
-
     def run(self) -> None:
         """Take the steps of a run."""
         for _ in range(self._steps):
@@ -109,7 +104,6 @@ def measure_time(setting: Setting, options: dict[str, Any], repeats: int) -> tup
     """Time of a run with these options over that of a run with fixed p; and the model's parameters."""
     fixed, adaptive = Training(setting, p=4.0), Training(setting, **options)
     ratio = time_ratio(adaptive.run, fixed.run, repeats, torch.device(setting.device))
-    assert adaptive.estimates >= repeats or options.get("p") != "adaptive"
     return ratio, fixed.parameters
 
 

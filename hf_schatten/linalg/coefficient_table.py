@@ -94,10 +94,10 @@ def load_table(steps: int) -> dict[str, Any]:
         steps: Number of steps K, one of `STEPS`.
 
     Returns:
-        The file's content. ``columns``: one dict for each of the equally spaced exponents ``s`` from -0.25 to 1,
+        The file's content. ``columns``: one dict for each of the exponents ``s``, ascending from -0.25 to 1,
         with the coefficients ``a``, ``b``, ``c``, ``w`` and the fit's ``max_error`` (absolute) and
         ``relative_error`` (root mean square over log x, relative to the target's) on ``domain``. ``curves``: the
-        Chebyshev coefficients in s from which the columns were made.
+        Chebyshev coefficients in s of the steps' shapes from which the fit of the columns began.
 
     Raises:
         ValueError: If no table is stored for ``steps``.
@@ -116,10 +116,10 @@ _COLUMNS: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 @torch.compiler.assume_constant_result
 def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All columns as one tensor (columns, 4K + 1) on ``device``; cached, so that no call copies it again."""
+    """All columns, s first, as one tensor (columns, 4K + 2) on ``device``; cached, so that no call copies it again."""
     key = steps, dtype, device
     if key not in _COLUMNS:
-        rows = [[*c["a"], *c["b"], *c["c"], *c["w"]] for c in load_table(steps)["columns"]]
+        rows = [[c["s"], *c["a"], *c["b"], *c["c"], *c["w"]] for c in load_table(steps)["columns"]]
         _COLUMNS[key] = torch.tensor(rows, dtype=dtype, device=device)
     return _COLUMNS[key]
 
@@ -138,8 +138,9 @@ def interpolate(s: Tensor, steps: int) -> Tensor:
         ValueError: If no table is stored for ``steps``.
     """
     table = _columns(steps, s.dtype, s.device)
-    intervals = table.shape[0] - 1
-    position = (s.clamp(MIN_EXPONENT, MAX_EXPONENT) - MIN_EXPONENT) * (intervals / (MAX_EXPONENT - MIN_EXPONENT))
-    # An index cannot be NaN; the fraction still is, and carries the NaN to the result.
-    left = position.nan_to_num(0.0).floor().clamp(max=intervals - 1).long()
-    return torch.lerp(table[left], table[left + 1], (position - left).unsqueeze(-1))
+    nodes = table[:, 0].contiguous()
+    s = s.clamp(MIN_EXPONENT, MAX_EXPONENT)
+    right = torch.searchsorted(nodes, s, right=True).clamp(1, len(nodes) - 1)  # the last one for NaN
+    left = right - 1
+    fraction = (s - nodes[left]) / (nodes[right] - nodes[left])
+    return torch.lerp(table[left, 1:], table[right, 1:], fraction.unsqueeze(-1))

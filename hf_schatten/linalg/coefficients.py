@@ -8,6 +8,7 @@ import argparse
 import json
 import multiprocessing
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,35 @@ from hf_schatten.linalg.multiscale_fit import Array, MultiscaleFit, perturbed, r
 _LOWEST = 5e-4
 _POINTS = 240
 _SPACING = 0.35
-_DAMPING = 0.02  # at s = 0; falls like the error as s goes to 1
-_DEGREE = 4  # of the curves b_k(s) and c_k(s)
-_EXPONENTS = np.linspace(MIN_EXPONENT, MAX_EXPONENT, 41)  # 1/32 apart: 0, 1/4, 1/2 and 1 are columns
-# Monotone in p where p >= 1; beyond Muon the price would be high, and the penalty only smooths.
-_STRICTNESS = np.where(_EXPONENTS[:-1] >= 0, 10.0, 3.0)
+# Damping of the weights at s = 0; falls like the error as s goes to 1. With 0.003 at K = 5, the search ends in minima
+# that are as good as a whole, but a fifth worse at p = 4 to 6.
+_DAMPING = {3: 0.003, 4: 0.003, 5: 0.005, 6: 0.003, 7: 0.003, 8: 0.003}
+_DAMPING_BEYOND = 0.1  # times -s, beyond Muon, where free weights are large
+_RIDGE = 0.01  # of the curves; only steps that a column does not need feel it
+_DEGREE = 4  # of the curves in the search
+_SEARCHED = np.linspace(MIN_EXPONENT, MAX_EXPONENT, 41)[:-1]
+# The stored columns: closer where the best steps change faster and the weights' order costs more.
+_EXPONENTS = np.concatenate(
+    [np.arange(start, stop, 1 / inverse) for start, stop, inverse in ((-0.25, 0, 32), (0, 0.25, 128), (0.25, 0.5, 64))]
+    + [np.linspace(0.5, MAX_EXPONENT, 17)]
+)
+# While every column finds its own steps: the price of their change along s, near s = 0, and of f rising with s, both
+# in units of the column's error and for columns 1/32 apart.
+_SMOOTHING = 4e4
+_SMOOTHED = 0.1
+_ORDER = 100.0
+_BENT = 0.125  # up to this |s| a start is bent towards the best steps at s = 0
+
+# What candidates are judged by: 1/p, most of them between columns, and singular values in units of the norm, of a
+# square and a wide Gaussian and of log-uniform spectra of condition 100 and 1000.
+_JUDGED_EXPONENTS = np.array([0, 1 / 100, 1 / 20, 1 / 10, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 2 / 3])
+_JUDGED_SPECTRA = (
+    np.linspace(0.001, 0.65, 300),
+    np.linspace(0.2, 0.65, 300),
+    np.geomspace(0.007, 0.7, 300),
+    np.geomspace(0.0007, 0.7, 300),
+)
+_TOLERATED_RISES = (0.05, 5e-4)  # of f as s grows from 0 to 1, anywhere and where x < 0.1
 
 
 def multiscale(s: float, steps: int = 5) -> Coefficients:
@@ -107,11 +132,11 @@ def least_squares(f_target: Callable[[Array], Array], steps: int = 1, *, lowest:
         x = np.linspace(lowest, 1, _POINTS)
         a, b, c = np.linalg.lstsq(np.stack([x, x**3, x**5], 1), f_target(x), rcond=None)[0].tolist()
         return Coefficients((a,), (b,), (c,), (0.0, 1.0))
+    starts = np.array(load_table(steps)["curves"]) @ _chebyshev(_SEARCHED, _DEGREE).T  # (2K, S)
     x = _points(_POINTS, lowest)
-    fit = MultiscaleFit(steps, x, f_target(x)[None], np.ones((1, 1)), np.full(1, _DAMPING))
-    starts = [np.array([*c["b"], *c["c"]])[:, None] for c in load_table(steps)["columns"]]
-    _, curves = min((fit.minimise(start, 100) for start in starts), key=_value)
-    return _columns_of(fit, curves, np.empty(0))[0]
+    fit = _free_column(steps, x, f_target(x))
+    _, shape = min((fit.minimise(start[:, None], 100) for start in starts.T), key=_value)
+    return _columns_of(fit, shape, np.empty(0))[0]
 
 
 def _points(count: int, lowest: float) -> Array:
@@ -122,66 +147,157 @@ def _points(count: int, lowest: float) -> Array:
     return np.linspace(lowest**_SPACING, 1, count) ** (1 / _SPACING)
 
 
-def _power_family(steps: int, exponents: Array, points: int = _POINTS, degree: int = _DEGREE) -> MultiscaleFit:
-    """The targets x^s for each exponent, with Chebyshev polynomials of s on [-0.25, 1] as the curves' basis."""
-    x = _points(points, _LOWEST)
+def _chebyshev(exponents: Array, degree: int) -> Array:
+    """Chebyshev polynomials of s on [-0.25, 1], shape (S, degree + 1)."""
     centre, half = (MAX_EXPONENT + MIN_EXPONENT) / 2, (MAX_EXPONENT - MIN_EXPONENT) / 2
-    basis = np.asarray(chebyshev.chebvander((exponents - centre) / half, degree), dtype=np.float64)
-    return MultiscaleFit(steps, x, x ** exponents[:, None], basis, _DAMPING * (1 - exponents) ** 2)
+    return np.asarray(chebyshev.chebvander((exponents - centre) / half, degree), dtype=np.float64)
 
 
-def search_curves(steps: int, *, starts: int = 600, kept: int = 8, hops: int = 120) -> Array:
-    """Find the curves of the power family by a seeded multi-start search, coarse to fine.
+def _family(steps: int, exponents: Array, basis: Array, points: int = _POINTS) -> MultiscaleFit:
+    """The targets x^s for each exponent, all of the same importance and in no order."""
+    x = _points(points, _LOWEST)
+    count, size = basis.shape
+    return MultiscaleFit(
+        steps,
+        x,
+        x ** exponents[:, None],
+        basis,
+        damping=_DAMPING[steps] * (1 - exponents) ** 2 + _DAMPING_BEYOND * np.maximum(-exponents, 0),
+        importance=np.ones(count),
+        roughness=_RIDGE * np.eye(size),
+        order=np.zeros(count - 1),
+    )
+
+
+def _free_column(steps: int, x: Array, target: Array) -> MultiscaleFit:
+    """One column for one target."""
+    one = np.ones((1, 1))
+    return MultiscaleFit(steps, x, target[None], one, one[0] * _DAMPING[steps], one[0], _RIDGE * one, np.empty(0))
+
+
+def _stored_family(steps: int) -> MultiscaleFit:
+    """Free columns at the stored exponents."""
+    return _family(steps, _EXPONENTS, np.eye(len(_EXPONENTS)))
+
+
+def _strictness(steps: int) -> Array:
+    """Of the order of the stored columns: monotone in p where p >= 1, smooth beyond Muon, where order is dear.
+
+    It is in units of the error, which grows as the steps get fewer, while rises must stay small in the end.
+    """
+    return np.where(_EXPONENTS[:-1] >= 0, 10.0 * 4.0 ** max(5 - steps, 0), 3.0)
+
+
+def search_curves(steps: int, *, starts: int = 100, kept: int = 8, hops: int = 40, finalists: int = 4) -> list[Array]:
+    """Find good curves for the power family by a seeded multi-start search, coarse to fine.
 
     s = 1 takes no part: there the identity is exact, and the logarithm of its error infinite.
 
     Args:
         steps: Number of Newton–Schulz steps K.
         starts: Random starts on a coarse problem (few columns and points, straight curves).
-        kept: How many of the best go on to each finer problem.
+        kept: How many of the best go on to the finer problem.
         hops: Perturbed restarts from the best.
+        finalists: How many of the best to return.
 
     Returns:
-        Chebyshev coefficients of the curves, shape (2K, 5).
+        Chebyshev coefficients of the curves, shape (2K, 5) each.
     """
     rng = np.random.default_rng(steps)
-    coarse = _power_family(steps, _EXPONENTS[:-1:4], points=120, degree=1)
+    coarse = _family(steps, _SEARCHED[::4], _chebyshev(_SEARCHED[::4], 1), points=120)
     pool = sorted((coarse.minimise(random_start(steps, 2, rng), 40) for _ in range(starts)), key=_value)[:kept]
-    medium = _power_family(steps, _EXPONENTS[:-1:3], points=160)
-    pool = [medium.minimise(np.pad(curves, ((0, 0), (0, _DEGREE - 1))), 100) for _, curves in pool]
+    fine = _family(steps, _SEARCHED[::3], _chebyshev(_SEARCHED[::3], _DEGREE), points=160)
+    pool = [fine.minimise(np.pad(curves, ((0, 0), (0, _DEGREE - 1))), 100) for _, curves in pool]
     for _ in range(hops):
         pool = sorted(pool, key=_value)[:kept]
-        pool.append(medium.minimise(perturbed(pool[rng.integers(len(pool))][1], rng), 100))
-    finalists = [refine_curves(steps, curves) for _, curves in pool]
-    errors = np.array([_interpolated_errors(steps, curves) for curves in finalists])
-    # The fit's objective forgives one bad column, and knows nothing of what lies between columns.
-    regret = ((errors / errors.min(0)) ** 2).sum(1)
-    return finalists[int(regret.argmin())]
+        pool.append(fine.minimise(perturbed(pool[rng.integers(len(pool))][1], rng), 100))
+    return [curves for _, curves in sorted(pool, key=_value)[:finalists]]
 
 
-def refine_curves(steps: int, curves: Array) -> Array:
-    """The nearest minimum of the full problem; curves as `search_curves` returns them."""
-    return _power_family(steps, _EXPONENTS[:-1]).minimise(curves, 300)[1]
+def polar_shape(steps: int) -> Array:
+    """The best steps for s = 0 alone, shape (2K,): a composition, with next to no weight on the first iterates.
+
+    A search over families passes them by, because from s = 0.1 on others are better.
+    """
+    x = _points(_POINTS, _LOWEST)
+    composition = np.repeat([1.0, 0.65, 0.0, 0.8], [steps - 1, 1, steps - 1, 1])[:, None]
+    return _free_column(steps, x, np.ones_like(x)).minimise(composition, 200)[1][:, 0]
 
 
-def _interpolated_errors(steps: int, curves: Array) -> Array:
-    """Relative errors half-way between neighbouring columns, shape (columns - 1,); infinite if s = 1 overflows."""
-    family = _power_family(steps, _EXPONENTS)
-    if family.linearize(curves) is None:
-        return np.full(len(_EXPONENTS) - 1, np.inf)
-    columns = np.array([c.row for c in _columns_of(family, curves, _STRICTNESS)])
-    targets = family.x ** ((_EXPONENTS[1:] + _EXPONENTS[:-1]) / 2)[:, None]
-    between = (columns[1:] + columns[:-1]) / 2
-    values = [Coefficients.from_row(row).transfer(family.x) for row in between]
-    return np.linalg.norm(np.array(values) - targets, axis=1) / np.linalg.norm(targets, axis=1)
+def release_columns(steps: int, curves: Array) -> list[Array]:
+    """Let every stored column find its own steps, close to its neighbours', from where the curves are.
+
+    Args:
+        steps: Number of Newton–Schulz steps K.
+        curves: As from `search_curves`.
+
+    Returns:
+        Shapes (2K, S) of the stored columns, see `MultiscaleFit`: from the curves as they are, and from the curves
+        bent towards `polar_shape` near s = 0.
+    """
+    exponents = _EXPONENTS[:-1]
+    start = curves @ _chebyshev(exponents, _DEGREE).T
+    family = _family(steps, exponents, np.eye(len(exponents)), points=160)
+    at_start = family.linearize(start)
+    if at_start is None:
+        raise ValueError("the iterates of these curves overflow")
+    spacings, error = 32 * np.diff(exponents), at_start.error
+    unit = error * np.sqrt((family.targets**2).mean(1))
+    change = np.diff(np.eye(len(exponents)), axis=0)
+    smoothing = 2 * _SMOOTHING * np.exp(-abs(exponents[1:]) / _SMOOTHED) * error[1:] * error[:-1] / spacings
+    family = replace(
+        family,
+        importance=np.minimum(32 * np.gradient(exponents), 1),
+        roughness=1e-4 * np.eye(len(exponents)) + change.T @ (smoothing[:, None] * change),
+        order=_ORDER / (unit[1:] * unit[:-1] * spacings),
+    )
+    bend = np.maximum(1 - abs(exponents) / _BENT, 0)
+    bent = start * (1 - bend) + polar_shape(steps)[:, None] * bend
+    # At s = 1 only X_0 has a weight, and any steps will do.
+    return [np.pad(family.minimise(shapes, 80)[1], ((0, 0), (0, 1)), mode="edge") for shapes in (start, bent)]
 
 
-def tabulate(steps: int, curves: Array) -> dict[str, Any]:
-    """The content of a table's file, see `load_table`, for given curves."""
-    family = _power_family(steps, _EXPONENTS)
+def least_regrettable(steps: int, candidates: list[Array]) -> int:
+    """Index of the candidate, shapes (2K, S), whose faults are the closest to the smallest of each kind.
+
+    The fit's objective forgives one bad column, and knows nothing of what lies between columns.
+    """
+    faults = np.array([_faults(steps, shapes) for shapes in candidates])
+    return int(((faults / faults.min(0)) ** 2).sum(1).argmin())
+
+
+def _faults(steps: int, shapes: Array) -> Array:
+    """What to hold against a candidate; infinite if its iterates overflow.
+
+    For each judged exponent, the worst relative error on the first three spectra and that on the last; and how far f
+    rises with s, as a multiple of what is tolerated.
+    """
+    family = _stored_family(steps)
+    if family.linearize(shapes) is None:
+        return np.full(2 * len(_JUDGED_EXPONENTS) + 1, np.inf)
+    table = np.array([column.row for column in _columns_of(family, shapes, _strictness(steps))])
+
+    def values(exponents: Array, x: Array) -> Array:
+        rows = np.stack([np.interp(exponents, _EXPONENTS, numbers) for numbers in table.T], 1)
+        return np.array([Coefficients.from_row(row).transfer(x) for row in rows])
+
+    errors = []
+    for spectrum in _JUDGED_SPECTRA:
+        targets = spectrum ** _JUDGED_EXPONENTS[:, None]
+        error = values(_JUDGED_EXPONENTS, spectrum) - targets
+        errors.append(np.linalg.norm(error, axis=1) / np.linalg.norm(targets, axis=1))
+    rises = np.maximum(np.diff(values(np.linspace(0, 1, 161), family.x), axis=0), 0).sum(0)
+    everywhere, low = rises.max() / _TOLERATED_RISES[0], rises[family.x < 0.1].max() / _TOLERATED_RISES[1]
+    return np.array([*np.max(errors[:3], axis=0), *errors[3], max(everywhere, low, 1)])
+
+
+def tabulate(steps: int, curves: Array, shapes: Array) -> dict[str, Any]:
+    """The content of a table's file, see `load_table`, for given curves and what `release_columns` made of them."""
+    x = _points(5 * _POINTS, _LOWEST)  # the largest errors lie between the fit's points
     columns = []
-    for s, column, target in zip(_EXPONENTS, _columns_of(family, curves, _STRICTNESS), family.targets, strict=True):
-        error = column.transfer(family.x) - target
+    for s, column in zip(_EXPONENTS, _columns_of(_stored_family(steps), shapes, _strictness(steps)), strict=True):
+        target = x**s
+        error = column.transfer(x) - target
         columns.append(
             {
                 "s": float(s),
@@ -193,8 +309,8 @@ def tabulate(steps: int, curves: Array) -> dict[str, Any]:
     return {"steps": steps, "domain": [_LOWEST, 1], "columns": columns, "curves": curves.round(9).tolist()}
 
 
-def _columns_of(fit: MultiscaleFit, curves: Array, strictness: Array) -> list[Coefficients]:
-    groups = [*fit.steps_of(curves), fit.ordered_weights(curves, strictness)]
+def _columns_of(fit: MultiscaleFit, shapes: Array, strictness: Array) -> list[Coefficients]:
+    groups = [*fit.steps_of(shapes), fit.ordered_weights(shapes, strictness)]
     return [Coefficients(*map(tuple, column)) for column in zip(*(g.round(9).tolist() for g in groups), strict=True)]
 
 
@@ -204,7 +320,8 @@ def _value(candidate: tuple[float, Array]) -> float:
 
 def _write_table(steps: int, folder: Path) -> str:
     """Fit the table for ``steps`` and write it, one column a line; returns a line about it."""
-    table = tabulate(steps, search_curves(steps))
+    candidates = [(curves, shapes) for curves in search_curves(steps) for shapes in release_columns(steps, curves)]
+    table = tabulate(steps, *candidates[least_regrettable(steps, [shapes for _, shapes in candidates])])
     (folder / table_filename(steps)).write_text(_readable(table), "utf-8")
     errors = {column["s"]: column["relative_error"] for column in table["columns"]}
     return f"{steps} steps: relative error {errors[0.5]:.2%} at p = 2, {errors[0.0]:.2%} at p = inf"

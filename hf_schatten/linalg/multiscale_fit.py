@@ -1,10 +1,18 @@
 """Fits the coefficients of the multi-scale iteration to any family of target functions, by variable projection.
 
 A column of coefficients turns x in (0, 1] into ``f(x) = Σ_k w_k y_k`` with ``y_0 = x`` and
-``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵``. All columns of a family are fitted at
-once: ``b_k`` and ``c_k`` are curves in the family's parameter (the exponent s), so that neighbouring columns stay
-close and may be interpolated, while the weights w, in which f is linear, are solved for exactly in each column.
-Rescaling an iterate changes nothing but its weight; ``a + b + c = 1``, i.e. ``y_k(1) = 1``, removes that freedom.
+``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵``. The weights w, in which f is linear, are solved for exactly in
+each column. Rescaling an iterate changes nothing but its weight, which leaves two numbers a step, its *shape*: the
+stretch u, of which the fit knows the logarithm, and the drop d::
+
+    y_k = q(u y_{k-1}),    q(z) = (3/2 + γ) z - (1/2 + 2γ) z³ + γ z⁵,    γ = (u + 2)/(2u (u+1)²) - d/(u (1+u²)²)
+
+``q(1) = 1`` and ``q'(1) = 0``: the step has a peak of height 1 at 1/u. At 1 its value is
+``1 - d ((u²-1)/(u²+1))²``, so that 0 <= d <= 2 keeps the iterates in [-1, 1]. In these coordinates the good fits to
+different powers lie close together, with u from 1.5 to 2.8 and d from 0 to 1.5, and may be interpolated; in a gauge
+like ``a + b + c = 1`` the same fits lie far apart, and most of what lies between them explodes.
+
+All columns of a family are fitted at once: the shapes are curves in the family's parameter (the exponent s).
 """
 
 from dataclasses import dataclass
@@ -14,9 +22,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
-# Damping of the curves, which keeps a step that a column does not need from running off to infinity.
-_CURVE_RIDGE = 3e-5
 _OVERFLOW = 1e6
+_LARGEST_LOG_STRETCH = 3.0
 _SMALLEST_ERROR = 1e-5  # the identity's is zero
 
 
@@ -42,6 +49,10 @@ class MultiscaleFit:
         damping: Damping of the weights of X_1 … X_K in each column, relative to the target's root mean square,
             shape (S,). Large weights that cancel amplify half precision's rounding, and jump from column to
             column. X_0 is never rounded and goes free, so that the target x is met exactly.
+        importance: Of each column, shape (S,).
+        roughness: Quadratic form in the curves that the objective contains, shape (D, D), positive definite: it
+            keeps a step that a column does not need from running off to infinity.
+        order: Penalty on f rising from one column to the next, as x^s falls with s; shape (S - 1,).
     """
 
     steps: int
@@ -49,11 +60,20 @@ class MultiscaleFit:
     targets: Array
     basis: Array
     damping: Array
+    importance: Array
+    roughness: Array
+    order: Array
 
     def steps_of(self, curves: Array) -> tuple[Array, Array, Array]:
         """The coefficients ``(a, b, c)``, each (S, K), of curves (2K, D)."""
-        b, c = np.split(self.basis @ curves.T, 2, axis=1)
-        return 1 - b - c, b, c
+        u, d = self._shapes(curves)
+        gamma = _gamma(u, d)
+        return (1.5 + gamma) * u, -(0.5 + 2 * gamma) * u**3, gamma * u**5
+
+    def _shapes(self, curves: Array) -> tuple[Array, Array]:
+        """Stretches and drops, (S, K) each."""
+        log_u, d = np.split(self.basis @ curves.T, 2, axis=1)
+        return np.exp(np.clip(log_u, -_LARGEST_LOG_STRETCH, _LARGEST_LOG_STRETCH)), d
 
     @property
     def _root_mean_squares(self) -> Array:
@@ -75,7 +95,7 @@ class MultiscaleFit:
         """Solve for the weights and differentiate the rest (Kaufman's variant of variable projection).
 
         Args:
-            curves: Curves of b (first K rows) and c (last K rows), shape (2K, D).
+            curves: Curves of log u (first K rows) and d (last K rows), shape (2K, D).
 
         Returns:
             The residual is relative to each target's root mean square, so that ``error`` is a relative error;
@@ -97,19 +117,23 @@ class MultiscaleFit:
             return None
         residual = (design @ weights - wanted)[..., 0]
 
+        u, d = self._shapes(curves)
+        by_log_u, by_d = _gamma_derivatives(u, d)
         jacobian = np.zeros((columns, points + self.steps, 2 * self.steps))
         sensitivity = np.broadcast_to(weights[:, self.steps], (columns, points))  # ∂f/∂y_k, from the last k down
         for k in reversed(range(self.steps)):
             y = iterates[..., k]
-            jacobian[:, :points, k] = sensitivity * (y**3 - y)
-            jacobian[:, :points, self.steps + k] = sensitivity * (y**5 - y)
+            z = y * u[:, k, None]
+            by_gamma = z * (1 - z**2) ** 2  # ∂y_{k+1}/∂γ
+            jacobian[:, :points, k] = sensitivity * (y * slopes[..., k] + by_gamma * by_log_u[:, k, None])
+            jacobian[:, :points, self.steps + k] = sensitivity * by_gamma * by_d[:, k, None]
             sensitivity = weights[:, k] + sensitivity * slopes[..., k]
         jacobian *= scale[:, None, None]
         jacobian -= Q @ (Q.mT @ jacobian)
         return Linearization(weights[..., 0], np.sqrt((residual**2).sum(1)), residual, jacobian)
 
     def minimise(self, curves: Array, iterations: int) -> tuple[float, Array]:
-        """Minimise ``Σ_columns log(error)`` from a start, by Levenberg–Marquardt steps.
+        """Minimise ``Σ importance · log(error)`` and the penalties from a start, by Levenberg–Marquardt steps.
 
         The logarithm gives every column the same right to a given *relative* improvement, from p = 1.03 with
         its error of 0.01 % to p = -4 with its 20 %.
@@ -124,20 +148,20 @@ class MultiscaleFit:
         current = self.linearize(curves)
         if current is None:
             return np.inf, curves
-        objective, damping, unproductive = _objective(current, curves), 1e-3, 0
+        objective, damping, unproductive = self._objective(current, curves), 1e-3, 0
         for _ in range(iterations):
             gradient, hessian = self._normal_equations(current, curves)
             for _ in range(12):
                 lift = damping * np.diag(hessian.diagonal() + 1e-12 * np.trace(hessian))
                 trial = curves - np.linalg.solve(hessian + lift, gradient).reshape(curves.shape)
                 after = self.linearize(trial)
-                if after is not None and _objective(after, trial) < objective:
+                if after is not None and self._objective(after, trial) < objective:
                     break
                 damping *= 4
             else:
                 break
             damping /= 6
-            gain = objective - _objective(after, trial)
+            gain = objective - self._objective(after, trial)
             unproductive = unproductive + 1 if gain < 1e-5 * abs(objective) else 0
             current, curves, objective = after, trial, objective - gain
             if unproductive > 5:
@@ -188,27 +212,56 @@ class MultiscaleFit:
             weights = np.linalg.solve(penalised.reshape(wanted.size, -1), wanted).reshape(columns, size)
         return weights
 
+    def _rises(self, at: Linearization) -> Array:
+        """How far f rises from each column to the next, shape (S - 1, N), times the root of its penalty."""
+        points = len(self.x)
+        values = self.targets + at.residual[:, :points] * (np.sqrt(points) * self._root_mean_squares)[:, None]
+        return np.maximum(np.diff(values, axis=0), 0) * np.sqrt(self.order / points)[:, None]
+
+    def _objective(self, at: Linearization, curves: Array) -> float:
+        fit = self.importance @ np.log(at.error)
+        return float(fit + ((curves @ self.roughness) * curves).sum() / 2 + (self._rises(at) ** 2).sum() / 2)
+
     def _normal_equations(self, at: Linearization, curves: Array) -> tuple[Array, Array]:
         """Gradient (2KD,) and Gauss–Newton matrix (2KD, 2KD) of the objective."""
-        importance = 1 / at.error**2
-        gram = at.jacobian.mT @ at.jacobian * importance[:, None, None]  # (S, 2K, 2K)
-        slope = (at.jacobian.mT @ at.residual[..., None])[..., 0] * importance[:, None]  # (S, 2K)
-        hessian = np.einsum("sij,sd,se->idje", gram, self.basis, self.basis).reshape(curves.size, curves.size)
-        gradient = (slope.T @ self.basis).ravel()
-        return gradient + _CURVE_RIDGE * curves.ravel(), hessian + _CURVE_RIDGE * np.eye(curves.size)
+        size, points = len(curves), len(self.x)
+        share = self.importance / at.error**2
+        gram = at.jacobian.mT @ at.jacobian * share[:, None, None]  # (S, 2K, 2K)
+        slope = (at.jacobian.mT @ at.residual[..., None])[..., 0] * share[:, None]  # (S, 2K)
+        products = self.basis[:, :, None] * self.basis[:, None, :]  # (S, D, D)
+        hessian = np.ascontiguousarray(np.tensordot(gram, products, (0, 0)).transpose(0, 2, 1, 3))  # (2K, D, 2K, D)
+        hessian[range(size), :, range(size), :] += self.roughness
+        gradient = slope.T @ self.basis + curves @ self.roughness
+
+        rises, unit = self._rises(at), np.sqrt(points) * self._root_mean_squares
+        for s in np.flatnonzero(rises.any(1)):
+            where = rises[s] > 0
+            falling, rising = (at.jacobian[t, :points][where] * unit[t] for t in (s, s + 1))
+            rise = np.sqrt(self.order[s] / points) * np.concatenate([-falling, rising], 1)  # (violated, 4K)
+            support = np.flatnonzero(self.basis[s : s + 2].any(0))  # all that a pair of free columns touches is two
+            basis = self.basis[s : s + 2, support]
+            curvature = np.einsum("piqj,pd,qe->idje", (rise.T @ rise).reshape(2, size, 2, size), basis, basis)
+            every = np.arange(size)
+            hessian[np.ix_(every, support, every, support)] += curvature
+            gradient[:, support] += (rise.T @ rises[s][where]).reshape(2, size).T @ basis
+        return gradient.ravel(), hessian.reshape(curves.size, curves.size)
 
 
-def _objective(at: Linearization, curves: Array) -> float:
-    return float(np.log(at.error).sum() + _CURVE_RIDGE * (curves**2).sum())
+def _gamma(u: Array, d: Array) -> Array:
+    return (u + 2) / (2 * u * (u + 1) ** 2) - d / (u * (1 + u**2) ** 2)
+
+
+def _gamma_derivatives(u: Array, d: Array) -> tuple[Array, Array]:
+    """∂γ/∂(log u) and ∂γ/∂d."""
+    by_d = -1 / (u * (1 + u**2) ** 2)
+    peak = _gamma(u, np.zeros_like(d))
+    return peak * (u / (u + 2) - 1 - 2 * u / (u + 1)) - d * by_d * (1 + 4 * u**2 / (1 + u**2)), by_d
 
 
 def random_start(steps: int, degree_plus_one: int, rng: np.random.Generator) -> Array:
-    """Curves (2K, D), constant in s, of random steps that amplify small x by 1.1 to 10 and keep x = 1."""
-    a = np.exp(rng.uniform(np.log(1.1), np.log(10), steps))
-    slope_at_one = rng.uniform(-2, 8, steps)
-    c = a - 1.5 + slope_at_one / 2
+    """Curves (2K, D), constant in s, of random steps that amplify small x by 1.8 to 4.8 and end at 0 to 1."""
     curves = np.zeros((2 * steps, degree_plus_one))
-    curves[:, 0] = np.concatenate([1 - a - c, c])
+    curves[:, 0] = np.concatenate([rng.uniform(0.2, 1.1, steps), rng.uniform(0, 1, steps)])
     return curves
 
 
@@ -216,4 +269,4 @@ def perturbed(curves: Array, rng: np.random.Generator) -> Array:
     """A neighbour of ``curves``, at one of three distances, to leave a poor local minimum by."""
     amplitude = rng.choice([0.03, 0.1, 0.3])
     stretched = curves * (1 + amplitude * rng.standard_normal((len(curves), 1)))
-    return stretched + amplitude * rng.standard_normal(curves.shape)
+    return stretched + 0.1 * amplitude * rng.standard_normal(curves.shape)
