@@ -7,6 +7,7 @@ same numbers each time) and writes them next to this file.
 import argparse
 import json
 import multiprocessing
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -50,7 +51,6 @@ _EXPONENTS = np.concatenate(
 _SMOOTHING = 4e4
 _SMOOTHED = 0.1
 _ORDER = 100.0
-_BENT = 0.125  # up to this |s| a start is bent towards the best steps at s = 0
 
 # What candidates are judged by: 1/p, most of them between columns, and singular values in units of the norm, of a
 # square and a wide Gaussian and of log-uniform spectra of condition 100 and 1000.
@@ -61,6 +61,8 @@ _JUDGED_SPECTRA = (
     np.geomspace(0.007, 0.7, 300),
     np.geomspace(0.0007, 0.7, 300),
 )
+_ROUNDING = 1.02  # in half precision every iterate may come out larger by this factor,
+_EXPLODED = 10.0  # and this is what f may not reach then
 _TOLERATED_RISES = (0.05, 5e-4)  # of f as s grows from 0 to 1, anywhere and where x < 0.1
 
 
@@ -183,9 +185,9 @@ def _stored_family(steps: int) -> MultiscaleFit:
 def _strictness(steps: int) -> Array:
     """Of the order of the stored columns: monotone in p where p >= 1, smooth beyond Muon, where order is dear.
 
-    It is in units of the error, which grows as the steps get fewer, while rises must stay small in the end.
+    It is in units of the error, which is larger for few steps, while rises must stay small in the end.
     """
-    return np.where(_EXPONENTS[:-1] >= 0, 10.0 * 4.0 ** max(5 - steps, 0), 3.0)
+    return np.where(_EXPONENTS[:-1] >= 0, {3: 80.0, 4: 40.0}.get(steps, 10.0), 3.0)
 
 
 def search_curves(steps: int, *, starts: int = 100, kept: int = 8, hops: int = 40, finalists: int = 4) -> list[Array]:
@@ -214,17 +216,7 @@ def search_curves(steps: int, *, starts: int = 100, kept: int = 8, hops: int = 4
     return [curves for _, curves in sorted(pool, key=_value)[:finalists]]
 
 
-def polar_shape(steps: int) -> Array:
-    """The best steps for s = 0 alone, shape (2K,): a composition, with next to no weight on the first iterates.
-
-    A search over families passes them by, because from s = 0.1 on others are better.
-    """
-    x = _points(_POINTS, _LOWEST)
-    composition = np.repeat([1.0, 0.65, 0.0, 0.8], [steps - 1, 1, steps - 1, 1])[:, None]
-    return _free_column(steps, x, np.ones_like(x)).minimise(composition, 200)[1][:, 0]
-
-
-def release_columns(steps: int, curves: Array) -> list[Array]:
+def release_columns(steps: int, curves: Array) -> Array:
     """Let every stored column find its own steps, close to its neighbours', from where the curves are.
 
     Args:
@@ -232,8 +224,7 @@ def release_columns(steps: int, curves: Array) -> list[Array]:
         curves: As from `search_curves`.
 
     Returns:
-        Shapes (2K, S) of the stored columns, see `MultiscaleFit`: from the curves as they are, and from the curves
-        bent towards `polar_shape` near s = 0.
+        Shapes (2K, S) of the stored columns, see `MultiscaleFit`.
     """
     exponents = _EXPONENTS[:-1]
     start = curves @ _chebyshev(exponents, _DEGREE).T
@@ -251,10 +242,8 @@ def release_columns(steps: int, curves: Array) -> list[Array]:
         roughness=1e-4 * np.eye(len(exponents)) + change.T @ (smoothing[:, None] * change),
         order=_ORDER / (unit[1:] * unit[:-1] * spacings),
     )
-    bend = np.maximum(1 - abs(exponents) / _BENT, 0)
-    bent = start * (1 - bend) + polar_shape(steps)[:, None] * bend
     # At s = 1 only X_0 has a weight, and any steps will do.
-    return [np.pad(family.minimise(shapes, 80)[1], ((0, 0), (0, 1)), mode="edge") for shapes in (start, bent)]
+    return np.pad(family.minimise(start, 80)[1], ((0, 0), (0, 1)), mode="edge")
 
 
 def least_regrettable(steps: int, candidates: list[Array]) -> int:
@@ -267,7 +256,7 @@ def least_regrettable(steps: int, candidates: list[Array]) -> int:
 
 
 def _faults(steps: int, shapes: Array) -> Array:
-    """What to hold against a candidate; infinite if its iterates overflow.
+    """What to hold against a candidate; infinite if its iterates overflow, or would in half precision.
 
     For each judged exponent, the worst relative error on the first three spectra and that on the last; and how far f
     rises with s, as a multiple of what is tolerated.
@@ -277,10 +266,13 @@ def _faults(steps: int, shapes: Array) -> Array:
         return np.full(2 * len(_JUDGED_EXPONENTS) + 1, np.inf)
     table = np.array([column.row for column in _columns_of(family, shapes, _strictness(steps))])
 
-    def values(exponents: Array, x: Array) -> Array:
+    def values(exponents: Array, x: Array, stretch: float = 1.0) -> Array:
         rows = np.stack([np.interp(exponents, _EXPONENTS, numbers) for numbers in table.T], 1)
+        rows[:, : 3 * steps] *= stretch
         return np.array([Coefficients.from_row(row).transfer(x) for row in rows])
 
+    if abs(values(_JUDGED_EXPONENTS, family.x, _ROUNDING)).max() > _EXPLODED:
+        return np.full(2 * len(_JUDGED_EXPONENTS) + 1, np.inf)
     errors = []
     for spectrum in _JUDGED_SPECTRA:
         targets = spectrum ** _JUDGED_EXPONENTS[:, None]
@@ -320,8 +312,10 @@ def _value(candidate: tuple[float, Array]) -> float:
 
 def _write_table(steps: int, folder: Path) -> str:
     """Fit the table for ``steps`` and write it, one column a line; returns a line about it."""
-    candidates = [(curves, shapes) for curves in search_curves(steps) for shapes in release_columns(steps, curves)]
-    table = tabulate(steps, *candidates[least_regrettable(steps, [shapes for _, shapes in candidates])])
+    found = search_curves(steps)
+    released = [release_columns(steps, curves) for curves in found]
+    best = least_regrettable(steps, released)
+    table = tabulate(steps, found[best], released[best])
     (folder / table_filename(steps)).write_text(_readable(table), "utf-8")
     errors = {column["s"]: column["relative_error"] for column in table["columns"]}
     return f"{steps} steps: relative error {errors[0.5]:.2%} at p = 2, {errors[0.0]:.2%} at p = inf"
@@ -344,6 +338,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent, help="where to write them")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
+    # The search amplifies rounding, which depends on the number of threads; the processes inherit these.
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         # The dearest first, so that no process is left alone with it at the end.
         for line in pool.imap(partial(_write_table, folder=options.folder), sorted(options.steps, reverse=True)):

@@ -33,9 +33,10 @@ def test_table_is_complete_and_tame(steps: int) -> None:
 
 @pytest.mark.parametrize("steps", STEPS)
 def test_stored_errors_are_the_errors(steps: int) -> None:
+    x = np.geomspace(5e-4, 1, 4000)
     for column in load_table(steps)["columns"][::8]:
         fitted = Coefficients(*(tuple(column[name]) for name in "abcw"))
-        error = np.abs(fitted.transfer(X) - X ** column["s"]).max()
+        error = np.abs(fitted.transfer(x) - x ** column["s"]).max()
         assert error == pytest.approx(column["max_error"], rel=0.05, abs=1e-6)
 
 
@@ -76,8 +77,7 @@ def test_below_the_domain_small_values_stay_small() -> None:
 def test_refitting_a_table_from_its_curves_returns_to_it(steps: int) -> None:
     table = load_table(steps)
     curves = np.array(table["curves"])
-    candidates = coefficients.release_columns(steps, curves * (1 + 1e-6))
-    refitted = coefficients.tabulate(steps, curves, candidates[coefficients.least_regrettable(steps, candidates)])
+    refitted = coefficients.tabulate(steps, curves, coefficients.release_columns(steps, curves * (1 + 1e-6)))
     for stored, column in zip(table["columns"], refitted["columns"], strict=True):
         if stored["s"] >= 0:
             before, after = (Coefficients(*(tuple(c[name]) for name in "abcw")).transfer(X) for c in (stored, column))
@@ -98,15 +98,19 @@ def test_columns_are_interpolated_linearly_between_unequal_neighbours() -> None:
 
 
 @pytest.mark.parametrize("steps", STEPS)
-def test_polar_shape_is_a_composition(steps: int) -> None:
-    stretches, drops = np.split(coefficients.polar_shape(steps), 2)
-    first = slice(steps // 2)  # the rest converge, each in its own way
-    np.testing.assert_allclose(stretches[first], 1, rtol=0.1, atol=0)
-    np.testing.assert_allclose(drops[first], 0, rtol=0, atol=0.1)
+def test_iterates_that_rounding_makes_larger_do_not_explode(steps: int) -> None:
+    for s in np.linspace(0, 1, 33):
+        row = np.array(coefficients.multiscale(s, steps).row)
+        row[: 3 * steps] *= 1.02
+        assert np.abs(Coefficients.from_row(row.tolist()).transfer(X)).max() < 5
 
 
 @pytest.mark.slow
-def test_the_command_remakes_a_stored_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_remakes_a_stored_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for library in ("OMP", "OPENBLAS", "MKL"):
+        monkeypatch.setenv(f"{library}_NUM_THREADS", "1")  # the command sets them; they are undone here
     coefficients.main(["--steps", "3", "--folder", str(tmp_path), "--processes", "1"])
     assert "3 steps" in capsys.readouterr().out
     remade = json.loads((tmp_path / table_filename(3)).read_text())
