@@ -23,7 +23,8 @@ from .criterion import (
     objective_curve,
 )
 from .distributed import mean_over_processes, process_count
-from .optimizer import Matrix, SchattenP
+from .matrix import Matrix
+from .optimizer import SchattenP
 from .options import SchattenOptions
 from .probe import InputProbe
 

@@ -23,14 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .layout import Layout, matrix_name
-from .optimizer import MOMENTUM, P, SchattenP
+from .matrix import MOMENTUM, P
+from .optimizer import SchattenP
 from .options import SchattenOptions
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "optimizer.safetensors"
 CONFIG_FILE = "optimizer_config.json"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
 # The only hyperparameters that a schedule changes; every other one is the present run's.

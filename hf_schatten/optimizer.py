@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,19 +15,23 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from .coupling import (
-    COUPLING_WEIGHTS,
-    WeightFunction,
-    dual_norms,
-    lengths_alone,
-    lengths_coupled,
-    unit_factors,
-)
-from .criterion import CURVES, NODES
+from .coupling import COUPLING_WEIGHTS, WeightFunction
 from .distributed import UnsupportedEngineError
-from .layout import Layout, as_matrix, matrix_name
-from .linalg.coefficient_table import exponent_of
+from .layout import matrix_name
 from .linalg.targets import POWER, TargetFunction, target_of
+from .matrix import (
+    MOMENTUM,
+    SKIPPED,
+    STEP,
+    Group,
+    Matrix,
+    State,
+    initial_p,
+    layout_of,
+    named_parameters,
+    new_matrix_state,
+    state_dtype,
+)
 from .options import (
     OPTIMIZER_NAME,
     OPTION_VALUES,
@@ -37,22 +42,17 @@ from .options import (
     SchattenOptions,
     StepRule,
 )
-from .preconditioning import SECOND_MOMENTS, root_exponent
-from .scaling import update_norm
+from .preconditioning import SECOND_MOMENTS
+from .update import COMMON_OPTIONS, Update, batches, factors_alone, factors_coupled
 
 if TYPE_CHECKING:
     from .policy import Policy
 
-# State of a parameter of matrices, by name; p, statistics and their weight have one row for each of its matrices.
-# Every key is a tensor that is created at the first step: sharded checkpoints drop what appears later.
-STEP, MOMENTUM, P, STATISTICS, STATISTICS_WEIGHT = "step", "momentum", "p", "statistics", "statistics_weight"
+logger = logging.getLogger(__name__)
 
-# Temporaries of a matrix (m, n), m <= n, while its batch is updated: momentum, normalised momentum, iterate, product
-# and weighted sum; Gram matrices and polynomials of them. A preconditioner is one rectangle more.
-_WORKSPACE_RECTANGLES, _WORKSPACE_SQUARES = 5, 4
+_Usable = dict[Tensor, Tensor]  # whether the gradient of each parameter is finite, a bool scalar on its device
 
-# What the matrices of one batch have in common, besides shape, dtype and device.
-_COMMON_OPTIONS = "step_rule", "precondition", "precondition_exponent"
+_REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
 
 
 class SchattenP(Optimizer):
@@ -118,6 +118,7 @@ class SchattenP(Optimizer):
 
     options: SchattenOptions | None = None
     policy: Policy | None = None
+    _calls = _reported_skips = 0
 
     def __init__(
         self,
@@ -181,9 +182,9 @@ class SchattenP(Optimizer):
             _check_names(group)
             self._check_coupling()
             self._check_target(group)
-            for name, parameter in _named_parameters(group):
-                _layout(group).check(name, parameter.shape)
-                _initial_p(group, len(_layout(group).part_names(parameter.shape)))
+            for name, parameter in named_parameters(group):
+                layout_of(group).check(name, parameter.shape)
+                initial_p(group, len(layout_of(group).part_names(parameter.shape)))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -221,15 +222,26 @@ class SchattenP(Optimizer):
         self.create_matrix_state()
         if self.policy is not None:
             self.policy.before_update(self)
+        usable: _Usable = {}
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            usable.update((parameter, _is_finite(parameter.grad)) for parameter in parameters)
             if group["spectral"]:
-                self._advance_moments(group, parameters)
+                self._advance_moments(group, parameters, usable)
             elif parameters:
-                self._adamw_step(group, parameters)
-        self._update_matrices([matrix for matrix in self.matrices() if matrix.parameter.grad is not None])
+                self._adamw_step(group, parameters, usable)
+        self._update_matrices(
+            [
+                replace(matrix, usable=usable[matrix.parameter])
+                for matrix in self.matrices()
+                if matrix.parameter in usable
+            ]
+        )
         if self.policy is not None:
             self.policy.after_update(self)
+        self._calls += 1
+        if self._calls % _REPORT_INTERVAL == 0:
+            self._report_skipped()
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -241,9 +253,9 @@ class SchattenP(Optimizer):
         """Yield every matrix of the spectral groups."""
         for group in self.param_groups:
             if group["spectral"]:
-                for name, parameter in _named_parameters(group):
+                for name, parameter in named_parameters(group):
                     state = self.state.get(parameter, {})  # indexing would create an entry
-                    for index, part in enumerate(_layout(group).part_names(parameter.shape)):
+                    for index, part in enumerate(layout_of(group).part_names(parameter.shape)):
                         yield Matrix(matrix_name(name, part), name, parameter, index, group, state)
 
     def learned_p(self) -> dict[str, float]:
@@ -271,7 +283,7 @@ class SchattenP(Optimizer):
         """Return the shape of every state tensor that each named parameter has or will have."""
         shapes = {}
         for group in self.param_groups:
-            for name, parameter in _named_parameters(group):
+            for name, parameter in named_parameters(group):
                 with torch.device("meta"):
                     state = _new_state(parameter.to("meta"), group)
                 shapes[name] = {key: value.shape for key, value in state.items()}
@@ -280,6 +292,18 @@ class SchattenP(Optimizer):
     def steps_taken(self) -> int:
         """Return how many steps the matrices have taken: the largest of their counters."""
         return int(max((matrix.state[STEP].item() for matrix in self.matrices() if matrix.state), default=0))
+
+    def skipped_steps(self) -> dict[str, int]:
+        """Return how many steps each matrix parameter has skipped because its gradient was not finite, where any."""
+        states = {
+            name: self.state[parameter][SKIPPED]
+            for group in self.param_groups
+            if group["spectral"]
+            for name, parameter in named_parameters(group)
+            if parameter in self.state
+        }
+        counts = torch.stack(list(states.values())).tolist() if states else []  # one wait for the device
+        return {name: int(count) for name, count in zip(states, counts, strict=True) if count}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as ``torch.optim.Optimizer`` does, but keep the dtype in which each tensor was saved.
@@ -323,6 +347,17 @@ class SchattenP(Optimizer):
                         _require_whole_matrix(parameter)
                         self.state[parameter] = _new_state(parameter, group)
 
+    def _report_skipped(self) -> None:
+        skipped = self.skipped_steps()
+        if sum(skipped.values()) > self._reported_skips:
+            self._reported_skips = sum(skipped.values())
+            name, count = max(skipped.items(), key=lambda item: item[1])
+            logger.warning(
+                "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were "
+                "skipped: of %s, %d steps in all. Lower the learning rate, or look for the layer that overflows.",
+                *(len(skipped), name, count),
+            )
+
     def _check_coupling(self) -> None:
         weights, names = self.coupling_weights, OPTION_VALUES["coupling_weights"]
         if not callable(weights) and weights not in names:
@@ -349,88 +384,55 @@ class SchattenP(Optimizer):
                 "that of the spectral power. Use step_rule='pinned'."
             )
 
-    def _advance_moments(self, group: dict[str, Any], parameters: Iterable[Tensor]) -> None:
+    def _advance_moments(self, group: dict[str, Any], parameters: Iterable[Tensor], usable: _Usable) -> None:
         second_moment = SECOND_MOMENTS.get(group["precondition"])
         for parameter in parameters:
-            state = self.state[parameter]
+            state, momentum = self.state[parameter], self.state[parameter][MOMENTUM]
             state[STEP].add_(1)
-            gradient = parameter.grad.to(state[MOMENTUM].dtype)  # type: ignore[union-attr]
-            state[MOMENTUM].lerp_(gradient, 1 - group["momentum"])
+            state[SKIPPED].add_(~usable[parameter])
+            gradient = parameter.grad.to(momentum.dtype)  # type: ignore[union-attr]
+            momentum.lerp_(torch.where(usable[parameter], gradient, momentum), 1 - group["momentum"])
             if second_moment is not None:
-                second_moment.advance(state, gradient, _layout(group), group["betas"][1])
+                layout, beta2 = layout_of(group), group["betas"][1]
+                second_moment.advance(state, gradient, layout, beta2, usable[parameter])
 
     def _update_matrices(self, matrices: list[Matrix]) -> None:
         """Update matrices batch by batch; coupled ones when all directions are known."""
-        batches = _batches(matrices, self.workspace_mib)
+        in_batches = batches(matrices, self.workspace_mib)
         if self.coupling_order is None:
-            for batch in batches:
+            for batch in in_batches:
                 self._update_alone(batch)
         elif matrices:
-            updates = [self._update_of(batch) for batch in batches]
-            for update, factors in zip(updates, self._factors_coupled(updates, self.coupling_order), strict=True):
-                self._take(update, factors)
+            updates = [Update.of(batch, self.direction) for batch in in_batches]
+            chosen = self.coupling_weights
+            weight_of = chosen if callable(chosen) else COUPLING_WEIGHTS[chosen]
+            factors = factors_coupled(updates, self.coupling_order, weight_of)
+            for update, of_update in zip(updates, factors, strict=True):
+                self._take(update, of_update)
 
     def _update_alone(self, batch: list[Matrix]) -> None:
-        update = self._update_of(batch)
-        self._take(update, _factors_alone(update))
+        update = Update.of(batch, self.direction)
+        self._take(update, factors_alone(update))
 
-    def _take(self, update: _Update, factors: Tensor) -> None:
+    def _take(self, update: Update, factors: Tensor) -> None:
         if self.policy is not None:
             self.policy.observe(update.batch, update.directions, factors)
         update.apply(factors)
 
-    def _update_of(self, batch: list[Matrix]) -> _Update:
-        """Return the update of matrices of one shape or its transpose: one batched direction, each with its own p."""
-        momenta = batch[0].momentum.new_empty(len(batch), *batch[0].wide_shape)
-        for matrix, slot in zip(batch, momenta, strict=True):
-            matrix.write_momentum(slot)
-        p = torch.stack([matrix.p for matrix in batch])  # (B,)
-        preconditioners = _preconditioners(batch, momenta, p)  # (B, m, n) or None
-        if preconditioners is not None:
-            momenta.mul_(preconditioners)
-        directions = self.direction(momenta, p)  # (B, m, n)
-        products = None
-        if batch[0].group["step_rule"] != "pinned":
-            products = torch.linalg.vecdot(momenta.flatten(1), directions.flatten(1))  # (B,)
-        if preconditioners is not None:
-            directions = preconditioners.mul_(directions)
-        return _Update(batch, directions, p.reciprocal().to(momenta.dtype), products)
-
-    def _factors_coupled(self, updates: Sequence[_Update], order: float) -> list[Tensor]:
-        """Return what the directions of each batch are multiplied by: the oracle's step of all matrices together."""
-        matrices = [matrix for update in updates for matrix in update.batch]
-        duals = [update.dual_norms() for update in updates]
-        together = torch.cat([dual.to(duals[0].device) for dual in duals])  # (matrices,)
-        weights = torch.tensor(self._coupling_weights(matrices), dtype=together.dtype)
-        weights = weights.to(together.device, non_blocking=True)
-        lengths = lengths_coupled(matrices[0].group["step_rule"], together, order, weights)
-        return [
-            length.to(dual) * unit_factors(dual, update.exponents)
-            for update, dual, length in zip(updates, duals, lengths.split([len(dual) for dual in duals]), strict=True)
-        ]
-
-    def _coupling_weights(self, matrices: Sequence[Matrix]) -> list[float]:
-        chosen = self.coupling_weights
-        weight_of = chosen if callable(chosen) else COUPLING_WEIGHTS[chosen]
-        weights = [weight_of(matrix.name, matrix.shape) for matrix in matrices]
-        for matrix, weight in zip(matrices, weights, strict=True):
-            if not 0 < weight < math.inf:
-                raise ValueError(
-                    f"coupling_weights gives {matrix.name!r} the weight {weight!r}: return a number above 0."
-                )
-        return weights
-
-    def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
+    def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor], usable: _Usable) -> None:
         for parameter in parameters:
             if parameter not in self.state:
                 self.state[parameter] = _new_state(parameter, group)
         states = [self.state[parameter] for parameter in parameters]
         # Half-precision parameters are updated through an fp32 copy, since their state is fp32.
-        masters = [parameter.to(_state_dtype(parameter)) for parameter in parameters]
+        masters = [parameter.to(state_dtype(parameter)) for parameter in parameters]
         beta1, beta2 = group["betas"]
         adamw(
             masters,
-            [parameter.grad.to(_state_dtype(parameter)) for parameter in parameters],  # type: ignore[union-attr]
+            [
+                torch.where(usable[parameter], parameter.grad, 0.0).to(state_dtype(parameter))  # type: ignore[arg-type]
+                for parameter in parameters
+            ],
             [state["exp_avg"] for state in states],
             [state["exp_avg_sq"] for state in states],
             [],
@@ -448,241 +450,16 @@ class SchattenP(Optimizer):
                 parameter.copy_(master)
 
 
-@dataclass(frozen=True)
-class Matrix:
-    """One matrix of a spectral group: its parameter, and where in it the matrix lies.
-
-    Attributes:
-        name: the parameter's, followed by the part's where the parameter consists of several matrices.
-        parameter_name: the name of the parameter.
-        parameter: the parameter that the matrix is a part of.
-        index: its number among the parameter's matrices.
-        group: the parameter's group.
-        state: the parameter's state, empty before the first step.
-    """
-
-    name: str
-    parameter_name: str
-    parameter: Tensor
-    index: int
-    group: dict[str, Any]
-    state: dict[str, Tensor]
-
-    @property
-    def input_name(self) -> str:
-        """The name of its inputs, which the parts of a fused projection share."""
-        return matrix_name(self.parameter_name, _layout(self.group).expert(self.parameter.shape, self.index))
-
-    @property
-    def momentum(self) -> Tensor:
-        """The moving average of the gradient, (r, c) as stored."""
-        return as_matrix(self._part(self.state[MOMENTUM]))
-
-    @property
-    def gradient(self) -> Tensor | None:
-        """The gradient, (r, c) as stored, or None."""
-        return None if self.parameter.grad is None else as_matrix(self._part(self.parameter.grad))
-
-    @property
-    def p(self) -> Tensor:
-        """The exponent of this matrix, a scalar that may be written to."""
-        return self.state[P][self.index]
-
-    @property
-    def first_p(self) -> float:
-        """The exponent that it starts with."""
-        return _initial_p(self.group, len(_layout(self.group).part_names(self.parameter.shape)))[self.index]
-
-    @property
-    def statistics(self) -> Tensor:
-        """The moving average of the criterion's statistics, (CURVES, NODES); may be written to."""
-        return self.state[STATISTICS][self.index]
-
-    @property
-    def statistics_weight(self) -> Tensor:
-        """The sum of the weights in that moving average, a scalar; may be written to."""
-        return self.state[STATISTICS_WEIGHT][self.index]
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        rows, columns = as_matrix(self._part(self.parameter)).shape
-        return (columns, rows) if self.group["transposed"] else (rows, columns)
-
-    @property
-    def wide_shape(self) -> tuple[int, int]:
-        """The shape with the shorter side first, in which equal matrices and their transposes share a batch."""
-        m, n = self.shape
-        return min(m, n), max(m, n)
-
-    @property
-    def learning_rate(self) -> float:
-        """The present learning rate of the matrix."""
-        return float(self.group["lr"]) * self.group["lr_ratio"]
-
-    def weight_norm(self) -> Tensor:
-        """Return the Frobenius norm of the weights, a scalar."""
-        return torch.linalg.vector_norm(self._part(self.parameter), dtype=self.momentum.dtype)
-
-    def look_ahead(self, out: Tensor | None = None) -> Tensor:
-        """Return what the moving average would be if the gradient came once more, (r, c) as stored."""
-        gradient = self.gradient.to(self.momentum.dtype)  # type: ignore[union-attr]
-        return torch.lerp(self.momentum, gradient, 1 - self.group["momentum"], out=out)
-
-    def write_momentum(self, wide: Tensor) -> None:
-        """Write the bias-corrected (look-ahead) momentum into ``wide``; the bias is that of one step more."""
-        beta, step = self.group["momentum"], self.state[STEP].item()
-        if self.group["nesterov"]:
-            self.look_ahead(out=self._stored(wide)).div_(1 - beta ** (step + 1))
-        else:
-            torch.div(self.momentum, 1 - beta**step, out=self._stored(wide))
-
-    def write_root_of_second_moment(self, wide: Tensor) -> None:
-        """Write ``√V + ε`` with the bias-corrected second moment V into ``wide``."""
-        group, step, root = self.group, self.state[STEP].item(), self._stored(wide)
-        second_moment = SECOND_MOMENTS[group["precondition"]]
-        second_moment.write(self.state, _layout(group), self.parameter.shape, self.index, out=root)
-        root.div_(1 - group["betas"][1] ** step).sqrt_().add_(group["eps"])
-
-    def update_norm(self, own: Tensor) -> Tensor:
-        """Return the Frobenius norm that the update is scaled to, a scalar, from its own."""
-        s, beta1, lr_ratio = self.p.reciprocal().to(own.dtype), self.group["betas"][0], self.group["lr_ratio"]
-        return update_norm(self.group["scale"], *self.shape, s, own, beta1=beta1, lr_ratio=lr_ratio)
-
-    def apply(self, wide: Tensor, factor: Tensor) -> None:
-        """Decay the weights and take the step ``factor * wide``."""
-        weights = self._part(self.parameter)
-        weights.mul_(1 - self.learning_rate * self.group["weight_decay"])
-        weights.addcmul_(self._stored(wide).reshape(weights.shape), factor, value=-self.learning_rate)
-
-    def _part(self, tensor: Tensor) -> Tensor:
-        return _layout(self.group).part(tensor, self.index)
-
-    def _stored(self, wide: Tensor) -> Tensor:
-        rows, columns = as_matrix(self._part(self.parameter)).shape
-        return wide if rows <= columns else wide.mT
+def _new_state(parameter: Tensor, group: Group) -> State:
+    if group["spectral"]:
+        return new_matrix_state(parameter, group)
+    average = torch.zeros_like(parameter, dtype=state_dtype(parameter))
+    return {STEP: torch.tensor(0.0), "exp_avg": average, "exp_avg_sq": torch.zeros_like(average)}
 
 
-class _Update(NamedTuple):
-    """The update of one batch before its length is known.
-
-    Attributes:
-        batch: matrices of one shape or its transpose, B of them.
-        directions: (B, m, n), of any length.
-        exponents: spectral exponents s, (B,).
-        products: ``⟨M, O⟩`` (B,) of momenta and directions where the step is an oracle's, else None.
-    """
-
-    batch: list[Matrix]
-    directions: Tensor
-    exponents: Tensor
-    products: Tensor | None
-
-    def dual_norms(self) -> Tensor:
-        """Return the dual norms of the momenta, (B,)."""
-        return dual_norms(self.products, self.exponents)  # type: ignore[arg-type]
-
-    def apply(self, factors: Tensor) -> None:
-        """Decay the weights and step by the directions times ``factors`` (B,)."""
-        for matrix, direction, factor in zip(self.batch, self.directions, factors, strict=True):
-            matrix.apply(direction, factor)
-
-
-def _factors_alone(update: _Update) -> Tensor:
-    """Return what the directions are multiplied by, (B,), where every matrix is for itself."""
-    if update.products is not None:
-        dual = update.dual_norms()
-        return lengths_alone(update.batch[0].group["step_rule"], dual) * unit_factors(dual, update.exponents)
-    norms = torch.linalg.matrix_norm(update.directions)  # (B,)
-    targets = torch.stack([matrix.update_norm(own) for matrix, own in zip(update.batch, norms, strict=True)])
-    return torch.where(norms > 0, targets / norms, 0.0)
-
-
-def _preconditioners(batch: list[Matrix], like: Tensor, p: Tensor) -> Tensor | None:
-    """Return the preconditioners (B, m, n) of a batch, None where it has none."""
-    if batch[0].group["precondition"] == "none":
-        return None
-    preconditioners = torch.empty_like(like)
-    for matrix, slot in zip(batch, preconditioners, strict=True):
-        matrix.write_root_of_second_moment(slot)
-    exponents = root_exponent(batch[0].group["precondition_exponent"], p.reciprocal().to(like.dtype))  # (B,)
-    return preconditioners.pow_(exponents[:, None, None])
-
-
-def _batches(matrices: Iterable[Matrix], workspace_mib: int) -> Iterator[list[Matrix]]:
-    """Yield batches of one shape (or its transpose), dtype, device and kind that stay within the workspace."""
-    alike: dict[Any, list[Matrix]] = {}
-    for matrix in matrices:
-        momentum = matrix.momentum
-        kind = tuple(matrix.group[option] for option in _COMMON_OPTIONS)
-        alike.setdefault((matrix.wide_shape, momentum.dtype, momentum.device, kind), []).append(matrix)
-    for ((m, n), dtype, *_), batch in alike.items():
-        rectangles = _WORKSPACE_RECTANGLES + (batch[0].group["precondition"] != "none")
-        needed = (rectangles * m * n + _WORKSPACE_SQUARES * m * m) * dtype.itemsize
-        size = max(1, (workspace_mib << 20) // needed)
-        yield from (batch[start : start + size] for start in range(0, len(batch), size))
-
-
-def _named_parameters(group: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, parameter) of a group; without names, the position stands in."""
-    names = group.get("param_names") or [str(index) for index in range(len(group["params"]))]
-    yield from zip(names, group["params"], strict=True)
-
-
-def _layout(group: dict[str, Any]) -> Layout:
-    return Layout(group["transposed"], group["sections"])
-
-
-def _check_names(group: dict[str, Any]) -> None:
-    """Raise unless a group's options have values that exist.
-
-    Raises:
-        ValueError: with the option, its value and the allowed ones.
-    """
-    for option in ("scale", *_COMMON_OPTIONS):
-        if group[option] not in OPTION_VALUES[option]:
-            raise ValueError(f"{option}={group[option]!r} is not allowed: one of {', '.join(OPTION_VALUES[option])}.")
-
-
-def _initial_p(group: dict[str, Any], count: int) -> list[float]:
-    """Return the p that each of a parameter's matrices starts with.
-
-    Raises:
-        ValueError: when one is out of range, or belongs to no norm where the step is an oracle's, or their number is
-            not that of the matrices.
-    """
-    values = list(group["p"]) if isinstance(group["p"], Sequence) else [group["p"]] * count
-    for p in values:
-        if exponent_of(p) < 0 and group["step_rule"] != "pinned":
-            raise ValueError(
-                f"p={p!r} is not allowed with step_rule={group['step_rule']!r}: the order p + 1 of its norm is at "
-                "least 2. Use p of at least 1, or step_rule='pinned'."
-            )
-    if len(values) != count:
-        raise ValueError(f"p={values!r} has {len(values)} values for a parameter of {count} matrices.")
-    return values
-
-
-def _state_dtype(parameter: Tensor) -> torch.dtype:
-    return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def _new_state(parameter: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
-    average = torch.zeros_like(parameter, dtype=_state_dtype(parameter))
-    step = torch.tensor(0.0)  # on the host, as in torch.optim: reading it synchronises nothing
-    if not group["spectral"]:
-        return {STEP: step, "exp_avg": average, "exp_avg_sq": torch.zeros_like(average)}
-    layout = _layout(group)
-    count = len(layout.part_names(parameter.shape))
-    second_moment = SECOND_MOMENTS.get(group["precondition"])
-    return {
-        STEP: step,
-        MOMENTUM: average,
-        **(second_moment.new_state(average, layout) if second_moment else {}),
-        P: torch.tensor(_initial_p(group, count), dtype=torch.float32, device=parameter.device),
-        STATISTICS: torch.zeros(count, CURVES, NODES, dtype=torch.float64, device=parameter.device),
-        STATISTICS_WEIGHT: torch.zeros(count, dtype=torch.float64, device=parameter.device),
-    }
+def _is_finite(gradient: Tensor) -> Tensor:
+    """Return whether every element is a finite number, a bool scalar on the gradient's device."""
+    return torch.linalg.vector_norm(gradient, math.inf).isfinite()
 
 
 def _require_whole_matrix(parameter: Tensor) -> None:
@@ -696,3 +473,14 @@ def _require_whole_matrix(parameter: Tensor) -> None:
             f"A matrix has become a tensor of shape {tuple(parameter.shape)}: the training engine (DeepSpeed ZeRO or "
             "FSDP version 1) hands the optimizer flat pieces. Use DDP, or optim='adamw_torch' with this engine."
         )
+
+
+def _check_names(group: dict[str, Any]) -> None:
+    """Raise unless a group's options have values that exist.
+
+    Raises:
+        ValueError: with the option, its value and the allowed ones.
+    """
+    for option in ("scale", *COMMON_OPTIONS):
+        if group[option] not in OPTION_VALUES[option]:
+            raise ValueError(f"{option}={group[option]!r} is not allowed: one of {', '.join(OPTION_VALUES[option])}.")

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .optimizer import Matrix, SchattenP
+    from .matrix import Matrix
+    from .optimizer import SchattenP
 
 
 class Policy(Protocol):

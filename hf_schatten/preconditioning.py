@@ -44,8 +44,16 @@ class SecondMoment(Protocol):
             layout: how the parameter is read as matrices.
         """
 
-    def advance(self, state: State, gradient: Tensor, layout: Layout, beta2: float) -> None:
-        """Average the square of a gradient of the parameter's shape into the state."""
+    def advance(self, state: State, gradient: Tensor, layout: Layout, beta2: float, usable: Tensor) -> None:
+        """Average the square of a gradient of the parameter's shape into the state.
+
+        Args:
+            state: of the parameter.
+            gradient: of its shape.
+            layout: how the parameter is read as matrices.
+            beta2: decay of the average.
+            usable: whether the gradient is finite, a bool scalar; the state stays as it is where not.
+        """
 
     def write(self, state: State, layout: Layout, shape: Sequence[int], index: int, out: Tensor) -> None:
         """Write the second moment of one matrix, not bias-corrected.
@@ -65,8 +73,11 @@ class FullSecondMoment:
     def new_state(self, average: Tensor, layout: Layout) -> State:  # noqa: D102 - the protocol's
         return {SECOND_MOMENT: torch.zeros_like(average)}
 
-    def advance(self, state: State, gradient: Tensor, layout: Layout, beta2: float) -> None:  # noqa: D102
-        state[SECOND_MOMENT].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    def advance(  # noqa: D102
+        self, state: State, gradient: Tensor, layout: Layout, beta2: float, usable: Tensor
+    ) -> None:
+        gradient = torch.where(usable, gradient, 0.0)
+        state[SECOND_MOMENT].mul_(_decay(beta2, usable)).addcmul_(gradient, gradient, value=1 - beta2)
 
     def write(  # noqa: D102
         self, state: State, layout: Layout, shape: Sequence[int], index: int, out: Tensor
@@ -89,11 +100,15 @@ class FactoredSecondMoment:
             SECOND_MOMENT_COLUMNS: average.new_zeros(experts * sum(columns)),
         }
 
-    def advance(self, state: State, gradient: Tensor, layout: Layout, beta2: float) -> None:  # noqa: D102
+    def advance(  # noqa: D102
+        self, state: State, gradient: Tensor, layout: Layout, beta2: float, usable: Tensor
+    ) -> None:
+        gradient = torch.where(usable, gradient, 0.0)
         for index in range(len(layout.part_names(gradient.shape))):
             G = as_matrix(layout.part(gradient, index))  # (r, c)
             for means, dim in zip(_factors(state, layout, gradient.shape, index), (1, 0), strict=True):
-                means.lerp_(torch.linalg.vector_norm(G, dim=dim).square_().div_(G.shape[dim]), 1 - beta2)
+                mean_squares = torch.linalg.vector_norm(G, dim=dim).square_().div_(G.shape[dim])
+                means.mul_(_decay(beta2, usable)).add_(mean_squares, alpha=1 - beta2)
 
     def write(  # noqa: D102
         self, state: State, layout: Layout, shape: Sequence[int], index: int, out: Tensor
@@ -118,6 +133,11 @@ def root_exponent(rule: PreconditionExponent, s: Tensor) -> Tensor:
         Tensor of the shape, dtype and device of ``s``: in terms of s, ``-s/(1 + s)`` where it is scaled.
     """
     return _ROOT_EXPONENTS[rule](s)
+
+
+def _decay(beta2: float, usable: Tensor) -> Tensor:
+    """Return β₂, or 1 where the gradient is not usable, as a float64 scalar."""
+    return 1 - (1 - beta2) * usable.double()
 
 
 def _scaled(s: Tensor) -> Tensor:

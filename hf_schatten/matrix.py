@@ -1,0 +1,209 @@
+"""One matrix of the optimizer: where it lies in its parameter, and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .criterion import CURVES, NODES
+from .layout import Layout, as_matrix, matrix_name
+from .linalg.coefficient_table import exponent_of
+from .preconditioning import SECOND_MOMENTS
+from .scaling import update_norm
+
+Group = dict[str, Any]
+State = dict[str, Tensor]
+
+# State of a parameter of matrices, by name; p, statistics and their weight have one row for each of its matrices.
+# Every key is a tensor that is created at the first step: sharded checkpoints drop what appears later.
+STEP, SKIPPED, MOMENTUM, P = "step", "skipped", "momentum", "p"
+STATISTICS, STATISTICS_WEIGHT = "statistics", "statistics_weight"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One matrix of a spectral group: its parameter, and where in it the matrix lies.
+
+    Attributes:
+        name: the parameter's, followed by the part's where the parameter consists of several matrices.
+        parameter_name: the name of the parameter.
+        parameter: the parameter that the matrix is a part of.
+        index: its number among the parameter's matrices.
+        group: the parameter's group.
+        state: the parameter's state, empty before the first step.
+        usable: whether the parameter's gradient is finite, a bool scalar on its device; None outside a step.
+    """
+
+    name: str
+    parameter_name: str
+    parameter: Tensor
+    index: int
+    group: Group
+    state: State
+    usable: Tensor | None = None
+
+    @property
+    def input_name(self) -> str:
+        """The name of its inputs, which the parts of a fused projection share."""
+        return matrix_name(self.parameter_name, layout_of(self.group).expert(self.parameter.shape, self.index))
+
+    @property
+    def momentum(self) -> Tensor:
+        """The moving average of the gradient, (r, c) as stored."""
+        return as_matrix(self._part(self.state[MOMENTUM]))
+
+    @property
+    def gradient(self) -> Tensor | None:
+        """The gradient, (r, c) as stored, or None."""
+        return None if self.parameter.grad is None else as_matrix(self._part(self.parameter.grad))
+
+    @property
+    def p(self) -> Tensor:
+        """The exponent of this matrix, a scalar that may be written to."""
+        return self.state[P][self.index]
+
+    @property
+    def first_p(self) -> float:
+        """The exponent that it starts with."""
+        return initial_p(self.group, len(layout_of(self.group).part_names(self.parameter.shape)))[self.index]
+
+    @property
+    def statistics(self) -> Tensor:
+        """The moving average of the criterion's statistics, (CURVES, NODES); may be written to."""
+        return self.state[STATISTICS][self.index]
+
+    @property
+    def statistics_weight(self) -> Tensor:
+        """The sum of the weights in that moving average, a scalar; may be written to."""
+        return self.state[STATISTICS_WEIGHT][self.index]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        rows, columns = as_matrix(self._part(self.parameter)).shape
+        return (columns, rows) if self.group["transposed"] else (rows, columns)
+
+    @property
+    def wide_shape(self) -> tuple[int, int]:
+        """The shape with the shorter side first, in which equal matrices and their transposes share a batch."""
+        m, n = self.shape
+        return min(m, n), max(m, n)
+
+    @property
+    def learning_rate(self) -> float:
+        """The present learning rate of the matrix."""
+        return float(self.group["lr"]) * self.group["lr_ratio"]
+
+    def weight_norm(self) -> Tensor:
+        """Return the Frobenius norm of the weights, a scalar."""
+        return torch.linalg.vector_norm(self._part(self.parameter), dtype=self.momentum.dtype)
+
+    def look_ahead(self, out: Tensor | None = None) -> Tensor:
+        """Return what the moving average would be if the gradient came once more, (r, c) as stored.
+
+        A gradient that is not usable leaves it as it is.
+        """
+        gradient = self.gradient.to(self.momentum.dtype)  # type: ignore[union-attr]
+        if self.usable is not None:
+            gradient = torch.where(self.usable, gradient, self.momentum)
+        return torch.lerp(self.momentum, gradient, 1 - self.group["momentum"], out=out)
+
+    def write_momentum(self, wide: Tensor) -> None:
+        """Write the bias-corrected (look-ahead) momentum into ``wide``; the bias is that of one step more."""
+        beta, nesterov = self.group["momentum"], self.group["nesterov"]
+        if nesterov:
+            self.look_ahead(out=self._stored(wide))
+        else:
+            self._stored(wide).copy_(self.momentum)
+        wide.div_(self._bias_correction(beta, nesterov))
+
+    def write_root_of_second_moment(self, wide: Tensor) -> None:
+        """Write ``√V + ε`` with the bias-corrected second moment V into ``wide``."""
+        group, root = self.group, self._stored(wide)
+        second_moment = SECOND_MOMENTS[group["precondition"]]
+        second_moment.write(self.state, layout_of(group), self.parameter.shape, self.index, out=root)
+        root.div_(self._bias_correction(group["betas"][1])).sqrt_().add_(group["eps"])
+
+    def update_norm(self, own: Tensor) -> Tensor:
+        """Return the Frobenius norm that the update is scaled to, a scalar, from its own."""
+        s, beta1, lr_ratio = self.p.reciprocal().to(own.dtype), self.group["betas"][0], self.group["lr_ratio"]
+        return update_norm(self.group["scale"], *self.shape, s, own, beta1=beta1, lr_ratio=lr_ratio)
+
+    def apply(self, wide: Tensor, factor: Tensor) -> None:
+        """Decay the weights and take the step ``factor * wide``, unless the gradient is not usable."""
+        weights = self._part(self.parameter)
+        keep = torch.ones_like(factor) if self.usable is None else self.usable.to(factor.dtype)
+        weights.addcmul_(weights, keep.to(weights.dtype), value=-self.learning_rate * self.group["weight_decay"])
+        weights.addcmul_(self._stored(wide).reshape(weights.shape), factor * keep, value=-self.learning_rate)
+
+    def _bias_correction(self, beta: float, ahead: bool = False) -> Tensor:
+        """Return what an average that began at zero is divided by, a float64 scalar."""
+        averaged = self.state[STEP].item() + ahead - self.state[SKIPPED]
+        return 1 - beta ** averaged.clamp_min(1)
+
+    def _part(self, tensor: Tensor) -> Tensor:
+        return layout_of(self.group).part(tensor, self.index)
+
+    def _stored(self, wide: Tensor) -> Tensor:
+        rows, columns = as_matrix(self._part(self.parameter)).shape
+        return wide if rows <= columns else wide.mT
+
+
+def named_parameters(group: Group) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, parameter) of a group; without names, the position stands in."""
+    names = group.get("param_names") or [str(index) for index in range(len(group["params"]))]
+    yield from zip(names, group["params"], strict=True)
+
+
+def layout_of(group: Group) -> Layout:
+    """Return how the parameters of a spectral group are read as matrices."""
+    return Layout(group["transposed"], group["sections"])
+
+
+def initial_p(group: Group, count: int) -> list[float]:
+    """Return the p that each of a parameter's ``count`` matrices starts with.
+
+    Raises:
+        ValueError: when one is out of range, or belongs to no norm where the step is an oracle's, or their number is
+            not that of the matrices.
+    """
+    values = list(group["p"]) if isinstance(group["p"], Sequence) else [group["p"]] * count
+    for p in values:
+        if exponent_of(p) < 0 and group["step_rule"] != "pinned":
+            raise ValueError(
+                f"p={p!r} is not allowed with step_rule={group['step_rule']!r}: the order p + 1 of its norm is at "
+                "least 2. Use p of at least 1, or step_rule='pinned'."
+            )
+    if len(values) != count:
+        raise ValueError(f"p={values!r} has {len(values)} values for a parameter of {count} matrices.")
+    return values
+
+
+def state_dtype(parameter: Tensor) -> torch.dtype:
+    """Return the dtype of a parameter's moments: at least fp32."""
+    return torch.promote_types(parameter.dtype, torch.float32)
+
+
+def new_matrix_state(parameter: Tensor, group: Group) -> State:
+    """Return the state of a spectral group's parameter before its first step."""
+    layout = layout_of(group)
+    count = len(layout.part_names(parameter.shape))
+    second_moment = SECOND_MOMENTS.get(group["precondition"])
+    average = torch.zeros_like(parameter, dtype=state_dtype(parameter))
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
+
+    return {
+        STEP: torch.tensor(0.0),  # on the host, as in torch.optim: reading it synchronises nothing
+        SKIPPED: zeros(),
+        MOMENTUM: average,
+        **(second_moment.new_state(average, layout) if second_moment else {}),
+        P: torch.tensor(initial_p(group, count), dtype=torch.float32, device=parameter.device),
+        STATISTICS: zeros(count, CURVES, NODES),
+        STATISTICS_WEIGHT: zeros(count),
+    }

@@ -1,0 +1,136 @@
+"""The update of a batch of matrices of one shape: its directions, and how far they go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .coupling import WeightFunction, dual_norms, lengths_alone, lengths_coupled, unit_factors
+from .matrix import Matrix
+from .preconditioning import root_exponent
+
+Direction = Callable[[Tensor, Tensor], Tensor]
+
+# What the matrices of one batch have in common, besides shape, dtype and device.
+COMMON_OPTIONS = "step_rule", "precondition", "precondition_exponent"
+
+# Temporaries of a matrix (m, n), m <= n, while its batch is updated: momentum, normalised momentum, iterate, product
+# and weighted sum; Gram matrices and polynomials of them. A preconditioner is one rectangle more.
+_WORKSPACE_RECTANGLES, _WORKSPACE_SQUARES = 5, 4
+
+
+class Update(NamedTuple):
+    """The update of one batch before its length is known.
+
+    Attributes:
+        batch: matrices of one shape or its transpose, B of them.
+        directions: (B, m, n), of any length.
+        exponents: spectral exponents s, (B,).
+        products: ``⟨M, O⟩`` (B,) of momenta and directions where the step is an oracle's, else None.
+    """
+
+    batch: list[Matrix]
+    directions: Tensor
+    exponents: Tensor
+    products: Tensor | None
+
+    @classmethod
+    def of(cls, batch: list[Matrix], direction: Direction) -> Update:
+        """Return the update of a batch: one batched direction, each matrix with its own p.
+
+        Args:
+            batch: from :func:`batches`.
+            direction: takes momenta (B, m, n) and p (B,); returns (B, m, n).
+        """
+        momenta = batch[0].momentum.new_empty(len(batch), *batch[0].wide_shape)
+        for matrix, slot in zip(batch, momenta, strict=True):
+            matrix.write_momentum(slot)
+        p = torch.stack([matrix.p for matrix in batch])  # (B,)
+        preconditioners = _preconditioners(batch, momenta, p)  # (B, m, n) or None
+        if preconditioners is not None:
+            momenta.mul_(preconditioners)
+        directions = direction(momenta, p)  # (B, m, n)
+        products = None
+        if batch[0].group["step_rule"] != "pinned":
+            products = torch.linalg.vecdot(momenta.flatten(1), directions.flatten(1))  # (B,)
+        if preconditioners is not None:
+            directions = preconditioners.mul_(directions)
+        return cls(batch, directions, p.reciprocal().to(momenta.dtype), products)
+
+    def dual_norms(self) -> Tensor:
+        """Return the dual norms of the momenta, (B,)."""
+        return dual_norms(self.products, self.exponents)  # type: ignore[arg-type]
+
+    def apply(self, factors: Tensor) -> None:
+        """Decay the weights and step by the directions times ``factors`` (B,)."""
+        for matrix, direction, factor in zip(self.batch, self.directions, factors, strict=True):
+            matrix.apply(direction, factor)
+
+
+def batches(matrices: Iterable[Matrix], workspace_mib: int) -> Iterator[list[Matrix]]:
+    """Yield batches of one shape (or its transpose), dtype, device and kind that stay within the workspace."""
+    alike: dict[Any, list[Matrix]] = {}
+    for matrix in matrices:
+        momentum = matrix.momentum
+        kind = tuple(matrix.group[option] for option in COMMON_OPTIONS)
+        alike.setdefault((matrix.wide_shape, momentum.dtype, momentum.device, kind), []).append(matrix)
+    for ((m, n), dtype, *_), batch in alike.items():
+        rectangles = _WORKSPACE_RECTANGLES + (batch[0].group["precondition"] != "none")
+        needed = (rectangles * m * n + _WORKSPACE_SQUARES * m * m) * dtype.itemsize
+        size = max(1, (workspace_mib << 20) // needed)
+        yield from (batch[start : start + size] for start in range(0, len(batch), size))
+
+
+def factors_alone(update: Update) -> Tensor:
+    """Return what the directions are multiplied by, (B,), where every matrix is for itself."""
+    if update.products is not None:
+        dual = update.dual_norms()
+        return lengths_alone(update.batch[0].group["step_rule"], dual) * unit_factors(dual, update.exponents)
+    norms = torch.linalg.matrix_norm(update.directions)  # (B,)
+    targets = torch.stack([matrix.update_norm(own) for matrix, own in zip(update.batch, norms, strict=True)])
+    return torch.where(norms > 0, targets / norms, 0.0)
+
+
+def factors_coupled(updates: Sequence[Update], order: float, weight_of: WeightFunction) -> list[Tensor]:
+    """Return what the directions of each batch are multiplied by: the oracle's step of all matrices together.
+
+    Args:
+        updates: of all matrices that take a step, at least one.
+        order: of the norm of all steps, in [1, inf].
+        weight_of: weight of a matrix in that norm.
+
+    Raises:
+        ValueError: when a weight is not above 0.
+    """
+    matrices = [matrix for update in updates for matrix in update.batch]
+    duals = [update.dual_norms() for update in updates]
+    together = torch.cat([dual.to(duals[0].device) for dual in duals])  # (matrices,)
+    weights = torch.tensor([_weight(matrix, weight_of) for matrix in matrices], dtype=together.dtype)
+    weights = weights.to(together.device, non_blocking=True)
+    lengths = lengths_coupled(matrices[0].group["step_rule"], together, order, weights)
+    return [
+        length.to(dual) * unit_factors(dual, update.exponents)
+        for update, dual, length in zip(updates, duals, lengths.split([len(dual) for dual in duals]), strict=True)
+    ]
+
+
+def _weight(matrix: Matrix, weight_of: WeightFunction) -> float:
+    weight = weight_of(matrix.name, matrix.shape)
+    if not 0 < weight < math.inf:
+        raise ValueError(f"coupling_weights gives {matrix.name!r} the weight {weight!r}: return a number above 0.")
+    return weight
+
+
+def _preconditioners(batch: list[Matrix], like: Tensor, p: Tensor) -> Tensor | None:
+    """Return the preconditioners (B, m, n) of a batch, None where it has none."""
+    if batch[0].group["precondition"] == "none":
+        return None
+    preconditioners = torch.empty_like(like)
+    for matrix, slot in zip(batch, preconditioners, strict=True):
+        matrix.write_root_of_second_moment(slot)
+    exponents = root_exponent(batch[0].group["precondition_exponent"], p.reciprocal().to(like.dtype))  # (B,)
+    return preconditioners.pow_(exponents[:, None, None])
