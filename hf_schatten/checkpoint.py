@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .layout import Layout, matrix_name
-from .matrix import MOMENTUM, P
+from .layout import matrix_name
+from .matrix import MOMENTUM, P, layout_of
 from .optimizer import SchattenP
 from .options import SchattenOptions
 
@@ -124,9 +124,7 @@ def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
 
 def _p_by_matrix(states: Mapping[str, Mapping[str, Tensor]], groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the p of every matrix by its name, from the states of its parameters and the groups of a checkpoint."""
-    layouts = {
-        name: Layout(group["transposed"], group["sections"]) for group in groups for name in group["param_names"]
-    }
+    layouts = {name: layout_of(group) for group in groups for name in group["param_names"]}
     return {
         matrix_name(name, part): p
         for name, state in states.items()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from .optimizer import SchattenP
 from .options import CouplingWeights, SchattenOptions
 from .policy import Policy, ScheduledP
 from .routing import Route, require_matches, route_parameters
+from .transfer import Transfer
 
 Group = dict[str, Any]
 
@@ -57,6 +59,7 @@ def create_schatten_optimizer(
         OptionError: on an unknown or malformed option.
         ValueError: when a function given as target has values that are not finite, or all zero.
         RoutingError: when no matrix is routed, or a pattern matches nothing.
+        CheckpointError: when the checkpoint of ``p_init`` cannot be read, or has no matrix of this model.
         UnsupportedEngineError: when the model is wrapped by DeepSpeed or FSDP version 1.
 
     Example:
@@ -68,14 +71,24 @@ def create_schatten_optimizer(
     named_weights = {} if callable(coupling_weights) else {"coupling_weights": coupling_weights}
     parsed = SchattenOptions.from_mapping(options | named_weights | {"target": target_name(target)})
     refuse_unsupported_engines(model)
-    routing = route_parameters(model, parsed.exclude, split_fused=parsed.split_fused)
+    routing = route_parameters(
+        model,
+        parsed.exclude,
+        split_fused=parsed.split_fused,
+        fused_parts=parsed.fused_parts,
+        split_heads=parsed.split_heads,
+    )
     if verbose and is_main_process():
         print(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}", flush=True)
     matrices, others = routing.to("schatten_p"), routing.to("adamw")
     names = [name for route in matrices for name in _matrix_names(route)]
     require_matches("p_overrides", parsed.overrides, names)
+    transferred = Transfer.of(parsed, names) if isinstance(parsed.p_init, str) else None
+    if transferred is not None and verbose and is_main_process():
+        print(transferred, flush=True)
+    first_p = partial(_first_p, options=parsed, transferred=transferred.p if transferred else {})
     groups = [
-        *_spectral_groups(matrices, weight_decay, parsed),
+        *_spectral_groups(matrices, weight_decay, first_p),
         *_adamw_group((route for route in others if route.decay), weight_decay),
         *_adamw_group((route for route in others if not route.decay), 0.0),
     ]
@@ -113,11 +126,11 @@ def _matrix_names(route: Route) -> list[str]:
     return [matrix_name(route.name, part) for part in route.layout.part_names(route.parameter.shape)]
 
 
-def _spectral_groups(routes: Iterable[Route], weight_decay: float, options: SchattenOptions) -> list[Group]:
+def _spectral_groups(routes: Iterable[Route], weight_decay: float, first_p: Callable[[str], float]) -> list[Group]:
     """Return one parameter group for each layout and set of first p."""
     groups: dict[Any, Group] = {}
     for route in routes:
-        p = tuple(_first_p(name, options) for name in _matrix_names(route))
+        p = tuple(first_p(name) for name in _matrix_names(route))
         group = groups.setdefault(
             (route.layout, p),
             {
@@ -126,6 +139,7 @@ def _spectral_groups(routes: Iterable[Route], weight_decay: float, options: Scha
                 "spectral": True,
                 "transposed": route.layout.transposed,
                 "sections": route.layout.sections,
+                "blocks": route.layout.blocks,
                 "p": p[0] if len(set(p)) == 1 else p,
             },
         )
@@ -133,8 +147,9 @@ def _spectral_groups(routes: Iterable[Route], weight_decay: float, options: Scha
     return list(groups.values())
 
 
-def _first_p(name: str, options: SchattenOptions) -> float:
-    return next((p for pattern, p in options.overrides.items() if matches(pattern, name)), options.initial_p)
+def _first_p(name: str, options: SchattenOptions, transferred: Mapping[str, float]) -> float:
+    otherwise = transferred.get(name, options.initial_p)
+    return next((p for pattern, p in options.overrides.items() if matches(pattern, name)), otherwise)
 
 
 def _adamw_group(routes: Iterable[Route], weight_decay: float) -> list[Group]:

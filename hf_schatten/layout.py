@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,10 +21,12 @@ class Layout:
     Attributes:
         transposed: matrices are stored (in, out), as in GPT-2's ``Conv1D``.
         sections: name and number of outputs of each part of a fused projection, in order; () where it is not fused.
+        blocks: how many times the sections follow one another: a part consists of its outputs in every block.
     """
 
     transposed: bool = False
     sections: Sequence[tuple[str, int]] = ()
+    blocks: int = 1
 
     def part_names(self, shape: Sequence[int]) -> list[str]:
         """Return a name for each matrix of a parameter of this shape; ``[""]`` where the parameter is one matrix."""
@@ -36,19 +39,46 @@ class Layout:
         return str(index // (len(self.sections) or 1)) if len(shape) == 3 else ""
 
     def part(self, tensor: Tensor, index: int) -> Tensor:
-        """Return one matrix as a view, (rows, columns) as stored or (out, in, h, w).
+        """Return one matrix as a view in the shape in which it is stored.
 
         Args:
             tensor: of the parameter's shape.
             index: position in :meth:`part_names`.
+
+        Returns:
+            (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs) where
+            transposed, of a part that lies in several blocks.
         """
         expert, section = divmod(index, len(self.sections) or 1)
         if tensor.ndim == 3:
             tensor = tensor[expert]
         if not self.sections:
             return tensor
+        dim = 1 if self.transposed else 0
+        if self.blocks > 1:
+            tensor = tensor.unflatten(dim, (self.blocks, -1))
+            dim += 1
         sizes = [size for _, size in self.sections]
-        return tensor.narrow(1 if self.transposed else 0, sum(sizes[:section]), sizes[section])
+        return tensor.narrow(dim, sum(sizes[:section]), sizes[section])
+
+    def matrix(self, tensor: Tensor, index: int) -> Tensor:
+        """Return one matrix as (rows, columns); a copy where it lies in several blocks, else a view.
+
+        Args:
+            tensor: of the parameter's shape.
+            index: position in :meth:`part_names`.
+        """
+        part = self.part(tensor, index)
+        return part.flatten(0, 1) if self.blocks > 1 and not self.transposed else part.flatten(1)
+
+    def matrix_shape(self, shape: Sequence[int], index: int) -> tuple[int, int]:
+        """Return (rows, columns) of one matrix of a parameter of this shape, as stored."""
+        rows, *others = shape[1:] if len(shape) == 3 else shape
+        columns = math.prod(others)
+        if self.sections:
+            outputs = self.blocks * self.sections[index % len(self.sections)][1]
+            return (rows, outputs) if self.transposed else (outputs, columns)
+        return rows, columns
 
     def check(self, name: str, shape: Sequence[int]) -> None:
         """Raise unless a parameter of this shape consists of such matrices.
@@ -62,17 +92,13 @@ class Layout:
                 "or let hf_schatten.create_schatten_optimizer(model) make the groups."
             )
         outputs = shape[0] if len(shape) == 4 else shape[-1 if self.transposed else -2]
-        total = sum(size for _, size in self.sections)
+        total = self.blocks * sum(size for _, size in self.sections)
         if self.sections and total != outputs:
+            blocks = f" in {self.blocks} blocks" if self.blocks > 1 else ""
             raise ValueError(
                 f"Parameter {name!r} has {outputs} outputs, and its sections "
-                f"{dict(self.sections)} have {total}: give sections that add up."
+                f"{dict(self.sections)} have {total}{blocks}: give sections that add up."
             )
-
-
-def as_matrix(part: Tensor) -> Tensor:
-    """Return a part as (rows, columns): filters (out, in, h, w) are flattened to (out, in · h · w)."""
-    return part.flatten(1)
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .criterion import CURVES, NODES
-from .layout import Layout, as_matrix, matrix_name
+from .layout import Layout, matrix_name
 from .linalg.coefficient_table import exponent_of
 from .preconditioning import SECOND_MOMENTS
 from .scaling import update_norm
@@ -54,12 +54,12 @@ class Matrix:
     @property
     def momentum(self) -> Tensor:
         """The moving average of the gradient, (r, c) as stored."""
-        return as_matrix(self._part(self.state[MOMENTUM]))
+        return self._matrix(self.state[MOMENTUM])
 
     @property
     def gradient(self) -> Tensor | None:
         """The gradient, (r, c) as stored, or None."""
-        return None if self.parameter.grad is None else as_matrix(self._part(self.parameter.grad))
+        return None if self.parameter.grad is None else self._matrix(self.parameter.grad)
 
     @property
     def p(self) -> Tensor:
@@ -84,7 +84,7 @@ class Matrix:
     @property
     def shape(self) -> tuple[int, int]:
         """(out, in)."""
-        rows, columns = as_matrix(self._part(self.parameter)).shape
+        rows, columns = self._stored_shape
         return (columns, rows) if self.group["transposed"] else (rows, columns)
 
     @property
@@ -145,11 +145,18 @@ class Matrix:
         averaged = self.state[STEP].item() + ahead - self.state[SKIPPED]
         return 1 - beta ** averaged.clamp_min(1)
 
+    @property
+    def _stored_shape(self) -> tuple[int, int]:
+        return layout_of(self.group).matrix_shape(self.parameter.shape, self.index)
+
     def _part(self, tensor: Tensor) -> Tensor:
         return layout_of(self.group).part(tensor, self.index)
 
+    def _matrix(self, tensor: Tensor) -> Tensor:
+        return layout_of(self.group).matrix(tensor, self.index)
+
     def _stored(self, wide: Tensor) -> Tensor:
-        rows, columns = as_matrix(self._part(self.parameter)).shape
+        rows, columns = self._stored_shape
         return wide if rows <= columns else wide.mT
 
 
@@ -159,9 +166,9 @@ def named_parameters(group: Group) -> Iterator[tuple[str, Tensor]]:
     yield from zip(names, group["params"], strict=True)
 
 
-def layout_of(group: Group) -> Layout:
+def layout_of(group: Mapping[str, Any]) -> Layout:
     """Return how the parameters of a spectral group are read as matrices."""
-    return Layout(group["transposed"], group["sections"])
+    return Layout(group["transposed"], group["sections"], group["blocks"])
 
 
 def initial_p(group: Group, count: int) -> list[float]:

@@ -75,8 +75,9 @@ class SchattenP(Optimizer):
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
-            chooses the Schatten-p update, False chooses AdamW; ``transposed`` (default False) and ``sections``
-            (default none) say how its parameters are read as matrices, see :class:`hf_schatten.layout.Layout`.
+            chooses the Schatten-p update, False chooses AdamW; ``transposed`` (default False), ``sections`` (default
+            none) and ``blocks`` (default 1) say how its parameters are read as matrices, see
+            :class:`hf_schatten.layout.Layout`.
         lr: learning rate of the AdamW groups; that of matrices is ``lr * lr_ratio``. Default 1e-3.
         p: p of a matrix at its first step: at least 1, ``inf``, or at most -4; in a group, a sequence gives each
             matrix of the parameter its own. Default ``inf``.
@@ -152,6 +153,7 @@ class SchattenP(Optimizer):
             "spectral": True,
             "transposed": False,
             "sections": (),
+            "blocks": 1,
             "lr": lr,
             "p": p,
             "momentum": momentum,

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from .linalg.coefficient_table import STEPS, exponent_of
 from .linalg.spectrum import LogNormEstimatorName
 from .linalg.targets import FUNCTION_PREFIX, POWER, parse_target
+from .projections import parse_fused_parts
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
@@ -60,7 +61,8 @@ class SchattenOptions:
         p_max: largest p that the estimate may choose; ``inf`` is allowed, and so are -4 and below, which extend the
             range of 1/p below zero. Default 100, whose update is within a few percent of Muon's and whose logs stay
             finite.
-        p_init: p of every layer until its first estimate. Default ``p_max``.
+        p_init: p of every layer until its first estimate, or the checkpoint of another run whose learned p the layers
+            of the same names start from. Default ``p_max``.
         p_interval: steps between two estimates. Default 100.
         p_interval_growth: factor by which the interval grows after each estimate, at least 1. Default 1.
         p_first_step: step of the first, early estimate (counted from 1). Default 10.
@@ -97,8 +99,12 @@ class SchattenOptions:
             the rest; see :mod:`hf_schatten.linalg.targets`. With any but ``power``, p is a number, which then shapes
             ``precondition`` and ``scale=interpolate`` only, and ``step_rule`` is ``pinned``.
         workspace_mib: memory, in MiB, that a batch of equally shaped matrices may take for temporaries. Default 512.
-        split_fused: update the parts of fused projections (``c_attn``, ``qkv_proj``, ``gate_up_proj``) as matrices
-            of their own. Default True.
+        split_fused: update the parts of fused projections (``c_attn``, ``qkv_proj``, ``query_key_value``,
+            ``gate_up_proj``, …) as matrices of their own. Default True.
+        fused_parts: entries ``pattern:part/part``, joined by ``;``, of projections that the package does not know, or
+            should not split: ``*.Wqkv:q*4/k/v`` has queries four times as large as keys and values,
+            ``*.qkv:q/k/v@32`` repeats the three in 32 blocks, ``*.c_attn:`` stays whole. Default none.
+        split_heads: update queries, keys and values as a matrix for each head of attention. Default False.
         exclude: parameter name patterns, joined by ``;``, that go to AdamW although they are matrices. Default none.
 
     Patterns are those of ``fnmatch``, on names with or without "weight": ``*.mlp.*``. One without a match is an error.
@@ -114,7 +120,7 @@ class SchattenOptions:
     p_groups: tuple[str, ...] = ()
     p_min: float = 1.0
     p_max: float = 100.0
-    p_init: float | None = None
+    p_init: float | str | None = None
     p_interval: int = 100
     p_interval_growth: float = 1.0
     p_first_step: int = 10
@@ -137,6 +143,8 @@ class SchattenOptions:
     target: str = POWER
     workspace_mib: int = 512
     split_fused: bool = True
+    fused_parts: tuple[str, ...] = ()
+    split_heads: bool = False
     exclude: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -151,9 +159,12 @@ class SchattenOptions:
         # In the order of 1/p, in which -4 lies beyond inf.
         self._require(self.p_min >= 1 and 1 / self.p_max <= 1 / self.p_min, "p_min", "1 <= p_min <= p_max")
         self._require(
-            self.p_init is None or 1 / self.p_max <= 1 / self.p_init <= 1 / self.p_min,
+            not isinstance(self.p_init, float | int) or 1 / self.p_max <= 1 / self.p_init <= 1 / self.p_min,
             "p_init",
             "p_min <= p_init <= p_max",
+        )
+        self._require(
+            not isinstance(self.p_init, str) or self.adaptive, "p_init", "a checkpoint is for p=adaptive to start from"
         )
         self._require(self.p_interval >= 1, "p_interval", "a number of steps, 1 or more")
         self._require(1 <= self.p_interval_growth < math.inf, "p_interval_growth", "a finite number, 1 or more")
@@ -170,6 +181,13 @@ class SchattenOptions:
             "precondition_exponent",
             "it is for precondition=adam or adafactor",
         )
+        for option in ("fused_parts", "split_heads"):
+            self._require(self.split_fused or not getattr(self, option), option, "split_fused=false leaves all whole")
+        for entry in self.fused_parts:
+            try:
+                parse_fused_parts(entry)
+            except ValueError as error:
+                raise OptionError(f"fused_parts has {error}") from error
         self._check_step_rule()
         self._check_target()
 
@@ -243,7 +261,7 @@ class SchattenOptions:
         if self.p == "schedule":
             return self.p_start
         if self.p == "adaptive":
-            return self.p_max if self.p_init is None else self.p_init
+            return float(self.p_init) if isinstance(self.p_init, float | int) else self.p_max
         return float(self.p)
 
     @property
@@ -307,6 +325,15 @@ def _truth_value(text: str) -> bool:
     return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 
 
+def _number_or_path(text: str) -> float | str | None:
+    if text.lower() == "none":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 _PARSERS: dict[str, tuple[Any, str]] = {
     "float": (float, "a number"),
     "int": (int, "a whole number"),
@@ -315,6 +342,7 @@ _PARSERS: dict[str, tuple[Any, str]] = {
         lambda text: text if text in ("adaptive", "schedule") else float(text),
         "'adaptive', 'schedule', a number or inf",
     ),
+    "float | str | None": (_number_or_path, "a number, none, or the folder of a checkpoint"),
     "float | None": (lambda text: None if text.lower() == "none" else float(text), "a number or none"),
     "int | None": (lambda text: None if text.lower() == "none" else int(text), "a whole number or none"),
     "tuple[str, ...]": (lambda text: tuple(filter(None, re.split("[;,]", text))), "patterns joined by ';'"),

@@ -24,7 +24,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .layout import Layout, as_matrix
+from .layout import Layout
 from .options import Precondition, PreconditionExponent
 
 State = dict[str, Tensor]
@@ -82,7 +82,7 @@ class FullSecondMoment:
     def write(  # noqa: D102
         self, state: State, layout: Layout, shape: Sequence[int], index: int, out: Tensor
     ) -> None:
-        out.copy_(as_matrix(layout.part(state[SECOND_MOMENT], index)))
+        out.copy_(layout.matrix(state[SECOND_MOMENT], index))
 
 
 class FactoredSecondMoment:
@@ -105,7 +105,7 @@ class FactoredSecondMoment:
     ) -> None:
         gradient = torch.where(usable, gradient, 0.0)
         for index in range(len(layout.part_names(gradient.shape))):
-            G = as_matrix(layout.part(gradient, index))  # (r, c)
+            G = layout.matrix(gradient, index)  # (r, c)
             for means, dim in zip(_factors(state, layout, gradient.shape, index), (1, 0), strict=True):
                 mean_squares = torch.linalg.vector_norm(G, dim=dim).square_().div_(G.shape[dim])
                 means.mul_(_decay(beta2, usable)).add_(mean_squares, alpha=1 - beta2)
@@ -153,8 +153,7 @@ _ROOT_EXPONENTS: dict[PreconditionExponent, Callable[[Tensor], Tensor]] = {
 
 def _sizes(layout: Layout, shape: Sequence[int]) -> tuple[list[int], list[int]]:
     """Return the numbers of rows and of columns, as stored, of each matrix of one expert."""
-    expert = torch.empty(shape[1:] if len(shape) == 3 else shape, device="meta")
-    shapes = [as_matrix(layout.part(expert, i)).shape for i in range(len(layout.part_names(expert.shape)))]
+    shapes = [layout.matrix_shape(shape, index) for index in range(len(layout.sections) or 1)]
     return [r for r, _ in shapes], [c for _, c in shapes]
 
 

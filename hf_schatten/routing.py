@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Literal, cast
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -12,10 +13,9 @@ from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from .layout import Layout, matches
+from .projections import WHOLE, Cut, cut_of, parse_fused_parts
 
 Destination = Literal["schatten_p", "adamw", "frozen"]
-Sections = tuple[tuple[str, int], ...]
-
 _IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
 # Wrappers that put a component of their own into a parameter's name.
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
@@ -86,7 +86,14 @@ class Routing:
         return "\n".join(lines)
 
 
-def route_parameters(model: nn.Module, exclude: Sequence[str] = (), *, split_fused: bool = True) -> Routing:
+def route_parameters(
+    model: nn.Module,
+    exclude: Sequence[str] = (),
+    *,
+    split_fused: bool = True,
+    fused_parts: Sequence[str] = (),
+    split_heads: bool = False,
+) -> Routing:
     """Decide for every parameter of a model which update it gets.
 
     A weight goes to the Schatten-p update when an ``nn.Linear``, a transformers ``Conv1D``, an ``nn.Conv2d`` that does
@@ -99,14 +106,18 @@ def route_parameters(model: nn.Module, exclude: Sequence[str] = (), *, split_fus
         model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
         exclude: parameter name patterns (``fnmatch``) that go to AdamW whatever they are.
         split_fused: read fused projections as the matrices that they consist of.
+        fused_parts: ``pattern:part/part`` of projections that are not known, or known wrongly; see
+            :func:`hf_schatten.projections.parse_fused_parts`.
+        split_heads: read queries, keys and values as a matrix for each head.
 
     Raises:
-        RoutingError: when no matrix is routed or a pattern of ``exclude`` matches nothing.
+        RoutingError: when no matrix is routed, a pattern matches nothing, or parts do not divide the outputs.
     """
     model = extract_model_from_parallel(model)
     backbone = {id(module) for module in _backbone(model).modules()}
     embeddings = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
     decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type] # needs no self
+    split = partial(_cut, model, fused_parts=fused_parts, split_heads=split_heads) if split_fused else _whole
     routes = []
     for raw_name, parameter in model.named_parameters():
         module = model.get_submodule(raw_name.rpartition(".")[0])
@@ -119,21 +130,14 @@ def route_parameters(model: nn.Module, exclude: Sequence[str] = (), *, split_fus
             embeddings=embeddings,
             exclude=exclude,
         )
-        routes.append(
-            Route(
-                name,
-                parameter,
-                module,
-                destination,
-                reason,
-                layout=_layout(name, parameter, module, model, split_fused)
-                if destination == "schatten_p"
-                else Layout(),
-                decay=raw_name in decayed,
-            )
-        )
+        layout = Layout()
+        if destination == "schatten_p":
+            layout = _layout(name, parameter, module, split)
+        routes.append(Route(name, parameter, module, destination, reason, layout, decay=raw_name in decayed))
     routing = Routing(tuple(routes))
     require_matches("exclude", exclude, [route.name for route in routes])
+    patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
+    require_matches("fused_parts", patterns, [route.name for route in routing.to("schatten_p")])
     if not routing.to("schatten_p"):
         raise RoutingError(_nothing_routed(model, routing))
     return routing
@@ -187,44 +191,28 @@ def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
     return shape[:1].numel(), shape[1:].numel()
 
 
-def _layout(name: str, parameter: nn.Parameter, module: nn.Module, model: nn.Module, split_fused: bool) -> Layout:
+def _layout(
+    name: str, parameter: nn.Parameter, module: nn.Module, split: Callable[[str, int, nn.Module], Cut]
+) -> Layout:
     transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
     rows, columns = _matrix_shape(parameter)
-    m, n = (columns, rows) if transposed else (rows, columns)
-    split = _FUSED.get(_attribute(name)) if split_fused and getattr(module, "is_concatenated", True) else None
-    sections = split(m, n, getattr(model, "config", None)) if split else ()
-    return Layout(transposed, sections if sum(size for _, size in sections) == m else ())
+    cut = split(name, columns if transposed else rows, module)
+    return Layout(transposed, cut.sections, cut.blocks)
 
 
-def _attribute(name: str) -> str:
-    """Return the name of a parameter's layer, such as ``c_attn``."""
-    return name.removesuffix(".weight").rpartition(".")[2]
+def _cut(
+    model: nn.Module, name: str, outputs: int, module: nn.Module, *, fused_parts: Sequence[str], split_heads: bool
+) -> Cut:
+    config = getattr(model, "config", None)
+    parent = next((other for other in model.modules() if module in other.children()), None) if split_heads else None
+    try:
+        return cut_of(name, outputs, module, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
+    except ValueError as error:
+        raise RoutingError(str(error)) from error
 
 
-def _thirds_of_inputs(m: int, n: int, config: Any) -> Sections:
-    return tuple((part, n) for part in ("q", "k", "v"))
-
-
-def _heads(m: int, n: int, config: Any) -> Sections:
-    """Return query, key and value, of which the latter may have fewer heads."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    heads = getattr(config, "num_attention_heads", 0)
-    shared = getattr(config, "num_key_value_heads", None) or heads
-    size = m // max(1, heads + 2 * shared)
-    return ("q", heads * size), ("k", shared * size), ("v", shared * size)
-
-
-def _halves(m: int, n: int, config: Any) -> Sections:
-    return ("gate", m // 2), ("up", m // 2)
-
-
-# What fused projections consist of, by layer name: from outputs, inputs and the model's configuration to the name and
-# the outputs of each part. Where they do not add up, the projection stays whole.
-_FUSED: dict[str, Callable[[int, int, Any], Sections]] = {
-    "c_attn": _thirds_of_inputs,
-    "qkv_proj": _heads,
-    "gate_up_proj": _halves,
-}
+def _whole(name: str, outputs: int, module: nn.Module) -> Cut:
+    return WHOLE
 
 
 def _backbone(model: nn.Module) -> nn.Module:

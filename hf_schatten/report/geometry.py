@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_schatten.layout import as_matrix, layer_name, matrix_name
+from hf_schatten.layout import layer_name, matrix_name
 from hf_schatten.linalg import coupling_factors
 from hf_schatten.report.text import STDLIB_NAME, ReportError, read_text, token_blocks
 from hf_schatten.routing import Route, route_parameters
@@ -150,7 +150,7 @@ def matrix_views(routes: Iterable[Route], tensor_of: Callable[[nn.Parameter], Te
         tensor_of: what is looked at: the parameter itself, its gradient.
     """
     return {
-        matrix_name(route.name, part): as_matrix(route.layout.part(tensor_of(route.parameter), index))
+        matrix_name(route.name, part): route.layout.matrix(tensor_of(route.parameter), index)
         for route in routes
         for index, part in enumerate(route.layout.part_names(route.parameter.shape))
     }

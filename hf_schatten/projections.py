@@ -1,0 +1,222 @@
+"""What fused projections consist of: the parts that a layer's outputs are cut into, by the name of the layer.
+
+A layer's outputs are blocks of one kind that follow one another, and each block holds the parts in order: GPT-2's
+``c_attn`` is one block of query, key and value, GPT-NeoX's ``query_key_value`` is one such block for each head. Known
+layers are in a table; whoever knows better names the parts in the option ``fused_parts``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .layout import matches
+
+Sections = tuple[tuple[str, int], ...]
+
+
+class Cut(NamedTuple):
+    """How the outputs of a layer are cut.
+
+    Attributes:
+        sections: name and number of outputs of each part in a block; () where the layer is one matrix.
+        blocks: how many blocks there are.
+    """
+
+    sections: Sections = ()
+    blocks: int = 1
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs the layer has."""
+        return self.blocks * sum(size for _, size in self.sections)
+
+
+WHOLE = Cut()
+
+_GIVEN_PART = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:\*(?P<weight>[1-9]\d*))?")
+
+
+def parse_fused_parts(entry: str) -> tuple[str, list[tuple[str, int]], int]:
+    """Return the layer pattern, the parts with their weights, and the number of blocks of an entry of the option.
+
+    Args:
+        entry: ``pattern:part/part*weight@blocks``; without parts, the layer stays whole.
+
+    Raises:
+        ValueError: when the entry is no such text.
+    """
+    pattern, separator, rest = entry.rpartition(":")
+    cut, _, blocks = rest.partition("@")
+    parts = [_GIVEN_PART.fullmatch(part) for part in cut.split("/")] if cut else []
+    if not (pattern and separator) or not all(parts) or (blocks and not (blocks.isdecimal() and int(blocks))):
+        raise ValueError(
+            f"{entry!r} says no parts; write for example *.Wqkv:q*4/k/v for queries four times as large as keys and "
+            "values, *.query_key_value:q/k/v@32 for 32 blocks that each hold the three, or *.c_attn: for one matrix."
+        )
+    return pattern, [(part["name"], int(part["weight"] or 1)) for part in parts if part], int(blocks or 1)
+
+
+def cut_of(
+    name: str,
+    outputs: int,
+    owner: nn.Module,
+    config: Any,
+    *,
+    fused_parts: Iterable[str] = (),
+    split_heads: bool = False,
+    parent: nn.Module | None = None,
+) -> Cut:
+    """Return how the outputs of a layer are cut; :data:`WHOLE` where it is no known projection.
+
+    Args:
+        name: of the parameter.
+        outputs: of the layer.
+        owner: the module that has the parameter.
+        config: the model's configuration, or None.
+        fused_parts: entries of the option, of which the first that matches is used.
+        split_heads: cut queries, keys and values further, into the heads of attention, where these have a size that
+            is known.
+        parent: the module that has the owner, whose head size counts.
+
+    Raises:
+        ValueError: when an entry's parts do not divide the outputs.
+    """
+    cut = _given(name, outputs, fused_parts)
+    if cut is None:
+        attribute = name.removesuffix(".weight").rpartition(".")[2]
+        known = _FUSED.get(attribute)
+        cut = known(outputs, owner, _text_config(config)) if known else WHOLE
+        if cut.outputs != outputs:  # a projection of the same name that is another
+            cut = WHOLE
+        if split_heads and attribute in _HEADED:
+            cut = Cut((("", outputs),))
+    return _by_head(cut, parent) if split_heads else cut
+
+
+def _given(name: str, outputs: int, fused_parts: Iterable[str]) -> Cut | None:
+    """Return the cut of the first entry that matches, None where none does."""
+    for entry in fused_parts:
+        pattern, parts, blocks = parse_fused_parts(entry)
+        if not matches(pattern, name):
+            continue
+        if not parts:
+            return WHOLE
+        unit, rest = divmod(outputs, blocks * sum(weight for _, weight in parts))
+        if rest or not unit:
+            raise ValueError(
+                f"fused_parts={entry!r} does not divide the {outputs} outputs of {name!r}: it has {blocks} blocks of "
+                f"{sum(weight for _, weight in parts)} equal shares."
+            )
+        return Cut(tuple((part, weight * unit) for part, weight in parts), blocks)
+    return None
+
+
+def _by_head(cut: Cut, parent: nn.Module | None) -> Cut:
+    """Return the cut with a part for each head, where its parts are queries, keys and values of a known head size."""
+    size = next((getattr(parent, key) for key in _HEAD_SIZES if isinstance(getattr(parent, key, None), int)), 0)
+    names = {name for name, _ in cut.sections}
+    if not (size and names and names <= {"", "q", "k", "v"}) or any(part % size for _, part in cut.sections):
+        return WHOLE if "" in names else cut
+    heads: Counter[str] = Counter()
+    sections = []
+    for name, part in cut.sections * cut.blocks:
+        for _ in range(part // size):
+            sections.append((".".join(filter(None, (name, str(heads[name])))), size))
+            heads[name] += 1
+    return Cut(tuple(sections))
+
+
+# Layers whose outputs are the heads of attention, and where their module keeps the size of one.
+_HEADED = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v"})
+_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+
+def _thirds(outputs: int, owner: nn.Module, config: Any) -> Cut:
+    return Cut(tuple((part, outputs // 3) for part in ("q", "k", "v")))
+
+
+def _blocks_of_thirds(count: int, outputs: int, order: str = "qkv") -> Cut:
+    size = outputs // (3 * count) if count else 0
+    return Cut(tuple((part, size) for part in order), count)
+
+
+def _grouped(outputs: int, owner: nn.Module, config: Any) -> Cut:
+    """Return query, key and value, of which the latter may have fewer heads."""
+    heads, shared = _heads(config)
+    size = outputs // max(1, heads + 2 * shared)
+    return Cut((("q", heads * size), ("k", shared * size), ("v", shared * size)))
+
+
+def _c_attn(outputs: int, owner: nn.Module, config: Any) -> Cut:
+    if getattr(config, "model_type", None) == "gpt_bigcode":
+        if not config.multi_query:
+            return _blocks_of_thirds(_heads(config)[0], outputs)
+        shared = config.hidden_size // config.num_attention_heads
+        return Cut((("q", outputs - 2 * shared), ("k", shared), ("v", shared)))
+    inputs = owner.nx if isinstance(owner, Conv1D) else getattr(owner, "in_features", 0)
+    if outputs == 2 * inputs:  # cross-attention, whose queries have a layer of their own
+        return Cut((("k", inputs), ("v", inputs)))
+    return _thirds(outputs, owner, config) if outputs == 3 * inputs else WHOLE
+
+
+def _qkv_proj(outputs: int, owner: nn.Module, config: Any) -> Cut:
+    model_type = getattr(config, "model_type", None)
+    if model_type == "codegen":
+        return _blocks_of_thirds(4, outputs, order="qvk")
+    if model_type == "minimax":
+        return _blocks_of_thirds(_heads(config)[0], outputs)
+    return _grouped(outputs, owner, config)
+
+
+def _query_key_value(outputs: int, owner: nn.Module, config: Any) -> Cut:
+    model_type, (heads, shared) = getattr(config, "model_type", None), _heads(config)
+    if model_type in {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}:
+        return _blocks_of_thirds(heads, outputs)
+    if model_type != "falcon":
+        return WHOLE
+    size = config.hidden_size // heads
+    if config.new_decoder_architecture:
+        shared = config.num_kv_heads
+        return Cut((("q", heads // shared * size), ("k", size), ("v", size)), shared)
+    if config.multi_query:
+        return Cut((("q", heads * size), ("k", size), ("v", size)))
+    return _blocks_of_thirds(heads, outputs)
+
+
+def _gate_up(outputs: int, owner: nn.Module, config: Any) -> Cut:
+    if getattr(owner, "is_concatenated", True):
+        return Cut((("gate", outputs // 2), ("up", outputs // 2)))
+    return Cut((("gate", 1), ("up", 1)), outputs // 2)
+
+
+def _thirds_of_inputs(outputs: int, owner: nn.Module, config: Any) -> Cut:
+    return _thirds(outputs, owner, config) if outputs == 3 * getattr(owner, "in_features", 0) else WHOLE
+
+
+def _text_config(config: Any) -> Any:
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def _heads(config: Any) -> tuple[int, int]:
+    """Return the numbers of heads of queries, and of keys and values."""
+    heads = getattr(config, "num_attention_heads", 0)
+    return heads, getattr(config, "num_key_value_heads", None) or heads
+
+
+# By layer name: from the outputs, the owner and the configuration of the text model to the cut. Where it does not add
+# up to the outputs, the projection stays whole.
+_FUSED: Mapping[str, Callable[[int, nn.Module, Any], Cut]] = {
+    "c_attn": _c_attn,
+    "qkv_proj": _qkv_proj,
+    "query_key_value": _query_key_value,
+    "qkv": _thirds,  # vision transformers
+    "qkv_linear": _thirds,
+    "Wqkv": _thirds_of_inputs,
+    "gate_up_proj": _gate_up,
+}

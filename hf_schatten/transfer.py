@@ -1,0 +1,85 @@
+"""The learned p of another run, as the start of this one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from .checkpoint import CheckpointError, load_learned_p
+from .options import SchattenOptions
+
+_SHOWN = 3  # names of a list that are printed
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Which matrices start from the p that a checkpoint holds; ``str()`` is the report.
+
+    Attributes:
+        source: the checkpoint's folder.
+        p: p by name of the matrices that are in both, within the range of the present options.
+        moved: names of those whose p was out of that range and is now at its end.
+        unmatched: names of the matrices that only this model has; they start from ``otherwise``.
+        unused: names of the matrices that only the checkpoint has.
+        otherwise: p of the unmatched.
+    """
+
+    source: str
+    p: dict[str, float]
+    moved: tuple[str, ...]
+    unmatched: tuple[str, ...]
+    unused: tuple[str, ...]
+    otherwise: float
+
+    @classmethod
+    def of(cls, options: SchattenOptions, names: Sequence[str]) -> Transfer:
+        """Match the checkpoint that ``p_init`` names with a model's matrices.
+
+        Args:
+            options: with a path as ``p_init``.
+            names: of all routed matrices.
+
+        Raises:
+            CheckpointError: when the checkpoint cannot be read, or no name is in both.
+        """
+        source = str(options.p_init)
+        learned = load_learned_p(source)
+        matched = {name: learned[name] for name in names if name in learned}
+        if not matched:
+            raise CheckpointError(
+                f"p_init={source!r} has p of {_listed(learned)}, and none of this model's matrices, which are "
+                f"{_listed(names)}: give a checkpoint of a model with the same parameter names, or a number."
+            )
+        within = {name: _clamp(p, options) for name, p in matched.items()}
+        return cls(
+            source,
+            within,
+            moved=tuple(name for name, p in matched.items() if p != within[name]),
+            unmatched=tuple(name for name in names if name not in learned),
+            unused=tuple(name for name in learned if name not in set(names)),
+            otherwise=options.initial_p,
+        )
+
+    def __str__(self) -> str:
+        lines = [f"p_init: {len(self.p)} matrices start from the p of {self.source}."]
+        if self.moved:
+            lines.append(f"  {len(self.moved)} of them were out of the range p_min to p_max: {_listed(self.moved)}.")
+        if self.unmatched:
+            lines.append(
+                f"  {len(self.unmatched)} are not in it and start from {self.otherwise:g}: {_listed(self.unmatched)}."
+            )
+        if self.unused:
+            lines.append(f"  {len(self.unused)} of it are not in this model: {_listed(self.unused)}.")
+        return "\n".join(lines)
+
+
+def _clamp(p: float, options: SchattenOptions) -> float:
+    """Return p, or the end of the range that it lies beyond; -4 lies beyond inf."""
+    if 1 / p > 1 / options.p_min:
+        return options.p_min
+    return options.p_max if 1 / p < 1 / options.p_max else p
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
