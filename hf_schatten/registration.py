@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 from torch import nn
 from transformers import ProgressCallback
@@ -16,34 +17,71 @@ from .factory import create_schatten_optimizer
 from .optimizer import SchattenP
 from .options import OPTIMIZER_NAME, SchattenOptions
 
+Handler: TypeAlias = Callable[[OptimizerContext], tuple[Any, dict[str, Any]]]
+
+_registered: set[str] = set()
+
 
 def register() -> None:
     """Add the optimizer's name, its handler and its callbacks to transformers; a second call changes nothing.
 
     The registries are private to transformers: ``pyproject.toml`` pins its major version, and a test watches them.
     """
-    if OPTIMIZER_NAME in OptimizerNames._value2member_map_:
-        return
-    _OPTIMIZER_HANDLERS[_new_optimizer_name()] = _handle
+    register_optimizer(OPTIMIZER_NAME, _handle)
     if transformers_trainer.DEFAULT_PROGRESS_CALLBACK is ProgressCallback:  # a notebook has another
         transformers_trainer.DEFAULT_PROGRESS_CALLBACK = SchattenProgressCallback
-    transformers_trainer.DEFAULT_CALLBACKS.append(SchattenCallback)  # type: ignore[arg-type] # inferred too narrowly
+    if SchattenCallback not in transformers_trainer.DEFAULT_CALLBACKS:
+        transformers_trainer.DEFAULT_CALLBACKS.append(SchattenCallback)  # type: ignore[arg-type] # inferred narrowly
 
 
-def _new_optimizer_name() -> OptimizerNames:
+def register_optimizer(name: str, handler: Handler) -> None:
+    """Make ``optim=name`` valid wherever transformers takes an optimizer's name; a second call changes nothing.
+
+    Args:
+        name: as ``--optim`` takes it.
+        handler: gets Trainer's ``OptimizerContext`` and returns what Trainer makes the optimizer with: an optimizer
+            class and its keyword arguments; or a class whose instances have no ``step`` and are called with the
+            model and the keyword arguments.
+
+    Raises:
+        ValueError: when another handler has the name, such as that of an optimizer of transformers.
+    """
+    if name in OptimizerNames._value2member_map_ or name.upper() in OptimizerNames._member_map_:
+        if not _is_same_function(_OPTIMIZER_HANDLERS.get(name), handler):
+            raise ValueError(f"optim={name!r} is taken by another optimizer: register it under another name.")
+        _OPTIMIZER_HANDLERS[name] = handler
+    else:
+        _OPTIMIZER_HANDLERS[_new_optimizer_name(name)] = handler
+    _registered.add(name)
+
+
+def is_registered(name: str) -> bool:
+    """Return whether :func:`register_optimizer` has added the optimizer with this name."""
+    return name in _registered
+
+
+def _is_same_function(registered: Handler | None, handler: Handler) -> bool:
+    """Whether both are one function by name: a module that is reloaded defines its functions anew."""
+    return registered is not None and (registered.__module__, registered.__qualname__) == (
+        handler.__module__,
+        handler.__qualname__,
+    )
+
+
+def _new_optimizer_name(name: str) -> OptimizerNames:
     """Add a real member to the enumeration: argument parsers list the members, so a lookup hook is not enough."""
-    attribute = OPTIMIZER_NAME.upper()
-    member: Any = str.__new__(OptimizerNames, OPTIMIZER_NAME)
+    attribute = name.upper()
+    member: Any = str.__new__(OptimizerNames, name)
     member._name_ = attribute
-    member._value_ = OPTIMIZER_NAME
+    member._value_ = name
     member.__objclass__ = OptimizerNames
     member._sort_order_ = len(OptimizerNames._member_names_)
     # Pickled as a plain string, so that training_args.bin loads where this package is not installed.
-    member.__reduce_ex__ = lambda protocol: (str, (OPTIMIZER_NAME,))
+    member.__reduce_ex__ = lambda protocol: (str, (name,))
     type.__setattr__(OptimizerNames, attribute, member)
     OptimizerNames._member_names_.append(attribute)
     OptimizerNames._member_map_[attribute] = member
-    OptimizerNames._value2member_map_[OPTIMIZER_NAME] = member
+    OptimizerNames._value2member_map_[name] = member
     return member
 
 

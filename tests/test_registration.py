@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
 from hf_schatten import SchattenCallback, SchattenP, UnsupportedEngineError
-from hf_schatten.registration import register
+from hf_schatten.registration import register, register_optimizer
 
 
 def test_the_name_is_a_member_like_any_other():
@@ -31,6 +32,54 @@ def test_registering_again_changes_nothing():
     before = list(OptimizerNames), list(transformers_trainer.DEFAULT_CALLBACKS)
     register()
     assert (list(OptimizerNames), list(transformers_trainer.DEFAULT_CALLBACKS)) == before
+
+
+@pytest.fixture
+def heavy_sgd():
+    """Register a name of our own for torch's SGD, and take it away again."""
+    name = "heavy_sgd"
+
+    def handler(context):
+        return torch.optim.SGD, {"lr": 7.0, "momentum": float(context.optim_args["heaviness"])}
+
+    register_optimizer(name, handler)
+    yield name, handler
+    member = OptimizerNames(name)
+    del OptimizerNames._value2member_map_[name], OptimizerNames._member_map_[name.upper()], _OPTIMIZER_HANDLERS[name]
+    OptimizerNames._member_names_.remove(name.upper())
+    type.__delattr__(OptimizerNames, member.name)
+
+
+def test_any_further_optimizer_can_be_registered(heavy_sgd, gpt2, tmp_path):
+    name, handler = heavy_sgd
+    register_optimizer(name, handler)  # again
+    flags = ["--output_dir", str(tmp_path), "--optim", name, "--optim_args", "heaviness=0.75", "--use_cpu"]
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(flags)
+    optimizer = transformers_trainer.Trainer(model=gpt2, args=arguments).create_optimizer()
+    assert type(optimizer) is torch.optim.SGD
+    assert (optimizer.defaults["lr"], optimizer.defaults["momentum"]) == (7.0, 0.75)
+    assert type(pickle.loads(pickle.dumps(arguments.optim))) is str
+    assert list(OptimizerNames)[-1] == name
+
+
+def test_a_name_that_another_optimizer_has_is_refused(heavy_sgd):
+    _, handler = heavy_sgd
+    before = dict(_OPTIMIZER_HANDLERS)
+    for taken in ("adamw_torch", "schatten_p", "Heavy_SGD"):
+        with pytest.raises(ValueError, match=f"optim='{taken}' is taken by another optimizer"):
+            register_optimizer(taken, handler)
+    assert before == _OPTIMIZER_HANDLERS
+
+
+def test_a_reloaded_module_may_register_again(heavy_sgd):
+    name, handler = heavy_sgd
+
+    def anew(context):
+        raise NotImplementedError
+
+    anew.__module__, anew.__qualname__ = handler.__module__, handler.__qualname__
+    register_optimizer(name, anew)
+    assert _OPTIMIZER_HANDLERS[name] is anew
 
 
 @pytest.mark.parametrize("arguments_class", [TrainingArguments, Seq2SeqTrainingArguments])

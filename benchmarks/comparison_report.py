@@ -1,0 +1,268 @@
+"""The page of a comparison: tables, a picture and the numbers behind them."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from comparison import Outcome, Standing
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from hf_schatten.report.log import LAYER_PREFIX
+
+REFERENCE = "Muon"
+
+_TOLERANCE = 0.05  # of the best loss, within which one learning rate is said to serve
+
+
+def write_report(standings: Sequence[Standing], folder: Path, title: str) -> Path:
+    """Write ``comparison.md``, ``comparison.png`` and ``comparison.json``.
+
+    Args:
+        standings: Of the candidates that have run.
+        folder: Is made.
+        title: Of the page.
+
+    Returns:
+        The page.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    page = folder / "comparison.md"
+    if not standings:
+        page.write_text(f"# {title}\n\nNothing has run yet.\n", "utf-8")
+        return page
+    reference = next((each for each in standings if each.candidate.name == REFERENCE), None)
+    draw(standings, folder / "comparison.png")
+    numbers = [_numbers(standing, outcome) for standing in standings for outcome in standing.outcomes]
+    (folder / "comparison.json").write_text(json.dumps(numbers, allow_nan=False, indent=1) + "\n", "utf-8")
+    task = standings[0].task
+    arguments = " ".join(Path(text).name for text in task.arguments)
+    parts = [
+        f"# {title}: optimizers compared",
+        f"`{task.script.name} {arguments}`, {task.metric} at the end. {_machine(standings)}",
+        "## At the best learning rate",
+        _table(_HEADER, (_row(standing, reference) for standing in standings)),
+        _LEGEND,
+        f"![{task.metric} by step and time](comparison.png)",
+        "## Sweeps of the learning rate",
+        f"{task.metric} with seed {task.seeds[0]}; – has not run.",
+        _sweeps(standings),
+        one_rate_for_all(standings),
+    ]
+    page.write_text("\n\n".join(filter(None, parts)) + "\n", "utf-8")
+    return page
+
+
+_HEADER = (
+    "optimizer",
+    "options",
+    "learning rate",
+    "metric",
+    "seeds",
+    "steps to reference",
+    "time",
+    "optimizer's time",
+)
+_LEGEND = (
+    f"metric: mean ± standard error over the seeds. steps to reference: steps until the metric of {REFERENCE}'s end "
+    "is reached, relative to all steps; – is never. time, optimizer's time: of a training step, and of the optimizer "
+    f"in it, relative to {REFERENCE}'s (medians; CPU seconds where the training ran on a CPU)."
+)
+
+
+def _row(standing: Standing, reference: Standing | None) -> tuple[str, ...]:
+    best = standing.best_outcomes()
+    error = standing.standard_error()
+    return (
+        standing.candidate.name,
+        f"`{standing.candidate.optim_args}`" if standing.candidate.optim_args else "",
+        f"{standing.best_rate:.3g}",
+        f"{standing.mean():.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}"),
+        str(len(best)),
+        _steps_to(standing, reference) if reference else "",
+        _ratio([step_time(outcome) for outcome in best], reference, step_time),
+        _ratio([optimizer_time(outcome) for outcome in best], reference, optimizer_time),
+    )
+
+
+def _steps_to(standing: Standing, reference: Standing) -> str:
+    target = reference.mean()
+    reached = [
+        steps_to_reach(outcome.curve(standing.task.metric), target, standing.task.greater_is_better)
+        for outcome in standing.best_outcomes()
+    ]
+    if any(step is None for step in reached):
+        return "–"
+    return f"{statistics.fmean(step for step in reached if step is not None) / reference.outcomes[0].steps[-1]:.2f}"
+
+
+def steps_to_reach(
+    curve: tuple[Sequence[int], Sequence[float]], target: float, greater_is_better: bool
+) -> float | None:
+    """Return the step at which a curve reaches a target, between two evaluations by a straight line.
+
+    Args:
+        curve: Steps of the evaluations, increasing, and the metric there.
+        target: Of the metric.
+        greater_is_better: Whether the curve rises towards it.
+
+    Returns:
+        The step, or None where the target is never reached.
+    """
+    steps, values = curve
+    sign = -1 if greater_is_better else 1
+    behind = [sign * (value - target) for value in values]
+    for index, distance in enumerate(behind):
+        if distance <= 0:
+            if index == 0 or not math.isfinite(behind[index - 1]):
+                return float(steps[index])
+            share = behind[index - 1] / (behind[index - 1] - distance)
+            return steps[index - 1] + share * (steps[index] - steps[index - 1])
+    return None
+
+
+def step_time(outcome: Outcome) -> float:
+    """Return the median seconds of a training step: of the processor on a CPU, else of the clock."""
+    return _median_step(outcome.cpu_seconds if outcome.device == "cpu" else outcome.seconds)
+
+
+def optimizer_time(outcome: Outcome) -> float:
+    """Return the mean seconds of the optimizer in a step, in which due steps count."""
+    seconds = outcome.optimizer_cpu_seconds if outcome.device == "cpu" else outcome.optimizer_seconds
+    return seconds[-1] / len(seconds)
+
+
+def _median_step(total: Sequence[float]) -> float:
+    return float(np.median(np.diff(total, prepend=0.0)))
+
+
+def _ratio(times: Sequence[float], reference: Standing | None, time_of: Any) -> str:
+    if reference is None:
+        return ""
+    return f"{statistics.median(times) / statistics.median(map(time_of, reference.best_outcomes())):.2f}"
+
+
+def _sweeps(standings: Sequence[Standing]) -> str:
+    rates = sorted({rate for standing in standings for rate in standing.losses()})
+    rows = []
+    for standing in standings:
+        found = {
+            outcome.learning_rate: outcome.final(standing.task.metric)
+            for outcome in standing.outcomes
+            if outcome.seed == standing.task.seeds[0]
+        }
+        cells = [f"{found[rate]:.4f}" if rate in found else "–" for rate in rates]
+        best = rates.index(standing.best_rate)
+        cells[best] = f"**{cells[best]}**"
+        rows.append((standing.candidate.name, *cells))
+    return _table(("optimizer", *(f"{rate:.3g}" for rate in rates)), rows)
+
+
+def one_rate_for_all(standings: Sequence[Standing]) -> str:
+    """Say which learning rate serves all fixed p best, and by how much each loses with it.
+
+    Only where less of the metric is better, for a relative difference means something there.
+    """
+    fixed = [standing for standing in standings if standing.candidate.name.startswith("p =")]
+    if len(fixed) < 2 or fixed[0].task.greater_is_better:
+        return ""
+    shared = set.intersection(*(set(standing.losses()) for standing in fixed))
+    if not shared:
+        return ""
+    excess = {
+        rate: {
+            standing.candidate.name: standing.losses()[rate] / standing.losses()[standing.best_rate] - 1
+            for standing in fixed
+        }
+        for rate in sorted(shared)
+    }
+    rate = min(excess, key=lambda rate: max(excess[rate].values()))
+    worst = max(excess[rate].values())
+    each = ", ".join(f"{name}: {100 * value:.2f} %" for name, value in excess[rate].items())
+    verdict = "within" if worst <= _TOLERANCE else "not within"
+    return (
+        f"**One learning rate for every p**: {rate:.3g} is {verdict} {_TOLERANCE:.0%} of the best metric of each "
+        f"sweep ({each} above it)."
+    )
+
+
+def draw(standings: Sequence[Standing], path: Path) -> None:
+    """Draw the metric at the best learning rate against step and against time."""
+    figure = Figure(figsize=(12, 5), dpi=120, layout="constrained")
+    by_step, by_time = figure.subplots(1, 2, sharey=True)
+    metric = standings[0].task.metric
+    for index, standing in enumerate(standings):
+        style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--", "marker": ".", "linewidth": 1.2}
+        curves = [outcome.curve(metric) for outcome in standing.best_outcomes()]
+        steps = curves[0][0]
+        values = np.mean([value for _, value in curves], axis=0)
+        seconds = statistics.median(step_time(outcome) for outcome in standing.best_outcomes())
+        by_step.plot(steps, values, label=standing.candidate.name, **style)
+        by_time.plot(np.array(steps) * seconds, values, **style)
+    _finish(by_step, "step", metric, [value for line in by_step.lines for value in np.asarray(line.get_ydata())])
+    by_time.set_xlabel("seconds of training (step × median time of a step)")
+    by_time.grid(alpha=0.3)
+    figure.legend(*by_step.get_legend_handles_labels(), loc="outside right upper")
+    figure.savefig(path)
+
+
+def _finish(axes: Axes, label: str, metric: str, values: Iterable[float]) -> None:
+    finite = [value for value in values if math.isfinite(value)]
+    low, high = min(finite), float(np.quantile(finite, 0.9))
+    margin = 0.05 * (high - low) or 0.01 * abs(high) or 1.0
+    axes.set_ylim(low - margin, high + margin)  # the start of training would flatten what differs
+    axes.set_xlabel(label)
+    axes.set_ylabel(metric)
+    axes.grid(alpha=0.3)
+
+
+def _numbers(standing: Standing, outcome: Outcome) -> dict[str, Any]:
+    """Return what is kept of an outcome: curves, times, and the p of every layer at the best learning rate."""
+    steps, values = outcome.curve(standing.task.metric)
+    learned = {
+        entry["step"]: {
+            key.removeprefix(LAYER_PREFIX): _rounded(p) for key, p in entry.items() if key.startswith(LAYER_PREFIX)
+        }
+        for entry in outcome.logs
+    }
+    at_best = outcome.learning_rate == standing.best_rate
+    return {
+        "candidate": outcome.candidate,
+        "learning_rate": outcome.learning_rate,
+        "seed": outcome.seed,
+        "arguments": list(outcome.arguments),
+        "steps": steps,
+        standing.task.metric: [_rounded(value) for value in values],
+        "step_seconds": _rounded(step_time(outcome)),
+        "optimizer_seconds": _rounded(optimizer_time(outcome)),
+        "p": {step: by_layer for step, by_layer in learned.items() if by_layer and at_best},
+    }
+
+
+def _rounded(value: Any) -> float | str:
+    """Return a number to five digits, or the text of one that JSON has not."""
+    number = float(value)
+    return float(f"{number:.5g}") if math.isfinite(number) else str(number)
+
+
+def _machine(standings: Sequence[Standing]) -> str:
+    devices = sorted({outcome.device for standing in standings for outcome in standing.outcomes})
+    return (
+        f"{', '.join(devices)} ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}, {date.today().isoformat()}."
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
