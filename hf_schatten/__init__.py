@@ -12,7 +12,7 @@ from .optimizer import SchattenP
 from .options import OptionError, SchattenOptions
 from .registration import register
 from .routing import RoutingError, route_parameters
-from .trainer import SchattenTrainer
+from .trainer import SchattenTrainer, SchattenTrainerMixin
 
 __all__ = [
     "CheckpointError",
@@ -22,6 +22,7 @@ __all__ = [
     "SchattenOptions",
     "SchattenP",
     "SchattenTrainer",
+    "SchattenTrainerMixin",
     "UnsupportedEngineError",
     "create_schatten_optimizer",
     "linalg",

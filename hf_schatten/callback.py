@@ -1,4 +1,4 @@
-"""What a Trainer shows of the optimizer: p in its logs, a quiet progress bar, and the picture at the end."""
+"""What a Trainer shows of the optimizer: p in its logs and at its progress bar, and the pictures at the end."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from transformers import (
+    PrinterCallback,
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
@@ -22,7 +23,7 @@ from .options import OPTIMIZER_NAME, SchattenOptions
 from .policy import Policy, ScheduledP
 from .report import log_entry, plot_choices, plot_p_by_layer, plot_updates
 from .report.figures import P_BY_LAYER, SPECTRA, UPDATES
-from .report.log import LAYER_PREFIXES
+from .report.log import MEDIAN, SKIPPED_STEPS, SUMMARY_PREFIX, history_entry, summary, without_layers
 
 _ILLUSTRATED = 3  # matrices whose spectra and criterion are drawn: the first, the middle and the last
 
@@ -33,13 +34,18 @@ class SchattenCallback(TrainerCallback):
     ``import hf_schatten`` adds it to every Trainer. A step that re-estimates p is always logged, so that
     ``trainer_state.json`` and the loggers hold every estimate: the summary ``schatten_p_min``, ``schatten_p_median``
     and ``schatten_p_max``, and per layer ``schatten_p/<layer>`` and the update's ``schatten_stable_rank/<layer>`` and
-    ``schatten_relative_size/<layer>``. At every save and at the end, pictures of them, and of what p was chosen from,
-    go into the folder ``figures`` of the output folder. The cadence of the estimates itself is the optimizer's
+    ``schatten_relative_size/<layer>``. Once a gradient was not finite, ``schatten_skipped_steps`` is the most steps
+    that a matrix has skipped. An infinite p is the number for the loggers, and the string ``inf`` in
+    ``trainer_state.json``. At every save and at the end, pictures of them, and of what p was chosen from, go into the
+    folder ``figures`` of the output folder. The cadence of the estimates itself is the optimizer's
     (:class:`hf_schatten.adaptation.Adaptation`), which works without a Trainer too.
+
+    It stands before all loggers in the Trainer's list of callbacks, since it adds to what they get.
     """
 
     def __init__(self) -> None:
         self._logged_estimates = 0
+        self._drawn_step: int | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -65,6 +71,7 @@ class SchattenCallback(TrainerCallback):
         if schatten is None:
             return
         self._logged_estimates = schatten.policy.estimates if schatten.policy else 0
+        self._drawn_step = None
         if schatten.policy is not None:
             schatten.policy.after_update(schatten)
         if isinstance(schatten.policy, Adaptation) and state.is_world_process_zero:
@@ -99,17 +106,26 @@ class SchattenCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Add p to the logs of the step that has estimated it."""
+        """Add p to the training logs of the step that has estimated it.
+
+        Logs without a training loss are metrics that ``evaluate`` and ``train`` return, and stay as they are.
+        """
         schatten = unwrap_optimizer(optimizer)
         policy = schatten.policy if schatten else None
-        if logs is None or not (self._has_news(optimizer) or isinstance(policy, ScheduledP)):
+        if logs is None or "loss" not in logs or schatten is None:
             return
-        assert schatten is not None
+        skipped = schatten.skipped_steps()
+        if skipped:
+            most = {SKIPPED_STEPS: float(max(skipped.values()))}
+            logs.update(most)
+            state.log_history[-1].update(most)
+        if not (self._has_news(optimizer) or isinstance(policy, ScheduledP)):
+            return
         assert policy is not None
         self._logged_estimates = policy.estimates
         entry = log_entry(schatten.learned_p(), *_updates(policy))
         logs.update(entry)
-        state.log_history[-1].update(entry)
+        state.log_history[-1].update(history_entry(entry))  # type: ignore[arg-type] # declared as floats alone
 
     def on_train_end(
         self,
@@ -141,6 +157,9 @@ class SchattenCallback(TrainerCallback):
         schatten = unwrap_optimizer(optimizer)
         if schatten is None or not (state.is_world_process_zero and args.output_dir):
             return
+        if self._drawn_step == state.global_step:  # the save of the last step has drawn the same
+            return
+        self._drawn_step = state.global_step
         folder = Path(args.output_dir)
         plot_p_by_layer(state.log_history, folder / P_BY_LAYER)
         plot_updates(state.log_history, folder / UPDATES)
@@ -154,7 +173,35 @@ class SchattenCallback(TrainerCallback):
 
 
 class SchattenProgressCallback(ProgressCallback):
-    """Transformers' progress bar without the per-layer values, which would fill the terminal."""
+    """Transformers' progress bar with the median p, and without per-layer values, which would fill the terminal."""
+
+    def __init__(self, max_str_len: int = 100) -> None:
+        super().__init__(max_str_len)
+        self._shown_estimates: int | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Open the bar."""
+        super().on_train_begin(args, state, control, **kwargs)
+        self._shown_estimates = None
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Advance the bar, and show the median p of the first step and of every estimate, logged or not."""
+        super().on_step_end(args, state, control, optimizer=optimizer, **kwargs)
+        schatten = unwrap_optimizer(optimizer)
+        if self.training_bar is None or schatten is None or not isinstance(schatten.policy, Adaptation):
+            return
+        if schatten.policy.estimates != self._shown_estimates:
+            self._shown_estimates = schatten.policy.estimates
+            self._show(summary(schatten.learned_p())[MEDIAN])
 
     def on_log(
         self,
@@ -164,9 +211,31 @@ class SchattenProgressCallback(ProgressCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the logs above the bar, with the summary of p instead of every layer's."""
-        shown = {name: value for name, value in (logs or {}).items() if not name.startswith(LAYER_PREFIXES)}
-        super().on_log(args, state, control, logs=shown, **kwargs)
+        """Write the logs above the bar, with the summary of p instead of every layer's; a schedule's p at the bar."""
+        logs = logs or {}
+        super().on_log(args, state, control, logs=without_layers(logs), **kwargs)
+        median = logs.get(SUMMARY_PREFIX + MEDIAN)
+        if self.training_bar is not None and median is not None:
+            self._show(median)
+
+    def _show(self, median: float) -> None:
+        bar: Any = self.training_bar  # tqdm's, which transformers declares as None
+        bar.set_postfix_str(f"median p {median:.3g}")
+
+
+class SchattenPrinterCallback(PrinterCallback):
+    """Transformers' printed logs, which a disabled progress bar leaves, without the per-layer values."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Print the logs with the summary of p instead of every layer's."""
+        super().on_log(args, state, control, logs=without_layers(logs or {}), **kwargs)
 
 
 def _updates(policy: Policy) -> tuple[dict[str, float], dict[str, float]]:

@@ -162,7 +162,7 @@ class InputProbe:
         self._masks.clear()
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._armed and not _inside_backward():
+        if self._armed and torch.is_grad_enabled() and not _inside_backward():
             self._seen.clear()
             masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
             self._masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}

@@ -1,11 +1,10 @@
-"""SchattenTrainer: transformers' Trainer with exact resume, safetensors optimizer state and an optimizer card."""
+"""SchattenTrainer, and its mixin for other Trainers: exact resume, safetensors state and an optimizer card."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import Trainer
@@ -17,45 +16,75 @@ from .callback import unwrap_optimizer
 from .checkpoint import STATE_FILE, CheckpointError, load_optimizer, save_optimizer
 from .optimizer import SchattenP
 from .options import OPTIMIZER_NAME
-from .report import card_section, write_card_section
+from .report import card_section, plot_p_by_layer, read_card_section, write_card_section
 from .report.figures import P_BY_LAYER
 
 logger = logging.get_logger(__name__)
 
 _CARD_TAGS = ("schatten-p",)
 
+if TYPE_CHECKING:
+    _Base = Trainer  # whose methods the mixin calls, wherever it is mixed in
+else:
+    _Base = object
 
-class SchattenTrainer(Trainer):
-    """A ``Trainer`` whose checkpoints hold the optimizer state and the learned p in safetensors.
 
-    Takes the arguments of ``Trainer``. With ``optim="schatten_p"`` (or a :class:`hf_schatten.SchattenP` in
-    ``optimizers``), training that resumes from a checkpoint continues bitwise as if it had not stopped, and the
-    model card describes the optimizer. With any other optimizer it is a plain ``Trainer``, and says so.
+class SchattenTrainerMixin(_Base):
+    """Gives any Trainer checkpoints with the optimizer state and the learned p in safetensors, and its card a section.
+
+    Name it before the Trainer: ``class MyTrainer(SchattenTrainerMixin, SFTTrainer): pass``; likewise with
+    ``Seq2SeqTrainer``, ``DPOTrainer`` and others. Takes the arguments of that Trainer. With ``optim="schatten_p"`` (or
+    a :class:`hf_schatten.SchattenP` in ``optimizers``), training that resumes from a checkpoint continues bitwise as
+    if it had not stopped, and the model card, whoever writes it and how often, describes the optimizer. With any
+    other optimizer it changes nothing, and says so.
+
+    Raises:
+        TypeError: when a class names it after a Trainer, whose methods would then hide the mixin's.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        before = cls.__mro__[: cls.__mro__.index(SchattenTrainerMixin)]
+        for base in before:
+            if issubclass(base, Trainer) and not issubclass(base, SchattenTrainerMixin):
+                raise TypeError(
+                    f"{cls.__name__} names {base.__name__} before SchattenTrainerMixin, whose checkpoints and card it "
+                    f"would not have: write class {cls.__name__}(SchattenTrainerMixin, {base.__name__})."
+                )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if unwrap_optimizer(self.optimizer) is None and self.args.optim != OPTIMIZER_NAME:
-            other = OptimizerNames(self.args.optim).value
+            name, other = type(self).__name__, OptimizerNames(self.args.optim).value
             logger.warning_once(
-                f"SchattenTrainer trains with optim={other!r}, as a plain Trainer; set optim={OPTIMIZER_NAME!r} for "
-                "the Schatten-p update."
+                f"{name} trains with optim={other!r}, as without SchattenTrainerMixin; set optim={OPTIMIZER_NAME!r} "
+                "for the Schatten-p update."
             )
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Create the model card as ``Trainer`` does, with a section on the optimizer."""
-        super().create_model_card(*args, **kwargs)
-        schatten = self._schatten_optimizer()
-        if schatten is None or not self.is_world_process_zero():
-            return
+        """Create the model card as the Trainer does, with a section on the optimizer.
+
+        A Trainer that has not trained keeps the section that the card has: it describes the weights that were loaded.
+        Where the Trainer writes no card, there is none.
+        """
         folder = Path(self.args.output_dir or ".")
-        section = card_section(
-            asdict(schatten.options) if schatten.options else {},
-            schatten.destinations(),
-            schatten.learned_p(),
-            P_BY_LAYER if (folder / P_BY_LAYER).is_file() else None,
-        )
-        write_card_section(folder / "README.md", section, _CARD_TAGS)
+        card = folder / "README.md"
+        earlier = read_card_section(card) if self.is_world_process_zero() else None
+        schatten = self._schatten_optimizer()
+        model: Any = self.model
+        if schatten is not None and hasattr(model, "add_model_tags"):
+            model.add_model_tags(list(_CARD_TAGS))  # the only tags that PEFT's own update of the card keeps
+        super().create_model_card(*args, **kwargs)
+        if not (self.is_world_process_zero() and card.is_file()):
+            return
+        if schatten is not None:
+            drawn = plot_p_by_layer(self.state.log_history, folder / P_BY_LAYER)
+            section = card_section(
+                schatten.options, schatten.destinations(), schatten.learned_p(), P_BY_LAYER if drawn else None
+            )
+            write_card_section(card, section, _CARD_TAGS)
+        elif self.optimizer is None and earlier:
+            write_card_section(card, earlier, _CARD_TAGS)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         schatten = self._schatten_optimizer()
@@ -83,6 +112,13 @@ class SchattenTrainer(Trainer):
 
     def _schatten_optimizer(self) -> SchattenP | None:
         return unwrap_optimizer(self.optimizer)
+
+
+class SchattenTrainer(SchattenTrainerMixin, Trainer):
+    """A ``Trainer`` whose checkpoints hold the optimizer state and the learned p in safetensors.
+
+    Takes the arguments of ``Trainer``; :class:`SchattenTrainerMixin` says what it adds.
+    """
 
 
 def _is_plain_trainer_checkpoint(checkpoint: str) -> bool:

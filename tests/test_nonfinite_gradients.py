@@ -132,8 +132,9 @@ def test_a_trainer_survives_them_and_logs_how_many(gpt2, training_arguments, tok
     skipped = trainer.optimizer.optimizer.skipped_steps()
     assert set(skipped.values()) == {1}
     assert len(skipped) == 8  # every routed parameter
-    logged = {entry["step"]: entry["schatten_skipped_steps"] for entry in trainer.state.log_history if "loss" in entry}
-    assert logged == {1: 0, 2: 0, 3: 0, 4: 1, 5: 1, 6: 1}
+    history = trainer.state.log_history
+    logged = {entry["step"]: entry.get("schatten_skipped_steps") for entry in history if "loss" in entry}
+    assert logged == {1: None, 2: None, 3: None, 4: 1, 5: 1, 6: 1}
 
 
 def test_training_under_amp_goes_on_after_an_overflow():

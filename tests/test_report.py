@@ -1,21 +1,16 @@
-"""The picture and the card section, from logs and numbers."""
+"""Log entries, and the pictures drawn from them."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import torch
 from matplotlib.image import imread
 
 from hf_schatten.adaptation import Choice
-from hf_schatten.report import (
-    card_section,
-    log_entry,
-    plot_choices,
-    plot_p_by_layer,
-    plot_updates,
-    write_card_section,
-)
+from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates
+from hf_schatten.report.log import history_entry
 
 
 def test_a_log_entry_has_summary_and_layers():
@@ -30,11 +25,19 @@ def test_a_log_entry_has_summary_and_layers():
     }
 
 
+def test_a_history_holds_what_json_has():
+    entry = {"a": 2.0, "b": math.inf, "c": -math.inf, "d": math.nan}
+    stored = history_entry(entry)
+    assert stored == {"a": 2.0, "b": "inf", "c": "-inf", "d": "nan"}
+    assert json.loads(json.dumps(stored, allow_nan=False)) == stored
+    assert float(stored["b"]) == math.inf
+
+
 def test_the_picture_shows_layers_by_estimates(tmp_path):
     history = [
         {"step": 10, **log_entry({"a.weight": 1.0, "b.weight": math.inf})},
         {"step": 11, "loss": 1.0},
-        {"step": 20, **log_entry({"a.weight": 2.0, "b.weight": -4.0})},
+        {"step": 20, **history_entry(log_entry({"a.weight": math.inf, "b.weight": -4.0}))},
     ]
     path = tmp_path / "figures" / "p.png"
     assert plot_p_by_layer(history, path)
@@ -47,25 +50,6 @@ def test_nothing_is_drawn_without_an_estimate(tmp_path):
     path = tmp_path / "figures" / "p.png"
     assert not plot_p_by_layer([{"step": 1, "loss": 2.0}], path)
     assert not path.parent.exists()
-
-
-def test_the_section_replaces_an_earlier_one_and_keeps_the_rest(tmp_path):
-    card = tmp_path / "README.md"
-    card.write_text("---\ntags: demo\n---\n# Title\n\nBefore.\n")
-    learned_p = {f"layer.{i}.weight": float(i + 1) for i in range(20)}
-    first = card_section({"p": "adaptive"}, {"schatten_p": (20, 1000)}, {}, None)
-    write_card_section(card, first, ["schatten-p"])
-    card.write_text(card.read_text() + "\nAfter.\n")
-    second = card_section({"p": 4.0}, {"schatten_p": (20, 1000)}, learned_p, tmp_path / "p.png")
-    write_card_section(card, second, ["schatten-p"])
-    text = card.read_text()
-    assert text.count("## Optimizer: Schatten-p") == 1
-    assert text.index("Before.") < text.index("`p=4.0`") < text.index("After.")
-    assert "`p=adaptive`" not in text
-    assert "min 1, median 10, max 20" in text
-    assert "… 8 more" in text
-    assert text.count("- schatten-p") == 1
-    assert "- demo" in text
 
 
 def test_the_entry_holds_the_updates_of_each_layer():

@@ -1,42 +1,54 @@
-"""The optimizer's section of a model card."""
+"""The model card: the optimizer's section in any Trainer's card, and whole cards from a template."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard
+import jinja2
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import Trainer
+from transformers.modelcard import TrainingSummary, make_markdown_table
+from transformers.training_args import OptimizerNames
 
 from hf_schatten.layout import layer_name
+from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report.log import p_label, summary
 
-_SECTION_START = "<!-- hf_schatten: start of the optimizer section -->"
-_SECTION_END = "<!-- hf_schatten: end of the optimizer section -->"
-_TABLE_ROWS = 12  # layers listed in the card before the table is cut
+SECTION_START = "<!-- hf_schatten: start of the optimizer section -->"
+SECTION_END = "<!-- hf_schatten: end of the optimizer section -->"
 
+_VERSIONS = ("hf_schatten", "transformers", "torch", "datasets", "tokenizers")  # given in a card, where installed
+_HEADING = "## Optimizer: Schatten-p"
+# The markers, also after an edit of their words or blanks: still comments of ours.
+_START = re.compile(r"<!--\s*hf_schatten\b.*\bstart\b.*-->", re.IGNORECASE)
+_END = re.compile(r"<!--\s*hf_schatten\b.*\bend\b.*-->", re.IGNORECASE)
+_OTHER_SECTION = re.compile(r"##?\s")
+_LISTED = 64  # most layers that are listed one by one
 
-def write_card_section(card_path: Path, section: str, tags: Iterable[str]) -> None:
-    """Put the optimizer's section into a model card, in place of an earlier one.
+_RESUME = """### Resume
 
-    Args:
-        card_path: the card, which exists.
-        section: Markdown, from :func:`card_section`.
-        tags: added to the card's tags.
-    """
-    card = ModelCard.load(card_path)
-    before, _, rest = card.text.partition(_SECTION_START)
-    after = rest.partition(_SECTION_END)[2] if rest else ""
-    marked = f"{_SECTION_START}\n{section.strip()}\n{_SECTION_END}"
-    card.text = "\n\n".join(filter(None, [before.rstrip(), marked, after.strip()])) + "\n"
-    present = card.data.tags or []
-    present = [present] if isinstance(present, str) else list(present)
-    card.data.tags = present + [tag for tag in tags if tag not in present]
-    card.save(card_path)
+A checkpoint carries the whole state and the learned p, so that training continues as if it had not stopped. With the
+arguments of this run:
+
+```python
+import hf_schatten
+
+trainer = hf_schatten.SchattenTrainer(model, arguments, train_dataset=dataset)
+trainer.train(resume_from_checkpoint=True)
+```
+
+For another Trainer, such as trl's: `class MyTrainer(hf_schatten.SchattenTrainerMixin, SFTTrainer): pass`.
+`hf_schatten.load_learned_p(checkpoint)` reads the p of every matrix."""
 
 
 def card_section(
-    options: Mapping[str, Any],
+    options: SchattenOptions | None,
     destinations: Mapping[str, tuple[int, int]],
     learned_p: Mapping[str, float],
     figure: Path | None,
@@ -44,43 +56,205 @@ def card_section(
     """Return the Markdown section on the optimizer.
 
     Args:
-        options: option names and values.
+        options: of the optimizer, or None where it was made without them.
         destinations: update name to (tensors, parameters) that get it.
-        learned_p: p by parameter name at the end of training.
+        learned_p: p by matrix name at the end of training; empty before the first step.
         figure: picture of p, relative to the card, or None.
     """
-    lines = [
-        "## Optimizer: Schatten-p",
-        "",
-        "Trained with the Python package `hf_schatten`: weight matrices are updated with "
-        "U Σ^(1/p) Vᵀ of their momentum (p = 1 is SGD-like, p = ∞ is Muon), everything else with AdamW.",
-        "",
-        "| update | tensors | parameters |",
-        "|---|---:|---:|",
-        *(f"| {name} | {tensors:,} | {size:,} |" for name, (tensors, size) in destinations.items()),
-        "",
-        "Options: " + ", ".join(f"`{name}={_value_label(value)}`" for name, value in options.items()) + ".",
-        "",
+    paragraphs = [
+        _HEADING,
+        "Trained with the Python package `hf_schatten`: weight matrices are updated with U Σ^(1/p) Vᵀ of their "
+        "momentum (p = 1 is SGD-like, p = ∞ is Muon), everything else with AdamW.",
+        _table(
+            ("update", "tensors", "parameters"),
+            ((name, f"{tensors:,}", f"{size:,}") for name, (tensors, size) in destinations.items() if tensors),
+        ),
     ]
+    if options is not None:
+        paragraphs += [
+            "### Options",
+            f"All that are not named have the defaults of hf_schatten {version('hf_schatten')}.",
+            f"```bash\n--optim {OPTIMIZER_NAME} --optim_args {options_text(options)!r}\n```",
+        ]
     if learned_p:
-        lines += _p_table(learned_p)
+        paragraphs += ["### p by layer", *_p_paragraphs(options, learned_p)]
     if figure is not None:
-        lines += [f"![p of each layer over training]({figure.as_posix()})", ""]
-    lines += [
-        "A checkpoint carries the learned p: resume with `SchattenTrainer` and `--resume_from_checkpoint`, or read "
-        "it with `hf_schatten.load_learned_p(checkpoint)`.",
+        paragraphs.append(f"![p of each layer over training]({figure.as_posix()})")
+    return "\n\n".join([*paragraphs, _RESUME])
+
+
+def options_text(options: SchattenOptions) -> str:
+    """Return what differs from the defaults, p, and the criterion of an adaptive p, as ``--optim_args`` takes it."""
+    always = {"p", "criterion"} if options.adaptive else {"p"}
+    shown = [
+        (field.name, getattr(options, field.name))
+        for field in fields(options)
+        if field.name in always or getattr(options, field.name) != field.default
     ]
-    return "\n".join(lines)
+    return ",".join(f"{name}={_option_value(value)}" for name, value in shown)
 
 
-def _p_table(learned_p: Mapping[str, float]) -> list[str]:
-    values = list(learned_p.values())
-    rows = [f"| `{layer_name(name)}` | {p_label(p)} |" for name, p in list(learned_p.items())[:_TABLE_ROWS]]
-    if len(values) > _TABLE_ROWS:
-        rows.append(f"| … {len(values) - _TABLE_ROWS} more | |")
+def write_card_section(card_path: Path, section: str, tags: Iterable[str]) -> None:
+    """Put the optimizer's section into a model card, in place of every earlier one.
+
+    The section stands between two comments. Where one of them was deleted, an earlier section begins at its heading,
+    or ends before the next heading of its level. Text outside is kept.
+
+    Args:
+        card_path: the card, which exists.
+        section: Markdown, from :func:`card_section`.
+        tags: added to the card's tags.
+    """
+    card = ModelCard.load(card_path)
+    before, _, after = _split(card.text)
+    marked = f"{SECTION_START}\n{section.strip()}\n{SECTION_END}"
+    card.text = "\n\n".join(filter(None, [before.strip("\n"), marked, after.strip("\n")])) + "\n"
+    present = card.data.tags or []
+    present = [present] if isinstance(present, str) else list(present)
+    card.data.tags = present + [tag for tag in tags if tag not in present]
+    card.save(card_path)
+
+
+def read_card_section(card_path: Path) -> str | None:
+    """Return the optimizer's section of a model card, or None where there is no card, or none in it."""
+    if not card_path.is_file():
+        return None
+    return _split(ModelCard.load(card_path).text)[1]
+
+
+def card_from_template(template: Path, trainer: Trainer, texts: Mapping[str, str], **metadata: Any) -> ModelCard:
+    """Return a model card that is filled in from a Trainer's record and the given texts.
+
+    The template is Jinja, as the Hub's are. Besides the texts it has ``card_data`` (the metadata as YAML),
+    ``hyperparameters`` and ``versions`` (pairs of name and value), and ``training_table`` (Markdown, "" without
+    evaluations).
+
+    Args:
+        template: the file.
+        trainer: after training.
+        texts: whatever else the template names.
+        **metadata: arguments of ``Trainer.create_model_card``, and further fields of the metadata.
+
+    Raises:
+        jinja2.UndefinedError: when the template names something that is not given.
+    """
+    names = TrainingSummary.__dataclass_fields__
+    record = TrainingSummary.from_trainer(trainer, **{key: metadata.pop(key) for key in set(metadata) & set(names)})
+    data = record.create_metadata() | metadata
+    if not any(model["results"] for model in data["model-index"]):
+        del data["model-index"]
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)
+    content = environment.from_string(template.read_text(encoding="utf-8")).render(
+        card_data=ModelCardData(**data).to_yaml(),
+        hyperparameters=_hyperparameters(trainer, record),
+        training_table=_training_table(record),
+        versions=[(name, found) for name in _VERSIONS if (found := _installed_version(name))],
+        **texts,
+    )
+    return ModelCard(content)
+
+
+def _split(text: str) -> tuple[str, str | None, str]:
+    """Return a card's text before the optimizer's section, that section or None, and the text after it.
+
+    Of several sections the first counts, and the others are left out.
+    """
+    kept: list[str] = []
+    sections: list[list[str]] = []
+    places: list[int] = []  # where in the kept lines each section was
+    inside = False
+    for line in text.split("\n"):
+        if _START.search(line):
+            inside = True
+            sections.append([])
+            places.append(len(kept))
+        elif _END.search(line):
+            if not inside and _HEADING in kept:  # the comment at the start was deleted
+                begin = len(kept) - 1 - kept[::-1].index(_HEADING)
+                sections.append(kept[begin:])
+                places.append(begin)
+                del kept[begin:]
+            inside = False
+        elif inside and _OTHER_SECTION.match(line) and line.strip() != _HEADING:  # that at the end was deleted
+            inside = False
+            kept.append(line)
+        else:
+            (sections[-1] if inside else kept).append(line)
+    if not sections:
+        return text, None, ""
+    return "\n".join(kept[: min(places)]), "\n".join(sections[0]).strip(), "\n".join(kept[min(places) :])
+
+
+def _training_table(record: TrainingSummary) -> str:
+    """Return the evaluations during training, without the time that Trainer took to prepare the model."""
+    evaluations: Any = record.eval_lines or []  # dictionaries, declared as text
+    lines = [{name: value for name, value in line.items() if name != "Model Preparation Time"} for line in evaluations]
+    return make_markdown_table(lines).strip() if lines else ""
+
+
+def _hyperparameters(trainer: Trainer, record: TrainingSummary) -> list[tuple[str, Any]]:
+    """Return what the record has, and what a reader needs besides to repeat the run."""
+    args = trainer.args
+    return list(
+        {
+            **(record.hyperparameters or {}),
+            "optimizer": OptimizerNames(args.optim).value,
+            "adam_betas": (args.adam_beta1, args.adam_beta2),
+            "adam_epsilon": args.adam_epsilon,
+            "weight_decay": args.weight_decay,
+            "max_grad_norm": args.max_grad_norm,
+        }.items()
+    )
+
+
+def _p_paragraphs(options: SchattenOptions | None, learned_p: Mapping[str, float]) -> list[str]:
+    """Describe p: in a sentence where it is one number, else by kind of layer, and where the estimate left p_max."""
+    if len({p_label(p) for p in learned_p.values()}) == 1:
+        return [f"p = {p_label(next(iter(learned_p.values())))} for all {len(learned_p)} matrices."]
     extremes = ", ".join(f"{name} {p_label(p)}" for name, p in summary(learned_p).items())
-    return [f"p at the end of training: {extremes}.", "", "| layer | p |", "|---|---:|", *rows, ""]
+    kinds: dict[str, dict[str, float]] = {}
+    for name, p in learned_p.items():
+        kinds.setdefault(_kind(name), {})[name] = p
+    header = ("layers", "matrices", "min", "median", "max")
+    rows = [(f"`{kind}`", str(len(ps)), *map(p_label, summary(ps).values())) for kind, ps in kinds.items()]
+    paragraphs = [f"Over all {len(learned_p)} matrices: {extremes}.", _table(header, rows)]
+    if options is not None and options.adaptive:
+        paragraphs += _below_p_max(options, learned_p)
+    return paragraphs
 
 
-def _value_label(value: Any) -> str:
-    return ";".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def _below_p_max(options: SchattenOptions, learned_p: Mapping[str, float]) -> list[str]:
+    """List the matrices whose estimate lies inside the range, those with the smallest p where there are many."""
+    inside = {name: p for name, p in learned_p.items() if not math.isclose(1 / p, 1 / options.p_max, abs_tol=1e-6)}
+    if not inside:
+        return []
+    listed = set(sorted(inside, key=lambda name: -1 / inside[name])[:_LISTED])
+    counted = f"{len(inside)} of {len(learned_p)} matrices are below p_max = {p_label(options.p_max)}"
+    smallest = f", of which these {len(listed)} have the smallest p" if len(listed) < len(inside) else ""
+    rows = ((f"`{layer_name(name)}`", p_label(p)) for name, p in inside.items() if name in listed)
+    return [f"{counted}{smallest}:", _table(("layer", "p"), rows)]
+
+
+def _kind(name: str) -> str:
+    """Return what a matrix has in common with those of other blocks: its name with stars for numbers."""
+    return ".".join("*" if part.isdigit() else part for part in layer_name(name).split("."))
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _option_value(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ";".join(value)
+    if isinstance(value, float):
+        return str(value).removesuffix(".0")
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _installed_version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

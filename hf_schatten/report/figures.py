@@ -135,10 +135,13 @@ def _draw_criterion(axes: Axes, choice: Choice) -> None:
 
 
 def _by_layer(log_history: LogHistory, prefix: str) -> tuple[list[int], list[str], Array]:
-    """Return the steps of the entries with this prefix, the layers, and the values (layers, steps)."""
+    """Return the steps of the entries with this prefix, the layers, and the values (layers, steps).
+
+    A log history holds the string ``inf`` for infinity.
+    """
     entries = [entry for entry in log_history if any(key.startswith(prefix) for key in entry)]
     keys = [key for key in entries[-1] if key.startswith(prefix)] if entries else []
-    values = np.array([[entry.get(key, math.nan) for entry in entries] for key in keys], dtype=np.float64)
+    values = np.array([[float(entry.get(key, math.nan)) for entry in entries] for key in keys], dtype=np.float64)
     return [entry["step"] for entry in entries], [key.removeprefix(prefix) for key in keys], values
 
 

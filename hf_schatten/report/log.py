@@ -14,6 +14,9 @@ RELATIVE_SIZE_PREFIX = "schatten_relative_size/"
 LAYER_PREFIXES = (LAYER_PREFIX, STABLE_RANK_PREFIX, RELATIVE_SIZE_PREFIX)
 
 SUMMARY_PREFIX = "schatten_p_"  # of the entries that summarise the p of all layers
+MEDIAN = "median"
+
+SKIPPED_STEPS = "schatten_skipped_steps"
 
 
 def log_entry(
@@ -35,10 +38,23 @@ def log_entry(
     }
 
 
+def history_entry(entry: Mapping[str, float]) -> dict[str, float | str]:
+    """Return an entry as ``trainer_state.json`` can hold it: JSON has no infinity, which becomes the string ``inf``.
+
+    ``float(value)`` reads both kinds of value back. What is not a number becomes ``nan``.
+    """
+    return {name: value if math.isfinite(value) else str(value) for name, value in entry.items()}
+
+
+def without_layers(entry: Mapping[str, object]) -> dict[str, object]:
+    """Return what a terminal shows of an entry: the summary of p, and no layer's values."""
+    return {name: value for name, value in entry.items() if not name.startswith(LAYER_PREFIXES)}
+
+
 def summary(learned_p: Mapping[str, float]) -> dict[str, float]:
     """Return min, median and max in the order of 1/p, in which -4 lies beyond inf."""
     ordered = sorted(learned_p.values(), key=lambda p: -1 / p)
-    return {"min": ordered[0], "median": ordered[(len(ordered) - 1) // 2], "max": ordered[-1]}
+    return {"min": ordered[0], MEDIAN: ordered[(len(ordered) - 1) // 2], "max": ordered[-1]}
 
 
 def p_label(p: float) -> str:

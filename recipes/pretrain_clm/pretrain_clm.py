@@ -16,6 +16,7 @@ from pathlib import Path
 import blocks
 import corpus
 from arguments import DataTrainingArguments, ModelArguments, parse_arguments
+from card import PretrainingTrainer, Run
 from corpus import InputError
 from datasets import Dataset, DatasetDict
 from transformers import (
@@ -30,8 +31,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
-
-from hf_schatten import SchattenTrainer
 
 logger = logging.getLogger("pretrain_clm")
 
@@ -130,7 +129,7 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     return str(wanted)
 
 
-def evaluate(trainer: SchattenTrainer, name: str) -> dict[str, float]:
+def evaluate(trainer: PretrainingTrainer, name: str) -> dict[str, float]:
     """Evaluate the model as it is, and store loss and perplexity in `{name}_results.json`."""
     metrics = trainer.evaluate(metric_key_prefix=name)
     try:
@@ -138,6 +137,7 @@ def evaluate(trainer: SchattenTrainer, name: str) -> dict[str, float]:
     except OverflowError:
         metrics[f"{name}_perplexity"] = math.inf
     trainer.save_metrics(name, metrics)
+    trainer.run.metrics[name] = metrics
     return metrics
 
 
@@ -179,7 +179,15 @@ def main(argv: Sequence[str]) -> None:
         *(len(train_blocks), len(eval_blocks), f"{model.num_parameters():,}"),
     )
 
-    trainer = SchattenTrainer(
+    trainer = PretrainingTrainer(
+        run=Run(
+            model_args,
+            data_args,
+            command=argv,
+            documents={split: len(rows) for split, rows in documents.items()},
+            blocks={"train": len(train_blocks), "validation": len(eval_blocks)},
+            vocabulary=len(tokenizer),
+        ),
         model=model,
         args=training_args,
         train_dataset=train_blocks,
@@ -191,6 +199,7 @@ def main(argv: Sequence[str]) -> None:
     before = evaluate(trainer, "eval_start") if training_args.do_eval else None
     if training_args.do_train:
         result = trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.run.seconds = result.metrics["train_runtime"]
         trainer.save_model()  # with the tokenizer
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
@@ -200,19 +209,10 @@ def main(argv: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             print(comparison(before, after), flush=True)
 
-    if model_args.model_name_or_path is None:
-        # Trainer's card calls a model without a path "fine-tuned", and one in a folder "trained from scratch".
-        model.config.name_or_path = training_args.output_dir
-    card = {
-        "tasks": "text-generation",
-        "finetuned_from": model_args.model_name_or_path,
-        "dataset": data_args.source,
-        "dataset_tags": data_args.dataset_name or [],
-    }
     if training_args.push_to_hub:
-        trainer.push_to_hub(**card)
+        trainer.push_to_hub()  # writes the card
     else:
-        trainer.create_model_card(**card)
+        trainer.create_model_card()
 
 
 if __name__ == "__main__":
