@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,11 +23,11 @@ from .criterion import (
     maximising_exponent,
     objective_curve,
 )
-from .distributed import mean_over_processes, process_count
+from .distributed import mean_over_processes, process_count, sum_over_processes
 from .matrix import Matrix
 from .optimizer import SchattenP
 from .options import SchattenOptions
-from .probe import InputProbe
+from .probe import GramSum, InputProbe, RowSample
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,8 @@ class Adaptation:
         self._options = options
         self._groups = dict(groups)
         self._reported: set[str] = set()
-        self._probe = InputProbe(model, layers, capacity=options.probe_rows)
+        new_sample = GramSum if options.sync == "gram" else partial(RowSample, options.probe_rows)
+        self._probe = InputProbe(model, layers, new_sample)
         self._worker = ThreadPoolExecutor(1, "hf_schatten") if options.p_async else None
         self._pending: Future[_Measurement] | None = None
         self._failed = False
@@ -183,8 +185,8 @@ class Adaptation:
         return [matrix for matrix in optimizer.matrices() if matrix.name in self._groups]
 
     def _estimate(self, optimizer: SchattenP) -> None:
-        inputs = {name: Inputs(rows) for name, rows in self._probe.take().items()}
         matrices = self._adapted(optimizer)
+        inputs = self._inputs(matrices)
         self._report_unsampled({matrix.name for matrix in matrices if matrix.input_name not in inputs})
         criterion = CRITERIA[self._options.criterion]
         samples = (_sample(criterion, matrix, inputs.get(matrix.input_name)) for matrix in matrices)
@@ -204,6 +206,24 @@ class Adaptation:
             self._pending = Future()
             self._pending.set_result(nothing)
 
+    def _inputs(self, matrices: Sequence[Matrix]) -> dict[str, Inputs]:
+        """Return what was sampled by name; Gram matrices are first added up over all processes."""
+        samples = self._probe.take()
+        if self._options.sync == "statistics":
+            return {name: Inputs(rows) for name, rows in samples.items()}
+        sizes = {matrix.input_name: matrix.shape[1] for matrix in matrices}
+        device = matrices[0].parameter.device
+        grams = [samples.get(name, torch.zeros(n, n, dtype=torch.float64, device=device)) for name, n in sizes.items()]
+        total = sum_over_processes(torch.cat([gram.flatten() for gram in grams]))
+        pieces = total.split([n * n for n in sizes.values()])
+        found = {name: piece.view(n, n) for (name, n), piece in zip(sizes.items(), pieces, strict=True)}
+        finite = torch.stack([gram.trace() for gram in found.values()]).tolist()  # one wait for the device
+        return {
+            name: Inputs.of_gram(gram)
+            for (name, gram), trace in zip(found.items(), finite, strict=True)
+            if 0 < trace < math.inf
+        }
+
     def _result(self, job: Future[_Measurement]) -> _Measurement | None:
         try:
             return job.result()
@@ -222,7 +242,10 @@ class Adaptation:
             device = matrices[0].parameter.device
             measured = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), device)
         curves = CRITERIA[self._options.criterion].curves  # the others are zero, and need not travel
-        used, valid = mean_over_processes(measured.statistics[:, :curves], measured.valid)
+        used, valid = measured.statistics[:, :curves], measured.valid
+        # Else every process has measured the same, unless a worker has failed.
+        if self._options.sync == "statistics" or self._worker is not None:
+            used, valid = mean_over_processes(used, valid)
         statistics = torch.cat([used, measured.statistics[:, curves:]], dim=1)
         average = torch.stack([matrix.statistics for matrix in matrices])  # (L, CURVES, NODES)
         weight = torch.stack([matrix.statistics_weight for matrix in matrices])  # (L,)

@@ -3,6 +3,9 @@
 ``optimizer.safetensors`` holds every state tensor under ``<parameter name>/<state name>``; a matrix's learned p is
 ``<parameter name>/p``. ``optimizer_config.json`` holds the format version, the options and the parameter groups. Both
 are written under a temporary name and renamed, the configuration last: where it exists, the state is whole.
+
+A Trainer that finds no ``optimizer.pt`` resumes with a new optimizer and a new schedule and says nothing. So there is
+one, without state, that every other optimizer refuses.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from .layout import matrix_name
 from .matrix import MOMENTUM, P, layout_of
-from .optimizer import SchattenP
+from .optimizer import STATE_ELSEWHERE, SchattenP
 from .options import SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -34,6 +37,7 @@ CONFIG_FILE = "optimizer_config.json"
 FORMAT_VERSION = 3
 
 _TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
+_TRAINER_STATE_FILE = "trainer_state.json"
 # The only hyperparameters that a schedule changes; every other one is the present run's.
 _SCHEDULED = ("lr", "initial_lr")
 
@@ -68,6 +72,25 @@ def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None
     _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
+def write_refusal(folder: str | os.PathLike[str]) -> None:
+    """Write the ``optimizer.pt`` that makes other trainers stop instead of resuming without the optimizer's state.
+
+    ``torch.optim`` refuses it for its number of groups, and :class:`hf_schatten.SchattenP` with the fix.
+
+    Args:
+        folder: a checkpoint of :func:`save_optimizer`.
+    """
+    refusal = {"state": {}, "param_groups": [], STATE_ELSEWHERE: STATE_FILE}
+    _replace(Path(folder) / _TORCH_FILE, lambda path: torch.save(refusal, path))
+
+
+def is_foreign(folder: str | os.PathLike[str]) -> bool:
+    """Return whether a plain ``Trainer`` wrote the optimizer's state in the folder, into ``optimizer.pt``."""
+    folder = Path(folder)
+    own = (folder / STATE_FILE).exists() or (folder / CONFIG_FILE).exists()
+    return not own and (folder / _TORCH_FILE).exists()
+
+
 def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None:
     """Load the state that :func:`save_optimizer` wrote, after checking that it is this model's.
 
@@ -83,6 +106,11 @@ def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None
             The optimizer is unchanged then.
     """
     folder = Path(folder)
+    if not ((folder / CONFIG_FILE).exists() or (folder / STATE_FILE).exists()):
+        raise CheckpointError(
+            f"{folder} holds no optimizer state (was it saved with save_only_model?): start a new run from its "
+            "weights."
+        )
     config = _read_config(folder / CONFIG_FILE)
     saved = _read_state(folder / STATE_FILE)
     _require_same_model(optimizer, saved, folder / STATE_FILE)
@@ -97,6 +125,33 @@ def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None
     optimizer.load_state_dict(state_dict)
     if optimizer.options and config["options"]:
         _honour_present_options(optimizer, optimizer.options, config["options"])
+
+
+def newest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """Return the newest ``checkpoint-<step>`` whose writing was finished, None where there is none.
+
+    A Trainer writes ``trainer_state.json`` last. Newer folders, which a run that was killed while it saved has left,
+    are logged as a warning.
+
+    Args:
+        output_dir: of the run.
+    """
+    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=_step_of, reverse=True)
+    skipped = []
+    for folder in folders:
+        try:
+            json.loads((folder / _TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            skipped.append(folder.name)
+            continue
+        if skipped:
+            logger.warning(
+                "%s is resumed: the writing of %s was not finished, because the run ended while it saved. Delete what "
+                "is incomplete.",
+                *(folder, ", ".join(skipped)),
+            )
+        return folder
+    return None
 
 
 def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
@@ -117,8 +172,8 @@ def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
         return _p_by_matrix(states, _read_config(folder / CONFIG_FILE)["groups"])
     if (folder / _TORCH_FILE).is_file():
         return _learned_p_of_torch_file(folder / _TORCH_FILE)
-    newest = max(folder.glob(f"checkpoint-*/{STATE_FILE}"), key=_step_of, default=None)
-    hint = f" Did you mean {newest.parent}?" if newest else ""
+    newest = max((path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")), key=_step_of, default=None)
+    hint = f" Did you mean {newest}?" if newest else ""
     raise CheckpointError(f"{folder} has no {STATE_FILE}.{hint}")
 
 
@@ -245,6 +300,8 @@ def _honour_present_options(optimizer: SchattenP, options: SchattenOptions, save
 def _learned_p_of_torch_file(path: Path) -> dict[str, float]:
     try:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
+        if STATE_ELSEWHERE in state_dict:
+            raise ValueError(f"{state_dict[STATE_ELSEWHERE]} has it, and is missing")
         names = {
             index: name
             for group in state_dict["param_groups"]
@@ -256,6 +313,6 @@ def _learned_p_of_torch_file(path: Path) -> dict[str, float]:
         raise CheckpointError(f"{path} is no state of SchattenP ({error}).") from error
 
 
-def _step_of(path: Path) -> int:
-    suffix = path.parent.name.rpartition("-")[2]
+def _step_of(checkpoint: Path) -> int:
+    suffix = checkpoint.name.rpartition("-")[2]
     return int(suffix) if suffix.isdigit() else -1

@@ -18,9 +18,14 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def process_rank() -> int:
+    """Return the number of this process among those that train together; 0 where no process group exists."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
 def is_main_process() -> bool:
     """Return whether this process prints; true where no process group exists."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+    return process_rank() == 0
 
 
 def mean_over_processes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,13 +43,14 @@ def mean_over_processes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     flat = values.flatten(1)
     mask = valid.unsqueeze(1)
     packed = torch.cat([torch.where(mask, flat, 0.0), mask.to(flat.dtype)], dim=1)
-    packed = _sum_over_processes(packed)
+    packed = sum_over_processes(packed)
     count = packed[:, -1:]
     means = packed[:, :-1] / count.clamp_min(1.0)
     return means.view_as(values), count.squeeze(1) > 0
 
 
-def _sum_over_processes(values: Tensor) -> Tensor:
+def sum_over_processes(values: Tensor) -> Tensor:
+    """Return the sum of a tensor over all processes, which must all call it; it may be the same tensor."""
     if process_count() == 1:
         return values
     if PartialState().num_processes == process_count():

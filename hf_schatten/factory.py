@@ -110,6 +110,8 @@ def create_schatten_optimizer(
         ns_steps=parsed.ns_steps,
         target=target,
         workspace_mib=parsed.workspace_mib,
+        share_work=parsed.share_work,
+        buffer_mib=parsed.buffer_mib,
     )
     optimizer.options = parsed
     if verbose and is_main_process() and parsed.target != POWER:

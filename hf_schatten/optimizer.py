@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from .coupling import COUPLING_WEIGHTS, WeightFunction
-from .distributed import UnsupportedEngineError
+from .distributed import UnsupportedEngineError, process_count, process_rank, sum_over_processes
 from .layout import matrix_name
 from .linalg.targets import POWER, TargetFunction, target_of
 from .matrix import (
@@ -43,10 +43,14 @@ from .options import (
     StepRule,
 )
 from .preconditioning import SECOND_MOMENTS
-from .update import COMMON_OPTIONS, Update, batches, factors_alone, factors_coupled
+from .update import COMMON_OPTIONS, Update, batches, factors_alone, lengths_together
+from .work_sharing import assign, exchange, rounds_of, update_cost
 
 if TYPE_CHECKING:
     from .policy import Policy
+
+# Marks a state_dict without state, and says which file has it.
+STATE_ELSEWHERE = "schatten_p_state_file"
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +110,11 @@ class SchattenP(Optimizer):
             preconditioner and ``scale="interpolate"`` only. Default ``power``.
         workspace_mib: memory, in MiB, that one batch of matrices may take for its temporaries; a matrix that needs
             more is a batch of its own. Default 512.
+        share_work: where several processes train together, compute each matrix' update on one of them and exchange
+            the updates (:mod:`hf_schatten.work_sharing`), which takes the parameters' bytes once a step. All
+            processes must have the same gradients, as under DDP. Default True.
+        buffer_mib: memory, in MiB, of a buffer that receives the updates of other processes; there are two at most.
+            Default 256.
 
     Attributes:
         options: the options it was created with, None where it was made by hand.
@@ -142,11 +151,15 @@ class SchattenP(Optimizer):
         ns_steps: int = 5,
         target: str | TargetFunction = POWER,
         workspace_mib: int = 512,
+        share_work: bool = True,
+        buffer_mib: int = 256,
     ) -> None:
         self.ns_steps = ns_steps
         self.target = target_of(target)
         self.target.accuracy(ns_steps)  # fits it now, where a bad function can still be refused
         self.workspace_mib = workspace_mib
+        self.share_work = share_work
+        self.buffer_mib = buffer_mib
         self.coupling_order = coupling_order
         self.coupling_weights = coupling_weights
         defaults = {
@@ -248,8 +261,8 @@ class SchattenP(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: everything but the policy, whose hooks belong to the model."""
-        own = ("ns_steps", "target", "workspace_mib", "coupling_order", "coupling_weights", "options")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        own = ("ns_steps", "target", "workspace_mib", "share_work", "buffer_mib", "coupling_order", "coupling_weights")
+        return super().__getstate__() | {name: getattr(self, name) for name in (*own, "options")}
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
@@ -312,7 +325,11 @@ class SchattenP(Optimizer):
 
         Torch casts floating-point state to the parameter's dtype, which rounds the fp32 state of bf16
         parameters.
+
+        Raises:
+            ValueError: when the state is another optimizer's, or is in another file.
         """
+        _require_own_state(state_dict)
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -399,27 +416,65 @@ class SchattenP(Optimizer):
                 second_moment.advance(state, gradient, layout, beta2, usable[parameter])
 
     def _update_matrices(self, matrices: list[Matrix]) -> None:
-        """Update matrices batch by batch; coupled ones when all directions are known."""
-        in_batches = batches(matrices, self.workspace_mib)
+        """Update matrices, each of them on one process where several share the work."""
+        if not (self.share_work and process_count() > 1):
+            for update, factors in self._updates(matrices, matrices):
+                if self.policy is not None:
+                    self.policy.observe(update.batch, update.directions, factors)
+                update.apply(factors)
+            return
+        rank, processes = process_rank(), process_count()
+        owners = assign([update_cost(matrix) for matrix in matrices], processes)
+        owned = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
+        # Coupled steps are known together; others are computed as they travel.
+        known = None if self.coupling_order is None else self._steps(owned, matrices)
+        rounds = rounds_of(matrices, owners, processes, self.buffer_mib)
+        for matrix, step in exchange(
+            rounds, rank, lambda sent: self._steps(sent, matrices) if known is None else known
+        ):
+            whole = torch.ones((), dtype=matrix.momentum.dtype, device=step.device)
+            if self.policy is not None:
+                self.policy.observe([matrix], step[None].to(whole.dtype), whole[None])
+            matrix.apply(step, whole)
+
+    def _steps(self, owned: list[Matrix], matrices: list[Matrix]) -> dict[int, Tensor]:
+        """Return the step (m, n) of each owned matrix by its identity."""
+        return {
+            id(matrix): direction.mul_(factor)
+            for update, factors in self._updates(owned, matrices)
+            for matrix, direction, factor in zip(update.batch, update.directions, factors, strict=True)
+        }
+
+    def _updates(self, owned: list[Matrix], matrices: list[Matrix]) -> Iterator[tuple[Update, Tensor]]:
+        """Yield updates of the owned matrices, batch by batch, and what their directions are multiplied by.
+
+        Args:
+            owned: those that this process computes.
+            matrices: all of them; coupled ones meet here, on every process.
+        """
+        in_batches = batches(owned, self.workspace_mib)
         if self.coupling_order is None:
             for batch in in_batches:
-                self._update_alone(batch)
+                update = Update.of(batch, self.direction)
+                yield update, factors_alone(update)
         elif matrices:
             updates = [Update.of(batch, self.direction) for batch in in_batches]
-            chosen = self.coupling_weights
-            weight_of = chosen if callable(chosen) else COUPLING_WEIGHTS[chosen]
-            factors = factors_coupled(updates, self.coupling_order, weight_of)
-            for update, of_update in zip(updates, factors, strict=True):
-                self._take(update, of_update)
+            for update, lengths in zip(updates, self._coupled_lengths(updates, matrices), strict=True):
+                yield update, update.factors(lengths)
 
-    def _update_alone(self, batch: list[Matrix]) -> None:
-        update = Update.of(batch, self.direction)
-        self._take(update, factors_alone(update))
-
-    def _take(self, update: Update, factors: Tensor) -> None:
-        if self.policy is not None:
-            self.policy.observe(update.batch, update.directions, factors)
-        update.apply(factors)
+    def _coupled_lengths(self, updates: list[Update], matrices: list[Matrix]) -> Sequence[Tensor]:
+        position = {id(matrix): index for index, matrix in enumerate(matrices)}
+        index = torch.tensor([position[id(matrix)] for update in updates for matrix in update.batch], dtype=torch.long)
+        index = index.to(matrices[0].momentum.device, non_blocking=True)
+        duals = matrices[0].momentum.new_zeros(len(matrices))
+        if updates:
+            duals[index] = torch.cat([update.dual_norms().to(duals) for update in updates])
+        if self.share_work:
+            duals = sum_over_processes(duals)
+        chosen = self.coupling_weights
+        weight_of = chosen if callable(chosen) else COUPLING_WEIGHTS[chosen]
+        lengths = lengths_together(matrices, duals, float(self.coupling_order or 0), weight_of)
+        return lengths[index].split([len(update.batch) for update in updates])
 
     def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor], usable: _Usable) -> None:
         for parameter in parameters:
@@ -486,3 +541,17 @@ def _check_names(group: dict[str, Any]) -> None:
     for option in ("scale", *COMMON_OPTIONS):
         if group[option] not in OPTION_VALUES[option]:
             raise ValueError(f"{option}={group[option]!r} is not allowed: one of {', '.join(OPTION_VALUES[option])}.")
+
+
+def _require_own_state(state_dict: dict[str, Any]) -> None:
+    if STATE_ELSEWHERE in state_dict:
+        raise ValueError(
+            "optimizer.pt holds no state: hf_schatten.SchattenTrainer wrote this checkpoint, and the state into "
+            f"{state_dict[STATE_ELSEWHERE]} beside it. Resume with hf_schatten.SchattenTrainer, or start a new run "
+            "from the model's weights."
+        )
+    if any("spectral" not in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "The state is not SchattenP's but another optimizer's: resume with the optimizer that wrote the "
+            f"checkpoint, or start a new run with {OPTIMIZER_NAME} from the model's weights."
+        )

@@ -22,11 +22,13 @@ CouplingWeights = Literal["uniform", "sqrt_m_over_n", "sqrt_n_over_m"]
 Precondition = Literal["none", "adam", "adafactor"]
 PreconditionExponent = Literal["scaled", "fixed"]
 CriterionName = Literal["holder", "alignment", "decrease"]
+Sync = Literal["statistics", "gram"]
 
 # The options that take one of several names.
 OPTION_VALUES: dict[str, tuple[str, ...]] = {
     "criterion": get_args(CriterionName),
     "p_estimator": get_args(LogNormEstimatorName),
+    "sync": get_args(Sync),
     "step_rule": get_args(StepRule),
     "scale": get_args(ScaleRule),
     "coupling_weights": get_args(CouplingWeights),
@@ -71,6 +73,9 @@ class SchattenOptions:
         p_async: estimate in a worker thread, off the training step; the new p arrives some steps later, so that
             training no longer repeats bitwise. Default False.
         probe_rows: most input rows (tokens) sampled per layer on a due step. Default 1024.
+        sync: what processes exchange on a due step: ``statistics`` (default), the mean of their curves, about 1 KiB a
+            matrix, which is an approximation where inputs differ; or ``gram``, the Gram matrices of all input rows
+            (none left out, on one process too), with which p is that of the global batch, 8 n² bytes for n inputs.
         p_start: first p of ``p="schedule"``. Default 4.
         p_end: last p of ``p="schedule"``. Default ``inf``.
         p_steps: steps of ``p="schedule"``; a Trainer's whole training where it is none. Default none.
@@ -99,6 +104,9 @@ class SchattenOptions:
             the rest; see :mod:`hf_schatten.linalg.targets`. With any but ``power``, p is a number, which then shapes
             ``precondition`` and ``scale=interpolate`` only, and ``step_rule`` is ``pinned``.
         workspace_mib: memory, in MiB, that a batch of equally shaped matrices may take for temporaries. Default 512.
+        share_work: on several processes, compute each matrix' update on one of them and exchange the updates.
+            Default True.
+        buffer_mib: memory, in MiB, of a buffer that receives the updates of other processes. Default 256.
         split_fused: update the parts of fused projections (``c_attn``, ``qkv_proj``, ``query_key_value``,
             ``gate_up_proj``, …) as matrices of their own. Default True.
         fused_parts: entries ``pattern:part/part``, joined by ``;``, of projections that the package does not know, or
@@ -127,6 +135,7 @@ class SchattenOptions:
     p_ema_decay: float = 0.8
     p_async: bool = False
     probe_rows: int = 1024
+    sync: Sync = "statistics"
     p_start: float = 4.0
     p_end: float = math.inf
     p_steps: int | None = None
@@ -142,6 +151,8 @@ class SchattenOptions:
     ns_steps: int = 5
     target: str = POWER
     workspace_mib: int = 512
+    share_work: bool = True
+    buffer_mib: int = 256
     split_fused: bool = True
     fused_parts: tuple[str, ...] = ()
     split_heads: bool = False
@@ -175,7 +186,8 @@ class SchattenOptions:
         self._require(0 <= self.momentum < 1, "momentum", "0 <= momentum < 1")
         self._require(0 < self.schatten_lr_ratio < math.inf, "schatten_lr_ratio", "a positive finite number")
         self._require(self.ns_steps in STEPS, "ns_steps", f"one of {', '.join(map(str, STEPS))}")
-        self._require(self.workspace_mib >= 1, "workspace_mib", "a number of MiB, 1 or more")
+        for option in ("workspace_mib", "buffer_mib"):
+            self._require(getattr(self, option) >= 1, option, "a number of MiB, 1 or more")
         self._require(
             self.precondition != "none" or self.precondition_exponent == "scaled",
             "precondition_exponent",

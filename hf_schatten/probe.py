@@ -18,6 +18,8 @@ from .layout import matrix_name
 _GOLDEN = 2_654_435_769
 _WORD = 2**32
 
+_ROWS_AT_ONCE = 4096  # that are copied to add to a Gram matrix
+
 
 class RowSample:
     """At most ``capacity`` rows of a stream, chosen by their index in the stream alone.
@@ -82,6 +84,32 @@ class RowSample:
         return (index * _GOLDEN) % _WORD
 
 
+class GramSum:
+    """The Gram matrix AᵀA of all rows of a stream, (n, n) float64, additive over micro-batches and processes.
+
+    Takes 2 n² operations a row, where :class:`RowSample` copies some rows.
+    """
+
+    def __init__(self) -> None:
+        self._gram: Tensor | None = None
+
+    def offer(self, count: int, pick: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        """Offer the next rows of the stream, as to :meth:`RowSample.offer`."""
+
+        def add() -> None:
+            for index in torch.arange(count).split(_ROWS_AT_ONCE):
+                rows = pick(index).double()
+                with torch.autocast(rows.device.type, enabled=False):
+                    product = rows.mT @ rows
+                self._gram = product if self._gram is None else self._gram.add_(product)
+
+        return add
+
+    def rows(self) -> Tensor | None:
+        """Return the Gram matrix; None where there were no rows."""
+        return self._gram
+
+
 class _EagerCompiler:
     """Makes ``torch.compile`` run eagerly what it would have to compile anew, as long as any probe asks for it."""
 
@@ -116,13 +144,15 @@ class InputProbe:
     Args:
         model: the model whose forward begins a micro-batch.
         layers: the module that owns each routed parameter, by the parameter's name.
-        capacity: most rows kept per matrix.
+        new_sample: makes what keeps a matrix' rows, such as ``partial(RowSample, 1024)`` or :class:`GramSum`.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, nn.Module], capacity: int) -> None:
+    def __init__(
+        self, model: nn.Module, layers: Mapping[str, nn.Module], new_sample: Callable[[], RowSample | GramSum]
+    ) -> None:
         self._armed = False  # a plain bool, so that a compiled forward only guards on it
-        self._capacity = capacity
-        self._samples: dict[str, RowSample] = {}
+        self._new_sample = new_sample
+        self._samples: dict[str, RowSample | GramSum] = {}
         self._seen: set[str] = set()
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
@@ -140,7 +170,7 @@ class InputProbe:
         _EAGER_COMPILER.ask(id(self), armed)
 
     def take(self) -> dict[str, Tensor]:
-        """Return the sampled rows, (rows, features) each, and forget them.
+        """Return the samples, (rows, features) or (features, features) each, and forget them.
 
         They are keyed by parameter name, followed by the expert's number where it has experts. What has had no
         training forward since the last call is missing.
@@ -183,8 +213,10 @@ class InputProbe:
         self._seen.add(name)
         keeps = []
         for rows in input_rows(name, module, args, self._masks):
-            sample = self._samples.setdefault(matrix_name(name, rows.part), RowSample(self._capacity))
-            keeps.append(sample.offer(rows.count, rows.pick))
+            key = matrix_name(name, rows.part)
+            if key not in self._samples:
+                self._samples[key] = self._new_sample()
+            keeps.append(self._samples[key].offer(rows.count, rows.pick))
         if recomputed or not _autograd_keeps(args[0]):
             _call_and_forget(keeps)
         else:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import nn
-from transformers import ProgressCallback
+from transformers import PrinterCallback, ProgressCallback
 from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from .callback import SchattenCallback, SchattenProgressCallback
+from .callback import SchattenCallback, SchattenPrinterCallback, SchattenProgressCallback
 from .distributed import UnsupportedEngineError
 from .factory import create_schatten_optimizer
 from .optimizer import SchattenP
@@ -30,6 +30,8 @@ def register() -> None:
     register_optimizer(OPTIMIZER_NAME, _handle)
     if transformers_trainer.DEFAULT_PROGRESS_CALLBACK is ProgressCallback:  # a notebook has another
         transformers_trainer.DEFAULT_PROGRESS_CALLBACK = SchattenProgressCallback
+    if transformers_trainer.PrinterCallback is PrinterCallback:  # in place of a disabled progress bar
+        transformers_trainer.PrinterCallback = SchattenPrinterCallback  # type: ignore[misc]
     if SchattenCallback not in transformers_trainer.DEFAULT_CALLBACKS:
         transformers_trainer.DEFAULT_CALLBACKS.append(SchattenCallback)  # type: ignore[arg-type] # inferred narrowly
 

@@ -7,17 +7,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from .callback import unwrap_optimizer
-from .checkpoint import STATE_FILE, CheckpointError, load_optimizer, save_optimizer
+from .checkpoint import (
+    STATE_FILE,
+    CheckpointError,
+    is_foreign,
+    load_optimizer,
+    newest_complete_checkpoint,
+    save_optimizer,
+    write_refusal,
+)
 from .optimizer import SchattenP
 from .options import OPTIMIZER_NAME
 from .report import card_section, plot_p_by_layer, read_card_section, write_card_section
 from .report.figures import P_BY_LAYER
+from .weights import load_converted_weights
 
 logger = logging.get_logger(__name__)
 
@@ -61,6 +71,13 @@ class SchattenTrainerMixin(_Base):
                 "for the Schatten-p update."
             )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as the Trainer does; ``resume_from_checkpoint=True`` passes over checkpoints that are incomplete."""
+        if resume_from_checkpoint is True:
+            newest = newest_complete_checkpoint(self.args.output_dir or ".")
+            resume_from_checkpoint = str(newest) if newest else True
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Create the model card as the Trainer does, with a section on the optimizer.
 
@@ -93,11 +110,18 @@ class SchattenTrainerMixin(_Base):
         elif self.args.should_save:
             assert self.lr_scheduler is not None  # made with the optimizer
             save_optimizer(schatten, output_dir)
+            write_refusal(output_dir)
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         schatten = self._schatten_optimizer()
-        if checkpoint is None or schatten is None or _is_plain_trainer_checkpoint(checkpoint):
+        if schatten is None and checkpoint is not None and os.path.exists(os.path.join(checkpoint, STATE_FILE)):
+            raise CheckpointError(
+                f"{checkpoint} holds the state of {OPTIMIZER_NAME} ({STATE_FILE}), and this run uses "
+                f"optim={OptimizerNames(self.args.optim).value!r}: set optim={OPTIMIZER_NAME!r}, or start a new run "
+                "from the model's weights."
+            )
+        if checkpoint is None or schatten is None or is_foreign(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self.lr_scheduler is not None  # made with the optimizer
@@ -110,6 +134,14 @@ class SchattenTrainerMixin(_Base):
                 f"{path} holds no learning-rate schedule ({error}): resume from an earlier checkpoint."
             ) from error
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not load_converted_weights(self.model, str(self.state.best_model_checkpoint)):
+            super()._load_best_model()
+
     def _schatten_optimizer(self) -> SchattenP | None:
         return unwrap_optimizer(self.optimizer)
 
@@ -119,8 +151,3 @@ class SchattenTrainer(SchattenTrainerMixin, Trainer):
 
     Takes the arguments of ``Trainer``; :class:`SchattenTrainerMixin` says what it adds.
     """
-
-
-def _is_plain_trainer_checkpoint(checkpoint: str) -> bool:
-    folder = Path(checkpoint)
-    return not (folder / STATE_FILE).exists() and (folder / "optimizer.pt").exists()

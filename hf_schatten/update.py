@@ -65,6 +65,11 @@ class Update(NamedTuple):
         """Return the dual norms of the momenta, (B,)."""
         return dual_norms(self.products, self.exponents)  # type: ignore[arg-type]
 
+    def factors(self, lengths: Tensor) -> Tensor:
+        """Return what the directions are multiplied by to have these lengths in their norms, both (B,)."""
+        dual = self.dual_norms()
+        return lengths.to(dual) * unit_factors(dual, self.exponents)
+
     def apply(self, factors: Tensor) -> None:
         """Decay the weights and step by the directions times ``factors`` (B,)."""
         for matrix, direction, factor in zip(self.batch, self.directions, factors, strict=True):
@@ -88,34 +93,30 @@ def batches(matrices: Iterable[Matrix], workspace_mib: int) -> Iterator[list[Mat
 def factors_alone(update: Update) -> Tensor:
     """Return what the directions are multiplied by, (B,), where every matrix is for itself."""
     if update.products is not None:
-        dual = update.dual_norms()
-        return lengths_alone(update.batch[0].group["step_rule"], dual) * unit_factors(dual, update.exponents)
+        return update.factors(lengths_alone(update.batch[0].group["step_rule"], update.dual_norms()))
     norms = torch.linalg.matrix_norm(update.directions)  # (B,)
     targets = torch.stack([matrix.update_norm(own) for matrix, own in zip(update.batch, norms, strict=True)])
     return torch.where(norms > 0, targets / norms, 0.0)
 
 
-def factors_coupled(updates: Sequence[Update], order: float, weight_of: WeightFunction) -> list[Tensor]:
-    """Return what the directions of each batch are multiplied by: the oracle's step of all matrices together.
+def lengths_together(matrices: Sequence[Matrix], duals: Tensor, order: float, weight_of: WeightFunction) -> Tensor:
+    """Return how far all matrices that take a step together go, each in its own norm.
 
     Args:
-        updates: of all matrices that take a step, at least one.
+        matrices: all of them, N of one step rule.
+        duals: dual norms of their momenta, (N,).
         order: of the norm of all steps, in [1, inf].
         weight_of: weight of a matrix in that norm.
+
+    Returns:
+        (N,), for :meth:`Update.factors`.
 
     Raises:
         ValueError: when a weight is not above 0.
     """
-    matrices = [matrix for update in updates for matrix in update.batch]
-    duals = [update.dual_norms() for update in updates]
-    together = torch.cat([dual.to(duals[0].device) for dual in duals])  # (matrices,)
-    weights = torch.tensor([_weight(matrix, weight_of) for matrix in matrices], dtype=together.dtype)
-    weights = weights.to(together.device, non_blocking=True)
-    lengths = lengths_coupled(matrices[0].group["step_rule"], together, order, weights)
-    return [
-        length.to(dual) * unit_factors(dual, update.exponents)
-        for update, dual, length in zip(updates, duals, lengths.split([len(dual) for dual in duals]), strict=True)
-    ]
+    weights = torch.tensor([_weight(matrix, weight_of) for matrix in matrices], dtype=duals.dtype)
+    weights = weights.to(duals.device, non_blocking=True)
+    return lengths_coupled(matrices[0].group["step_rule"], duals, order, weights)
 
 
 def _weight(matrix: Matrix, weight_of: WeightFunction) -> float:

@@ -13,7 +13,14 @@ from torch import nn
 
 import hf_schatten
 from hf_schatten import CheckpointError, SchattenP, load_learned_p
-from hf_schatten.checkpoint import CONFIG_FILE, FORMAT_VERSION, STATE_FILE, load_optimizer, save_optimizer
+from hf_schatten.checkpoint import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    STATE_FILE,
+    load_optimizer,
+    newest_complete_checkpoint,
+    save_optimizer,
+)
 
 
 def make(steps=3, **options):
@@ -191,3 +198,19 @@ def test_a_folder_without_state_points_to_the_newest_checkpoint(tmp_path):
 def test_parameters_without_names_cannot_be_saved(tmp_path):
     with pytest.raises(ValueError, match="have no names, by which a checkpoint is keyed"):
         save_optimizer(SchattenP([nn.Parameter(torch.ones(2, 2))]), tmp_path)
+
+
+def test_a_folder_without_any_state_was_saved_without(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no optimizer state \(was it saved with save_only_model\?\)"):
+        load_optimizer(make(steps=0), tmp_path)
+
+
+def test_the_newest_complete_checkpoint_is_found(tmp_path, caplog):
+    assert newest_complete_checkpoint(tmp_path) is None
+    for step in (5, 10, 20, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-20" / "trainer_state.json").write_text('{"log_history": [')  # killed while it wrote
+    assert newest_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert "the writing of checkpoint-100, checkpoint-20 was not finished" in caplog.text

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 
 import pytest
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from hf_schatten import SchattenCallback
-from hf_schatten.callback import SchattenPrinterCallback, SchattenProgressCallback
+from hf_schatten.callback import SchattenProgressCallback
 
 # p_max=inf: one of the layers takes it at once, so that every logger meets an infinite p.
 INFINITE = "p=adaptive,p_interval=2,p_first_step=1,p_max=inf"
@@ -195,8 +195,6 @@ def test_the_bar_is_transformers_own_with_another_optimizer(run, capsys):
 def test_without_a_bar_the_summary_is_printed_and_no_layers(gpt2, token_dataset, training_arguments, capsys):
     arguments = training_arguments(optim_args=INFINITE, max_steps=2)
     trainer = Trainer(model=gpt2, args=arguments, train_dataset=token_dataset)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(SchattenPrinterCallback)
     trainer.train()
     printed = capsys.readouterr().out
     assert "'schatten_p_max': 'inf'" in printed

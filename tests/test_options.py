@@ -77,7 +77,7 @@ def test_adaptive_p_starts_at_p_max_unless_told():
     [
         (
             "p_intervall=50",
-            "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: coupling_order, ",
+            "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: buffer_mib, ",
         ),
         ("zzz=1", "Unknown option 'zzz'. The options are: "),
         ("p_interval", "'p_interval', which is no name=value pair"),

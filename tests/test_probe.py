@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from hf_schatten.probe import InputProbe, RowSample
+from hf_schatten.probe import GramSum, InputProbe, RowSample
 
 
 class Net(nn.Module):
@@ -32,7 +33,7 @@ class Net(nn.Module):
 
 
 def armed_probe(net: nn.Module, capacity: int = 1000) -> InputProbe:
-    probe = InputProbe(net, {"first.weight": net.first, "second.weight": net.second}, capacity)
+    probe = InputProbe(net, {"first.weight": net.first, "second.weight": net.second}, partial(RowSample, capacity))
     probe.arm(True)
     return probe
 
@@ -136,7 +137,7 @@ class Masked(nn.Module):
 def test_padding_is_left_out(flat):
     torch.manual_seed(0)
     model = Masked()
-    probe = InputProbe(model, {"layer.weight": model.layer}, capacity=100)
+    probe = InputProbe(model, {"layer.weight": model.layer}, partial(RowSample, 100))
     probe.arm(True)
     hidden, mask = torch.randn(4, 5, 3), torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 4 + [1], [1, 1, 0, 0, 0]])
     for half in (slice(0, 2), slice(2, 4)):
@@ -155,7 +156,9 @@ def test_a_decoder_takes_its_own_mask():
             return self.decoder(self.encoder(hidden))
 
     model = EncoderDecoder()
-    probe = InputProbe(model, {"encoder.weight": model.encoder, "decoder.weight": model.decoder}, capacity=100)
+    probe = InputProbe(
+        model, {"encoder.weight": model.encoder, "decoder.weight": model.decoder}, partial(RowSample, 100)
+    )
     probe.arm(True)
     first, second = torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, 0]])
     model(torch.randn(1, 3, 3), attention_mask=first, decoder_attention_mask=second).sum().backward()
@@ -175,7 +178,7 @@ def test_a_decoder_takes_its_own_mask():
 def test_a_convolutions_rows_times_its_filters_are_its_output(options, memory_format):
     torch.manual_seed(0)
     layer = nn.Conv2d(5, 4, **options)
-    probe = InputProbe(layer, {"weight": layer}, capacity=10_000)
+    probe = InputProbe(layer, {"weight": layer}, partial(RowSample, 10_000))
     probe.arm(True)
     images = torch.randn(2, 5, 9, 7).to(memory_format=memory_format)
     output = layer(images)
@@ -191,7 +194,9 @@ def test_an_experts_rows_give_its_weights_gradient(architecture):
     torch.manual_seed(0)
     model = experts_model(architecture)
     experts = model.model.layers[0].mlp.experts
-    probe = InputProbe(model, {"experts.gate_up_proj": experts, "experts.down_proj": experts}, capacity=1000)
+    probe = InputProbe(
+        model, {"experts.gate_up_proj": experts, "experts.down_proj": experts}, partial(RowSample, 1000)
+    )
     probe.arm(True)
     tokens = torch.randint(1, 30, (2, 5))
     mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
@@ -263,7 +268,7 @@ def fresh_compiler():
 
 def test_a_compiled_model_has_one_graph_and_runs_eagerly_while_armed(fresh_compiler):
     net = Net(None)
-    probe = InputProbe(net, {"first.weight": net.first, "second.weight": net.second}, 100)
+    probe = InputProbe(net, {"first.weight": net.first, "second.weight": net.second}, partial(RowSample, 100))
     compiled = torch.compile(net, backend=(counter := CompileCounter()))
     for step in range(12):
         probe.arm(step % 4 == 2)
@@ -280,3 +285,28 @@ def test_a_second_armed_probe_and_a_forgotten_one_leave_the_compiler_as_it_was(f
     del probes, probe
     gc.collect()
     assert eval_frame._stance.stance == "default"
+
+
+def test_a_gram_sum_is_that_of_all_rows_however_they_come():
+    torch.manual_seed(0)
+    net = Net(None)
+    probe = InputProbe(net, {"first.weight": net.first, "second.weight": net.second}, GramSum)
+    probe.arm(True)
+    batches = torch.randn(3, 1000, 2, 3)  # 2000 rows a micro-batch
+    for batch in batches:
+        net(batch).sum().backward()
+    sums = probe.take()
+    rows = batches.reshape(-1, 3).double()
+    torch.testing.assert_close(sums["first.weight"], rows.mT @ rows, atol=1e-9, rtol=1e-12)
+    hidden = net.first(batches).relu().reshape(-1, 4).detach().double()
+    torch.testing.assert_close(sums["second.weight"], hidden.mT @ hidden, atol=1e-9, rtol=1e-6)
+    assert probe.take() == {}
+
+
+def test_a_gram_sum_reads_more_rows_than_it_copies_at_once():
+    rows = torch.randn(10_000, 3)
+    whole = GramSum()
+    for piece in rows.split(9_000):
+        whole.offer(len(piece), lambda index, piece=piece: piece[index])()
+    torch.testing.assert_close(whole.rows(), rows.double().mT @ rows.double(), atol=1e-9, rtol=1e-12)
+    assert GramSum().rows() is None

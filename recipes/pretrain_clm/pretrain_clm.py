@@ -30,7 +30,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
+
+from hf_schatten.checkpoint import newest_complete_checkpoint
 
 logger = logging.getLogger("pretrain_clm")
 
@@ -120,9 +121,9 @@ def checkpoint_to_resume(args: TrainingArguments) -> str | None:
         return None
     if str(wanted).lower() in {"last", "true"}:
         output_dir = Path(args.output_dir or "")
-        newest = get_last_checkpoint(str(output_dir)) if output_dir.is_dir() else None
+        newest = newest_complete_checkpoint(output_dir)
         if newest is None:
-            raise InputError(f"--resume_from_checkpoint {wanted}: no checkpoint-* folder in {output_dir}.")
+            raise InputError(f"--resume_from_checkpoint {wanted}: no complete checkpoint-* folder in {output_dir}.")
         return str(newest)
     if not Path(wanted).is_dir():
         raise InputError(f"--resume_from_checkpoint {wanted}: there is no such folder.")

@@ -1,0 +1,177 @@
+"""Several processes share the updates: the same weights as one process, and each its part of the work."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import multiprocessing
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import hf_schatten
+from hf_schatten.work_sharing import assign, rounds_of, update_cost
+
+STEPS = 3
+SETTINGS = {
+    "pinned": {"p": 3.0},
+    "small buffer": {"p": 3.0, "buffer_mib": 1},
+    "preconditioned": {"p": 3.0, "precondition": "adam", "p_overrides": ["*.c_proj:inf"]},
+    "ball": {"p": 2.0, "step_rule": "ball"},
+    "coupled": {"p": 2.0, "step_rule": "regularized", "coupling_order": 2, "coupling_weights": "sqrt_n_over_m"},
+    "max-coupled": {"p": 2.0, "step_rule": "ball", "coupling_order": math.inf},
+    "not shared": {"p": 3.0, "share_work": False},
+    "a NaN": {"p": 2.0, "bad_step": 1},
+    "bfloat16": {"p": 2.0, "dtype": torch.bfloat16},
+    "wide": {"p": 3.0, "width": 256, "buffer_mib": 2},
+}
+
+
+def model_of(width=32, layers=2, dtype=torch.float32):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=layers, n_embd=width, n_head=2, vocab_size=30, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def train(dtype=torch.float32, width=32, bad_step=None, **options):
+    """Take steps with random gradients, the same on every process; return weights, work and collectives."""
+    model = model_of(width, dtype=dtype)
+    optimizer = hf_schatten.create_schatten_optimizer(model, 1e-2, verbose=False, **options)
+    generator = torch.Generator().manual_seed(1)
+    gathered = []
+    original = dist.all_gather_into_tensor
+
+    def count(output, sent, **kwargs):
+        gathered.append((output.numel(), output.element_size()))
+        return original(output, sent, **kwargs)
+
+    dist.all_gather_into_tensor = count
+    flops = FlopCounterMode(display=False)
+    try:
+        for step in range(STEPS):
+            for number, parameter in enumerate(model.parameters()):
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(dtype)
+                if step == bad_step and number == 4:
+                    parameter.grad.fill_(math.nan)
+            with flops:
+                optimizer.step()
+    finally:
+        dist.all_gather_into_tensor = original
+    return {
+        "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
+        "flops": flops.get_total_flops(),
+        "gathered": gathered,
+        "skipped": optimizer.skipped_steps(),
+    }
+
+
+def process(rank: int, count: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    assert dist.get_world_size() == count
+    torch.save({name: train(**options) for name, options in SETTINGS.items()}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def run(folder, count):
+    """Return what each process got of each setting."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(process, args=(count, port, str(folder)), nprocs=count)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Return what one process gets of each setting."""
+    return {name: train(**options) for name, options in SETTINGS.items()}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Return what each of two processes gets of each setting."""
+    return run(tmp_path_factory.mktemp("pair"), 2)
+
+
+def assert_same_weights(alone, results):
+    for name, of_one in alone.items():
+        tolerances = {"atol": 2e-3, "rtol": 2e-2} if name == "bfloat16" else {"atol": 1e-7, "rtol": 1e-5}
+        for key, weights in of_one["weights"].items():
+            for result in results:
+                torch.testing.assert_close(result[name]["weights"][key], weights, **tolerances)
+                assert torch.equal(result[name]["weights"][key], results[0][name]["weights"][key]), name
+
+
+def test_the_weights_are_those_of_one_process(alone, pair):
+    assert_same_weights(alone, pair)
+
+
+@pytest.mark.slow
+def test_the_weights_of_three_processes_are_those_of_one(alone, tmp_path):
+    assert_same_weights(alone, run(tmp_path, 3))
+
+
+def test_each_process_computes_its_part_and_buffers_are_bounded(alone, pair):
+    for result in pair:
+        assert result["wide"]["flops"] <= (1 / 2 + 0.1) * alone["wide"]["flops"]
+        bytes_of_step = 4 * 2 * 12 * 256 * 256  # of all matrices in float32
+        gathered = [numbers * size for numbers, size in result["wide"]["gathered"]]
+        assert bytes_of_step <= sum(gathered) / STEPS <= 1.1 * bytes_of_step
+        assert max(gathered) <= 2 << 20
+        assert not result["not shared"]["gathered"]
+        assert {size for _, size in result["bfloat16"]["gathered"]} == {2}
+    assert not alone["wide"]["gathered"]
+
+
+def test_a_skipped_matrix_deadlocks_nobody(alone, pair):
+    assert pair[0]["a NaN"]["skipped"] == pair[1]["a NaN"]["skipped"] == alone["a NaN"]["skipped"] != {}
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 8))
+def test_no_process_has_more_than_its_share_and_one_task(costs, processes):
+    owners = assign(costs, processes)
+    loads = [
+        sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(processes)
+    ]
+    assert sum(loads) == sum(costs)
+    assert max(loads) <= sum(costs) / processes + max(costs)
+
+
+def test_shares_of_gpt2_small_are_even():
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(GPT2Config(n_layer=12, n_embd=768))
+    optimizer = hf_schatten.create_schatten_optimizer(model, p=2, verbose=False)
+    costs = [update_cost(matrix) for matrix in optimizer.matrices()]
+    for processes in (2, 4, 8, 16):
+        owners = assign(costs, processes)
+        loads = [
+            sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(processes)
+        ]
+        assert max(loads) <= (1 / processes + 0.1) * sum(costs)
+
+
+def test_rounds_hold_every_matrix_once_within_the_buffer():
+    optimizer = hf_schatten.create_schatten_optimizer(model_of(256), p=2, verbose=False)
+    matrices = list(optimizer.matrices())
+    owners = assign([update_cost(matrix) for matrix in matrices], 3)
+    rounds = list(rounds_of(matrices, owners, 3, 1))
+    sent = [[matrix.name for current in rounds for matrix in current[rank]] for rank in range(3)]
+    for rank, names in enumerate(sent):
+        expected = [matrix.name for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
+        assert sorted(names) == sorted(expected)
+    for current in rounds:
+        for group in current:
+            elements = sum(math.prod(matrix.wide_shape) for matrix in group)
+            assert len(group) <= 1 or 3 * 4 * elements <= 1 << 20

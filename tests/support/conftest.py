@@ -1,0 +1,23 @@
+"""What every row of the table of support shares: its arguments, and runs without pictures."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.register_assert_rewrite("support_runs")  # before its import, or its assertions show no values
+
+from support_runs import RUN  # noqa: E402
+
+from hf_schatten import SchattenCallback  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """Leave out the pictures, nine tenths of a tiny run's time; tests/test_trainer.py holds them."""
+    monkeypatch.setattr(SchattenCallback, "_draw", lambda *args: None)
+
+
+@pytest.fixture
+def arguments(training_arguments):
+    """Return arguments of twelve steps with three estimates and a checkpoint at the sixth."""
+    return training_arguments(**RUN)
