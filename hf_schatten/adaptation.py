@@ -20,14 +20,16 @@ from .criterion import (
     Estimator,
     Inputs,
     Sample,
+    gradient_curve,
     maximising_exponent,
     objective_curve,
 )
-from .distributed import mean_over_processes, process_count, sum_over_processes
+from .distributed import UnsupportedEngineError, mean_over_processes, process_count, sum_over_processes
 from .matrix import Matrix
 from .optimizer import SchattenP
 from .options import SchattenOptions
 from .probe import GramSum, InputProbe, RowSample
+from .sharded import is_sharded, local, owned_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -64,13 +66,13 @@ class _Measurement:
 
     step: int
     statistics: Tensor  # (L, CURVES, NODES) float64
-    valid: Tensor  # (L,) bool: whether it was measured
+    valid: Tensor  # (L, CURVES) bool: whether it was measured
     spectra: dict[int, tuple[Tensor, Tensor]]  # of gradient and input, of the illustrated matrices
 
     @classmethod
     def of_nothing(cls, step: int, count: int, device: torch.device) -> _Measurement:
         statistics = torch.zeros(count, CURVES, NODES, dtype=torch.float64, device=device)
-        return cls(step, statistics, torch.zeros(count, dtype=torch.bool, device=device), {})
+        return cls(step, statistics, torch.zeros(count, CURVES, dtype=torch.bool, device=device), {})
 
 
 class Adaptation:
@@ -188,6 +190,9 @@ class Adaptation:
         matrices = self._adapted(optimizer)
         inputs = self._inputs(matrices)
         self._report_unsampled({matrix.name for matrix in matrices if matrix.input_name not in inputs})
+        if is_sharded(matrices[0].parameter):
+            self._learn(optimizer, self._measure_shards(optimizer, matrices, inputs))
+            return
         criterion = CRITERIA[self._options.criterion]
         samples = (_sample(criterion, matrix, inputs.get(matrix.input_name)) for matrix in matrices)
         nothing = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), matrices[0].parameter.device)
@@ -206,13 +211,39 @@ class Adaptation:
             self._pending = Future()
             self._pending.set_result(nothing)
 
+    def _measure_shards(
+        self, optimizer: SchattenP, matrices: Sequence[Matrix], inputs: Mapping[str, Inputs]
+    ) -> _Measurement:
+        """Measure the inputs of this process, and the gradients of the parameters whose owner it is.
+
+        Raises:
+            UnsupportedEngineError: with an option that needs whole momenta on every process.
+        """
+        if self._options.criterion != "holder" or self._worker is not None:
+            raise UnsupportedEngineError(
+                f"criterion={self._options.criterion!r} with p_async={self._options.p_async} is not supported where "
+                "FSDP shards the parameters: set criterion=holder and p_async=false, or use DDP."
+            )
+        estimator = Estimator.named(self._options.p_estimator)
+        device = local(matrices[0].parameter).device
+        measured = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), device)
+        number = {(id(matrix.parameter), matrix.index): row for row, matrix in enumerate(matrices)}
+        for row, matrix in enumerate(matrices):
+            if matrix.input_name in inputs:
+                measured.statistics[row, 1] = inputs[matrix.input_name].curve(estimator.log_norms)
+        for matrix, gradient in owned_gradients(matrices, self._options.buffer_mib):
+            measured.statistics[number[id(matrix.parameter), matrix.index], 0] = gradient_curve(gradient, estimator)
+        empty = measured.statistics.abs().sum(dim=-1) == 0  # no curve is zero everywhere, unless there is none
+        valid = measured.statistics.isfinite().all(dim=-1) & ~empty
+        return replace(measured, valid=valid)
+
     def _inputs(self, matrices: Sequence[Matrix]) -> dict[str, Inputs]:
         """Return what was sampled by name; Gram matrices are first added up over all processes."""
         samples = self._probe.take()
         if self._options.sync == "statistics":
             return {name: Inputs(rows) for name, rows in samples.items()}
         sizes = {matrix.input_name: matrix.shape[1] for matrix in matrices}
-        device = matrices[0].parameter.device
+        device = local(matrices[0].parameter).device
         grams = [samples.get(name, torch.zeros(n, n, dtype=torch.float64, device=device)) for name, n in sizes.items()]
         total = sum_over_processes(torch.cat([gram.flatten() for gram in grams]))
         pieces = total.split([n * n for n in sizes.values()])
@@ -242,10 +273,12 @@ class Adaptation:
             device = matrices[0].parameter.device
             measured = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), device)
         curves = CRITERIA[self._options.criterion].curves  # the others are zero, and need not travel
-        used, valid = measured.statistics[:, :curves], measured.valid
+        used, known = measured.statistics[:, :curves], measured.valid[:, :curves]
         # Else every process has measured the same, unless a worker has failed.
-        if self._options.sync == "statistics" or self._worker is not None:
-            used, valid = mean_over_processes(used, valid)
+        if self._options.sync == "statistics" or self._worker is not None or is_sharded(matrices[0].parameter):
+            means, found = mean_over_processes(used.flatten(0, 1), known.flatten())
+            used, known = means.view_as(used), found.view_as(known)
+        valid = known.all(dim=1)
         statistics = torch.cat([used, measured.statistics[:, curves:]], dim=1)
         average = torch.stack([matrix.statistics for matrix in matrices])  # (L, CURVES, NODES)
         weight = torch.stack([matrix.statistics_weight for matrix in matrices])  # (L,)
@@ -322,7 +355,8 @@ def _measure(
         rows[index] = statistics(sample)
         if index in illustrated:
             spectra[index] = _spectrum(sample.gradient), _spectrum(sample.inputs.rows)
-    return replace(nothing, valid=rows.isfinite().flatten(1).all(dim=1), spectra=spectra)
+    measured = rows.isfinite().flatten(1).all(dim=1)
+    return replace(nothing, valid=measured[:, None].expand_as(nothing.valid), spectra=spectra)
 
 
 def _spectrum(X: Tensor) -> Tensor:

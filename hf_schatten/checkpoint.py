@@ -29,6 +29,7 @@ from .layout import matrix_name
 from .matrix import MOMENTUM, P, layout_of
 from .optimizer import STATE_ELSEWHERE, SchattenP
 from .options import SchattenOptions
+from .sharded import is_sharded, like, local, whole
 
 logger = logging.getLogger(__name__)
 
@@ -46,19 +47,23 @@ class CheckpointError(ValueError):
     """A checkpoint cannot be read, or is not of this model; the message names the file and what is wrong."""
 
 
-def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None:
+def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str], *, write: bool = True) -> None:
     """Write the optimizer's state and configuration into a checkpoint folder.
 
     Args:
-        optimizer: optimizer with named parameters.
+        optimizer: optimizer with named parameters. Where they are sharded, every process must call this.
         folder: exists.
+        write: whether this process writes; of several, one does. Default True.
     """
     folder = Path(folder)
-    tensors = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, parameter in _named_parameters(optimizer)
-        for key, value in optimizer.state.get(parameter, {}).items()
-    }
+    tensors = {}
+    for name, parameter in _named_parameters(optimizer):
+        for key, value in optimizer.state.get(parameter, {}).items():
+            gathered = whole(value.detach())
+            if write:
+                tensors[f"{name}/{key}"] = gathered.cpu().contiguous()
+    if not write:
+        return
     config = {
         "format_version": FORMAT_VERSION,
         "package_version": version("hf_schatten"),
@@ -118,13 +123,25 @@ def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None
     names = dict(_named_parameters(optimizer))
     state_dict = optimizer.state_dict()
     ids = dict(zip(names, (i for group in state_dict["param_groups"] for i in group["params"]), strict=True))
-    state_dict["state"] = {ids[name]: state for name, state in saved.items()}
+    state_dict["state"] = {
+        ids[name]: {key: _as_the_parameter(value, names[name]) for key, value in state.items()}
+        for name, state in saved.items()
+    }
     for group in state_dict["param_groups"]:
         then = learning_rates[group["param_names"][0]]
         group.update({key: then[key] for key in _SCHEDULED if key in then})
     optimizer.load_state_dict(state_dict)
     if optimizer.options and config["options"]:
         _honour_present_options(optimizer, optimizer.options, config["options"])
+
+
+def mark_incomplete(folder: str | os.PathLike[str]) -> None:
+    """Make :func:`newest_complete_checkpoint` pass over a checkpoint, which may not exist, until it is written again.
+
+    Args:
+        folder: whose files are about to be replaced one by one.
+    """
+    (Path(folder) / _TRAINER_STATE_FILE).unlink(missing_ok=True)
 
 
 def newest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
@@ -175,6 +192,13 @@ def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
     newest = max((path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")), key=_step_of, default=None)
     hint = f" Did you mean {newest}?" if newest else ""
     raise CheckpointError(f"{folder} has no {STATE_FILE}.{hint}")
+
+
+def _as_the_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """Return a state tensor sharded as the parameter is, if it has its shape."""
+    if not is_sharded(parameter) or value.shape != parameter.shape:
+        return value
+    return like(value.to(local(parameter).device), parameter)
 
 
 def _p_by_matrix(states: Mapping[str, Mapping[str, Tensor]], groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:

@@ -180,14 +180,19 @@ def exponent_nodes() -> Tensor:
     return center - radius * torch.cos(angles)
 
 
+def gradient_curve(gradient: Tensor, estimator: Estimator) -> Tensor:
+    """Return log ‖G‖_{1+s} of a gradient (m, n) at :func:`exponent_nodes`, (NODES,), relative to s = 1."""
+    s = exponent_nodes().to(gradient.device)
+    curve = estimator.log_norms(gradient, 1 / (1 + s))
+    return curve - curve[-1]
+
+
 def _holder_statistics(sample: Sample, estimator: Estimator) -> Tensor:
     """Log-norms of gradient and input, relative to their value at s = 1.
 
     So the scale of gradient and input, which does not move the maximum, cannot dominate an average.
     """
-    s = exponent_nodes().to(sample.gradient.device)
-    gradient_curve = estimator.log_norms(sample.gradient, 1 / (1 + s))
-    return _curves(gradient_curve - gradient_curve[-1], sample.inputs.curve(estimator.log_norms))
+    return _curves(gradient_curve(sample.gradient, estimator), sample.inputs.curve(estimator.log_norms))
 
 
 def _alignment_statistics(sample: Sample, estimator: Estimator) -> Tensor:

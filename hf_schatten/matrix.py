@@ -36,6 +36,7 @@ class Matrix:
         group: the parameter's group.
         state: the parameter's state, empty before the first step.
         usable: whether the parameter's gradient is finite, a bool scalar on its device; None outside a step.
+        average: (look-ahead) momentum of the whole parameter where the state has a shard of it, else None.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Matrix:
     group: Group
     state: State
     usable: Tensor | None = None
+    average: Tensor | None = None
 
     @property
     def input_name(self) -> str:
@@ -54,7 +56,7 @@ class Matrix:
     @property
     def momentum(self) -> Tensor:
         """The moving average of the gradient, (r, c) as stored."""
-        return self._matrix(self.state[MOMENTUM])
+        return self._matrix(self.state[MOMENTUM] if self.average is None else self.average)
 
     @property
     def gradient(self) -> Tensor | None:
@@ -115,7 +117,7 @@ class Matrix:
     def write_momentum(self, wide: Tensor) -> None:
         """Write the bias-corrected (look-ahead) momentum into ``wide``; the bias is that of one step more."""
         beta, nesterov = self.group["momentum"], self.group["nesterov"]
-        if nesterov:
+        if nesterov and self.average is None:
             self.look_ahead(out=self._stored(wide))
         else:
             self._stored(wide).copy_(self.momentum)
@@ -139,6 +141,18 @@ class Matrix:
         keep = torch.ones_like(factor) if self.usable is None else self.usable.to(factor.dtype)
         weights.addcmul_(weights, keep.to(weights.dtype), value=-self.learning_rate * self.group["weight_decay"])
         weights.addcmul_(self._stored(wide).reshape(weights.shape), factor * keep, value=-self.learning_rate)
+
+    def write_step(self, wide: Tensor, whole: Tensor) -> None:
+        """Write the step of this matrix to its place in that of the whole parameter."""
+        place = self._part(whole)
+        place.copy_(self._stored(wide).reshape(place.shape))
+
+    def apply_to_shard(self, weights: Tensor, step: Tensor) -> None:
+        """Decay this process' rows of the parameter and take their step, unless the gradient is not usable."""
+        assert self.usable is not None
+        keep = self.usable.to(weights.dtype)
+        weights.addcmul_(weights, keep, value=-self.learning_rate * self.group["weight_decay"])
+        weights.addcmul_(step, keep, value=-self.learning_rate)
 
     def _bias_correction(self, beta: float, ahead: bool = False) -> Tensor:
         """Return what an average that began at zero is divided by, a float64 scalar."""

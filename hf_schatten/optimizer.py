@@ -10,8 +10,8 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -43,6 +43,7 @@ from .options import (
     StepRule,
 )
 from .preconditioning import SECOND_MOMENTS
+from .sharded import is_sharded, local, shards_of, update_sharded
 from .update import COMMON_OPTIONS, Update, batches, factors_alone, lengths_together
 from .work_sharing import assign, exchange, rounds_of, update_cost
 
@@ -237,21 +238,21 @@ class SchattenP(Optimizer):
         self.create_matrix_state()
         if self.policy is not None:
             self.policy.before_update(self)
-        usable: _Usable = {}
+        usable = self._usable_gradients()
         for group in self.param_groups:
-            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
-            usable.update((parameter, _is_finite(parameter.grad)) for parameter in parameters)
+            parameters = [parameter for parameter in group["params"] if parameter in usable]
             if group["spectral"]:
                 self._advance_moments(group, parameters, usable)
             elif parameters:
                 self._adamw_step(group, parameters, usable)
-        self._update_matrices(
-            [
-                replace(matrix, usable=usable[matrix.parameter])
-                for matrix in self.matrices()
-                if matrix.parameter in usable
-            ]
-        )
+        with_gradient = [
+            replace(matrix, usable=usable[matrix.parameter])
+            for matrix in self.matrices()
+            if matrix.parameter in usable
+        ]
+        self._update_matrices([matrix for matrix in with_gradient if not is_sharded(matrix.parameter)])
+        sharded = [matrix for matrix in with_gradient if is_sharded(matrix.parameter)]
+        update_sharded(sharded, lambda owned: self._steps(owned, owned), self.buffer_mib)
         if self.policy is not None:
             self.policy.after_update(self)
         self._calls += 1
@@ -299,8 +300,7 @@ class SchattenP(Optimizer):
         shapes = {}
         for group in self.param_groups:
             for name, parameter in named_parameters(group):
-                with torch.device("meta"):
-                    state = _new_state(parameter.to("meta"), group)
+                state = _new_state(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), group)
                 shapes[name] = {key: value.shape for key, value in state.items()}
         return shapes
 
@@ -361,10 +361,26 @@ class SchattenP(Optimizer):
         """
         for group in self.param_groups:
             if group["spectral"]:
-                for parameter in group["params"]:
+                for name, parameter in named_parameters(group):
                     if parameter not in self.state:
-                        _require_whole_matrix(parameter)
+                        self._require_matrix(name, parameter, group)
                         self.state[parameter] = _new_state(parameter, group)
+
+    def _require_matrix(self, name: str, parameter: Tensor, group: Group) -> None:
+        if is_sharded(parameter):
+            shards_of(name, parameter)
+            for option, value in (("precondition", group["precondition"]), ("coupling_order", self.coupling_order)):
+                if value not in ("none", None):
+                    raise UnsupportedEngineError(
+                        f"{option}={value!r} is not supported where FSDP shards the parameters: leave it out, or "
+                        "use DDP."
+                    )
+        if parameter.ndim < 2:
+            raise UnsupportedEngineError(
+                f"A matrix has become a tensor of shape {tuple(parameter.shape)}: the training engine (DeepSpeed ZeRO "
+                "or FSDP version 1) hands the optimizer flat pieces. Use DDP or FSDP version 2, or "
+                "optim='adamw_torch' with this engine."
+            )
 
     def _report_skipped(self) -> None:
         skipped = self.skipped_steps()
@@ -406,10 +422,10 @@ class SchattenP(Optimizer):
     def _advance_moments(self, group: dict[str, Any], parameters: Iterable[Tensor], usable: _Usable) -> None:
         second_moment = SECOND_MOMENTS.get(group["precondition"])
         for parameter in parameters:
-            state, momentum = self.state[parameter], self.state[parameter][MOMENTUM]
+            state, momentum = self.state[parameter], local(self.state[parameter][MOMENTUM])
             state[STEP].add_(1)
             state[SKIPPED].add_(~usable[parameter])
-            gradient = parameter.grad.to(momentum.dtype)  # type: ignore[union-attr]
+            gradient = local(parameter.grad).to(momentum.dtype)  # type: ignore[arg-type]
             momentum.lerp_(torch.where(usable[parameter], gradient, momentum), 1 - group["momentum"])
             if second_moment is not None:
                 layout, beta2 = layout_of(group), group["betas"][1]
@@ -436,6 +452,19 @@ class SchattenP(Optimizer):
             if self.policy is not None:
                 self.policy.observe([matrix], step[None].to(whole.dtype), whole[None])
             matrix.apply(step, whole)
+
+    def _usable_gradients(self) -> _Usable:
+        """Return for every parameter that has a gradient whether it is finite, on all processes together."""
+        parameters = [
+            parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
+        ]
+        usable = {parameter: _is_finite(local(parameter.grad)) for parameter in parameters}
+        sharded = [parameter for parameter in parameters if is_sharded(parameter)]
+        if sharded:
+            finite = torch.stack([usable[parameter] for parameter in sharded]).int()
+            dist.all_reduce(finite, dist.ReduceOp.MIN)
+            usable.update(zip(sharded, finite.bool(), strict=True))
+        return usable
 
     def _steps(self, owned: list[Matrix], matrices: list[Matrix]) -> dict[int, Tensor]:
         """Return the step (m, n) of each owned matrix by its identity."""
@@ -482,16 +511,16 @@ class SchattenP(Optimizer):
                 self.state[parameter] = _new_state(parameter, group)
         states = [self.state[parameter] for parameter in parameters]
         # Half-precision parameters are updated through an fp32 copy, since their state is fp32.
-        masters = [parameter.to(state_dtype(parameter)) for parameter in parameters]
+        masters = [local(parameter).to(state_dtype(parameter)) for parameter in parameters]
         beta1, beta2 = group["betas"]
         adamw(
             masters,
             [
-                torch.where(usable[parameter], parameter.grad, 0.0).to(state_dtype(parameter))  # type: ignore[arg-type]
+                torch.where(usable[parameter], local(parameter.grad), 0.0).to(state_dtype(parameter))  # type: ignore[arg-type]
                 for parameter in parameters
             ],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state[STEP] for state in states],
             amsgrad=False,
@@ -503,8 +532,8 @@ class SchattenP(Optimizer):
             maximize=False,
         )
         for parameter, master in zip(parameters, masters, strict=True):
-            if master is not parameter:
-                parameter.copy_(master)
+            if master.data_ptr() != local(parameter).data_ptr():
+                local(parameter).copy_(master)
 
 
 def _new_state(parameter: Tensor, group: Group) -> State:
@@ -516,20 +545,9 @@ def _new_state(parameter: Tensor, group: Group) -> State:
 
 def _is_finite(gradient: Tensor) -> Tensor:
     """Return whether every element is a finite number, a bool scalar on the gradient's device."""
+    if not gradient.numel():  # a process without rows
+        return torch.ones((), dtype=torch.bool, device=gradient.device)
     return torch.linalg.vector_norm(gradient, math.inf).isfinite()
-
-
-def _require_whole_matrix(parameter: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        raise UnsupportedEngineError(
-            "schatten_p does not support sharded (DTensor) parameters of FSDP version 2 or tensor parallelism yet. "
-            "Use DDP, or optim='adamw_torch' with this engine."
-        )
-    if parameter.ndim < 2:
-        raise UnsupportedEngineError(
-            f"A matrix has become a tensor of shape {tuple(parameter.shape)}: the training engine (DeepSpeed ZeRO or "
-            "FSDP version 1) hands the optimizer flat pieces. Use DDP, or optim='adamw_torch' with this engine."
-        )
 
 
 def _check_names(group: dict[str, Any]) -> None:

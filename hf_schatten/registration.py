@@ -108,14 +108,15 @@ class _Factory:
 
 
 def _refuse_unsupported_arguments(args: TrainingArguments) -> None:
-    """Raise when the arguments ask for an engine that flattens or shards the matrices.
+    """Raise when the arguments ask for an engine that flattens the matrices.
 
     Raises:
-        UnsupportedEngineError: for DeepSpeed and FSDP.
+        UnsupportedEngineError: for DeepSpeed and FSDP version 1.
     """
-    for engine, asked_for in (("DeepSpeed", args.deepspeed), ("FSDP", args.fsdp)):
+    flattening = args.fsdp and int((args.fsdp_plugin_args or {}).get("fsdp_version", 1)) == 1
+    for engine, asked_for in (("DeepSpeed", args.deepspeed), ("FSDP version 1", flattening)):
         if asked_for:
             raise UnsupportedEngineError(
                 f"optim='schatten_p' does not support {engine}, which hands the optimizer pieces of the matrices. "
-                "Use DDP (accelerate launch --multi_gpu), or optim='adamw_torch'."
+                "Use DDP (accelerate launch --multi_gpu) or FSDP version 2, or optim='adamw_torch'."
             )

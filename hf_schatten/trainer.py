@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import save_fsdp_model
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
@@ -19,6 +21,7 @@ from .checkpoint import (
     CheckpointError,
     is_foreign,
     load_optimizer,
+    mark_incomplete,
     newest_complete_checkpoint,
     save_optimizer,
     write_refusal,
@@ -103,15 +106,34 @@ class SchattenTrainerMixin(_Base):
         elif self.optimizer is None and earlier:
             write_card_section(card, earlier, _CARD_TAGS)
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self._schatten_optimizer() is not None and self.args.should_save:
+            folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            mark_incomplete(os.path.join(self._get_output_dir(trial=trial), folder))
+        super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self._schatten_optimizer() is not None:
+            self.accelerator.wait_for_everyone()  # what is written next says that the checkpoint is complete
+
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         schatten = self._schatten_optimizer()
         if schatten is None:
             super()._save_optimizer_and_scheduler(output_dir)
-        elif self.args.should_save:
+            return
+        if self.is_fsdp_enabled:
+            self._save_sharded_model(output_dir)
+        save_optimizer(schatten, output_dir, write=self.args.should_save)
+        if self.args.should_save:
             assert self.lr_scheduler is not None  # made with the optimizer
-            save_optimizer(schatten, output_dir)
             write_refusal(output_dir)
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+
+    def _save_sharded_model(self, output_dir: str) -> None:
+        """Save what a resume under FSDP loads the weights from; every process must call it."""
+        plugin = self.accelerator.state.fsdp_plugin
+        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         schatten = self._schatten_optimizer()
@@ -135,11 +157,12 @@ class SchattenTrainerMixin(_Base):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
+        # Under FSDP, the weights are in a file of its own, by the model's names.
+        if self.is_fsdp_enabled or not load_converted_weights(model or self.model, resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if not load_converted_weights(self.model, str(self.state.best_model_checkpoint)):
+        if self.is_fsdp_enabled or not load_converted_weights(self.model, str(self.state.best_model_checkpoint)):
             super()._load_best_model()
 
     def _schatten_optimizer(self) -> SchattenP | None:

@@ -1,0 +1,135 @@
+"""FSDP version 2 through Trainer: train, save, resume, also on another number of processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, DistributedType, PartialState
+from torch import multiprocessing
+from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+from hf_schatten import SchattenTrainer, load_learned_p
+
+STEPS, LENGTH, GLOBAL_BATCH = 8, 8, 8
+
+
+def allow_fsdp_on_the_cpu() -> None:
+    """Let accelerate use FSDP where it has no accelerator: it would fall back to DDP, and say nothing."""
+    original = AcceleratorState.__init__
+
+    def with_fsdp(self, *args, fsdp_plugin=None, **kwargs):
+        original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.FSDP
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = with_fsdp
+
+
+def make(folder, name, **settings):
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    torch.manual_seed(0)
+    config = GPT2Config(
+        n_layer=2, n_embd=30, n_head=2, vocab_size=63, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
+    )
+    for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        setattr(config, key, 0.0)
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randint(0, 63, (STEPS * GLOBAL_BATCH, LENGTH), generator=generator)
+    rows[::2] %= 4
+    arguments = TrainingArguments(
+        str(Path(folder) / name),
+        optim="schatten_p",
+        optim_args="p_interval=3,p_first_step=2,p_max=1000,sync=gram",
+        max_steps=STEPS,
+        save_steps=STEPS // 2,
+        per_device_train_batch_size=GLOBAL_BATCH // processes,
+        train_sampling_strategy="sequential",
+        learning_rate=5e-4,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        **({"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block"]}} if processes > 1 else {}),
+        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+        **settings,
+    )
+    assert arguments.world_size == processes
+    dataset = [{"input_ids": row, "labels": row} for row in rows]
+    return SchattenTrainer(GPT2LMHeadModel(config), arguments, train_dataset=dataset)
+
+
+def outcome(trainer):
+    history = trainer.state.log_history
+    return {
+        "p": trainer.optimizer.optimizer.learned_p(),
+        "estimates": [entry["step"] for entry in history if "schatten_p_median" in entry],
+        "weights": {
+            name: (W.full_tensor() if isinstance(W, DTensor) else W).detach().clone()
+            for name, W in trainer.model.named_parameters()
+        },
+        "losses": [entry["loss"] for entry in history if "loss" in entry],
+    }
+
+
+def process(rank: int, port: int, folder: str) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    allow_fsdp_on_the_cpu()
+    straight = make(folder, "straight")
+    straight.train()
+    assert dist.get_world_size() == 2
+    assert all(isinstance(parameter, DTensor) for parameter in straight.model.parameters())
+    checkpoint = str(Path(folder) / "straight" / f"checkpoint-{STEPS // 2}")
+    resumed = make(folder, "resumed")
+    resumed.train(resume_from_checkpoint=checkpoint)
+    torch.save({"straight": outcome(straight), "resumed": outcome(resumed)}, Path(folder) / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return the folder of the runs, and what each of two processes got."""
+    folder = tmp_path_factory.mktemp("runs")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    multiprocessing.spawn(process, args=(port, str(folder)), nprocs=2)
+    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_a_resume_is_exact(runs):
+    _, results = runs
+    straight, resumed = results[0]["straight"], results[0]["resumed"]
+    assert straight["estimates"] == [2, 3, 6]
+    assert straight["p"] == resumed["p"] == results[1]["straight"]["p"]
+    assert straight["losses"] == resumed["losses"]
+    for key, weights in straight["weights"].items():
+        assert torch.equal(weights, resumed["weights"][key]), key
+
+
+def test_it_trains_as_one_process_does(runs, tmp_path):
+    _, results = runs
+    alone = make(tmp_path, "alone", save_strategy="no")
+    alone.train()
+    expected, found = outcome(alone), results[0]["straight"]
+    for key, p in expected["p"].items():
+        assert abs(1 / found["p"][key] - 1 / p) <= 1e-6
+    for key, weights in expected["weights"].items():
+        if not key.endswith("c_attn.bias"):  # a key's has no gradient but rounding, which AdamW makes large
+            assert (found["weights"][key] - weights).norm() <= 1e-5 * weights.norm().clamp_min(1e-3), key
+
+
+def test_the_checkpoint_is_that_of_whole_matrices(runs):
+    folder, results = runs
+    checkpoint = folder / "straight" / f"checkpoint-{STEPS}"
+    assert load_learned_p(checkpoint) == results[0]["straight"]["p"]
+    assert (checkpoint / "optimizer.safetensors").stat().st_size > 4 * 2 * 12 * 30 * 30
