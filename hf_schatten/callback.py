@@ -15,9 +15,10 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from .adaptation import Adaptation
+from .checkpoint import write_learned_p
 from .optimizer import SchattenP
 from .options import OPTIMIZER_NAME, SchattenOptions
 from .policy import Policy, ScheduledP
@@ -149,8 +150,11 @@ class SchattenCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Draw the pictures of the run so far."""
+        """Draw the pictures of the run so far, and keep p where the checkpoint's own file cannot be read for it."""
         self._draw(args, state, optimizer)
+        schatten = unwrap_optimizer(optimizer)
+        if schatten is not None and state.is_world_process_zero and args.output_dir and not args.save_only_model:
+            write_learned_p(schatten, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def _draw(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
         """Draw into the output folder what was logged and measured: p, its criterion, the updates."""

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "optimizer.safetensors"
 CONFIG_FILE = "optimizer_config.json"
+LEARNED_P_FILE = "learned_p.json"
 FORMAT_VERSION = 3
 
 _TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
@@ -87,6 +89,19 @@ def write_refusal(folder: str | os.PathLike[str]) -> None:
     """
     refusal = {"state": {}, "param_groups": [], STATE_ELSEWHERE: STATE_FILE}
     _replace(Path(folder) / _TORCH_FILE, lambda path: torch.save(refusal, path))
+
+
+def write_learned_p(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None:
+    """Write the learned p beside a state that :func:`load_learned_p` cannot read: a plain ``Trainer``'s under FSDP.
+
+    Args:
+        optimizer: after a step.
+        folder: the checkpoint; where it does not exist, or the state can be read, nothing is written.
+    """
+    folder = Path(folder)
+    if folder.is_dir() and not ((folder / STATE_FILE).exists() or (folder / _TORCH_FILE).exists()):
+        text = json.dumps(_json_ready(optimizer.learned_p()), indent=2, allow_nan=False) + "\n"
+        _replace(folder / LEARNED_P_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
 def is_foreign(folder: str | os.PathLike[str]) -> bool:
@@ -171,6 +186,26 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | Non
     return None
 
 
+def require_same_checkpoint(checkpoint: Path | None) -> None:
+    """Raise unless all processes resume one checkpoint; every process must call it.
+
+    Machines without a common folder may have different ones, and would go on from different steps.
+
+    Args:
+        checkpoint: what this process has found, None where it has found none.
+
+    Raises:
+        CheckpointError: when the names differ.
+    """
+    names = gather_object([checkpoint.name if checkpoint else "none"])
+    if len(set(names)) > 1:
+        found = ", ".join(f"{name} (process {rank})" for rank, name in enumerate(names))
+        raise CheckpointError(
+            f"The processes have different newest complete checkpoints: {found}. Copy the one to resume to all "
+            "machines, or pass its folder as resume_from_checkpoint."
+        )
+
+
 def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
     """Return the learned p of every matrix in a checkpoint.
 
@@ -189,6 +224,9 @@ def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
         return _p_by_matrix(states, _read_config(folder / CONFIG_FILE)["groups"])
     if (folder / _TORCH_FILE).is_file():
         return _learned_p_of_torch_file(folder / _TORCH_FILE)
+    if (folder / LEARNED_P_FILE).is_file():
+        content = json.loads((folder / LEARNED_P_FILE).read_text(encoding="utf-8"))
+        return {name: float(p) for name, p in content.items()}
     newest = max((path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")), key=_step_of, default=None)
     hint = f" Did you mean {newest}?" if newest else ""
     raise CheckpointError(f"{folder} has no {STATE_FILE}.{hint}")

@@ -57,6 +57,9 @@ logger = logging.getLogger(__name__)
 
 _Usable = dict[Tensor, Tensor]  # whether the gradient of each parameter is finite, a bool scalar on its device
 
+# Options of a group that say what its parameters are, and not how they are updated.
+_STRUCTURE = "spectral", "transposed", "sections", "blocks", "p", "param_names"
+
 _REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
 
 
@@ -324,12 +327,19 @@ class SchattenP(Optimizer):
         """Load a state as ``torch.optim.Optimizer`` does, but keep the dtype in which each tensor was saved.
 
         Torch casts floating-point state to the parameter's dtype, which rounds the fp32 state of bf16
-        parameters.
+        parameters. How parameters are read as matrices is the present model's: torch's distributed checkpoints lose
+        nested options of a group.
 
         Raises:
             ValueError: when the state is another optimizer's, or is in another file.
         """
         _require_own_state(state_dict)
+        if len(state_dict["param_groups"]) == len(self.param_groups):
+            groups = [
+                saved | {option: present[option] for option in _STRUCTURE if option in present}
+                for saved, present in zip(state_dict["param_groups"], self.param_groups, strict=True)
+            ]
+            state_dict = state_dict | {"param_groups": groups}
         super().load_state_dict(state_dict)
         saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)

@@ -23,6 +23,7 @@ from .checkpoint import (
     load_optimizer,
     mark_incomplete,
     newest_complete_checkpoint,
+    require_same_checkpoint,
     save_optimizer,
     write_refusal,
 )
@@ -78,6 +79,7 @@ class SchattenTrainerMixin(_Base):
         """Train as the Trainer does; ``resume_from_checkpoint=True`` passes over checkpoints that are incomplete."""
         if resume_from_checkpoint is True:
             newest = newest_complete_checkpoint(self.args.output_dir or ".")
+            require_same_checkpoint(newest)
             resume_from_checkpoint = str(newest) if newest else True
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -12,11 +12,17 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
 from torch import multiprocessing
 from torch.distributed.tensor import DTensor
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_schatten import SchattenTrainer, load_learned_p
 
 STEPS, LENGTH, GLOBAL_BATCH = 8, 8, 8
+KINDS = {
+    "whole": {},
+    "sharded": {"state_dict_type": "SHARDED_STATE_DICT"},
+    "plain Trainer, whole": {"trainer_class": Trainer},
+    "plain Trainer, sharded": {"trainer_class": Trainer, "state_dict_type": "SHARDED_STATE_DICT"},
+}
 
 
 def allow_fsdp_on_the_cpu() -> None:
@@ -33,7 +39,7 @@ def allow_fsdp_on_the_cpu() -> None:
     AcceleratorState.__init__ = with_fsdp
 
 
-def make(folder, name, **settings):
+def make(folder, name, trainer_class=SchattenTrainer, state_dict_type="FULL_STATE_DICT", **settings):
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     torch.manual_seed(0)
     config = GPT2Config(
@@ -44,6 +50,8 @@ def make(folder, name, **settings):
     generator = torch.Generator().manual_seed(3)
     rows = torch.randint(0, 63, (STEPS * GLOBAL_BATCH, LENGTH), generator=generator)
     rows[::2] %= 4
+    wrapping = {"transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": state_dict_type}
+    sharding = {"fsdp": True, "fsdp_config": wrapping, "ddp_backend": "gloo"}
     arguments = TrainingArguments(
         str(Path(folder) / name),
         optim="schatten_p",
@@ -57,13 +65,12 @@ def make(folder, name, **settings):
         report_to="none",
         use_cpu=True,
         disable_tqdm=True,
-        **({"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["GPT2Block"]}} if processes > 1 else {}),
-        **({"ddp_backend": "gloo"} if processes > 1 else {}),
+        **(sharding if processes > 1 else {}),
         **settings,
     )
     assert arguments.world_size == processes
     dataset = [{"input_ids": row, "labels": row} for row in rows]
-    return SchattenTrainer(GPT2LMHeadModel(config), arguments, train_dataset=dataset)
+    return trainer_class(GPT2LMHeadModel(config), arguments, train_dataset=dataset)
 
 
 def outcome(trainer):
@@ -84,14 +91,17 @@ def process(rank: int, port: int, folder: str) -> None:
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     allow_fsdp_on_the_cpu()
-    straight = make(folder, "straight")
-    straight.train()
-    assert dist.get_world_size() == 2
-    assert all(isinstance(parameter, DTensor) for parameter in straight.model.parameters())
-    checkpoint = str(Path(folder) / "straight" / f"checkpoint-{STEPS // 2}")
-    resumed = make(folder, "resumed")
-    resumed.train(resume_from_checkpoint=checkpoint)
-    torch.save({"straight": outcome(straight), "resumed": outcome(resumed)}, Path(folder) / f"{rank}.pt")
+    results = {}
+    for name, settings in KINDS.items():
+        straight = make(folder, f"{name}, straight", **settings)
+        straight.train()
+        assert dist.get_world_size() == 2
+        assert all(isinstance(parameter, DTensor) for parameter in straight.model.parameters())
+        checkpoint = str(Path(folder) / f"{name}, straight" / f"checkpoint-{STEPS // 2}")
+        resumed = make(folder, f"{name}, resumed", **settings)
+        resumed.train(resume_from_checkpoint=checkpoint)
+        results[name] = {"straight": outcome(straight), "resumed": outcome(resumed)}
+    torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -106,11 +116,12 @@ def runs(tmp_path_factory):
     return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
-def test_a_resume_is_exact(runs):
+@pytest.mark.parametrize("name", KINDS)
+def test_a_resume_is_exact(runs, name):
     _, results = runs
-    straight, resumed = results[0]["straight"], results[0]["resumed"]
+    straight, resumed = results[0][name]["straight"], results[0][name]["resumed"]
     assert straight["estimates"] == [2, 3, 6]
-    assert straight["p"] == resumed["p"] == results[1]["straight"]["p"]
+    assert straight["p"] == resumed["p"] == results[1][name]["straight"]["p"]
     assert straight["losses"] == resumed["losses"]
     for key, weights in straight["weights"].items():
         assert torch.equal(weights, resumed["weights"][key]), key
@@ -120,7 +131,7 @@ def test_it_trains_as_one_process_does(runs, tmp_path):
     _, results = runs
     alone = make(tmp_path, "alone", save_strategy="no")
     alone.train()
-    expected, found = outcome(alone), results[0]["straight"]
+    expected, found = outcome(alone), results[0]["whole"]["straight"]
     for key, p in expected["p"].items():
         assert abs(1 / found["p"][key] - 1 / p) <= 1e-6
     for key, weights in expected["weights"].items():
@@ -128,8 +139,14 @@ def test_it_trains_as_one_process_does(runs, tmp_path):
             assert (found["weights"][key] - weights).norm() <= 1e-5 * weights.norm().clamp_min(1e-3), key
 
 
-def test_the_checkpoint_is_that_of_whole_matrices(runs):
+@pytest.mark.parametrize("name", KINDS)
+def test_the_learned_p_is_read_from_the_checkpoint(runs, name):
     folder, results = runs
-    checkpoint = folder / "straight" / f"checkpoint-{STEPS}"
-    assert load_learned_p(checkpoint) == results[0]["straight"]["p"]
+    checkpoint = folder / f"{name}, straight" / f"checkpoint-{STEPS}"
+    assert load_learned_p(checkpoint) == results[0][name]["straight"]["p"]
+
+
+def test_the_file_holds_whole_matrices(runs):
+    folder, _ = runs
+    checkpoint = folder / "whole, straight" / f"checkpoint-{STEPS}"
     assert (checkpoint / "optimizer.safetensors").stat().st_size > 4 * 2 * 12 * 30 * 30
