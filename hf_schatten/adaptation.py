@@ -190,7 +190,7 @@ class Adaptation:
         matrices = self._adapted(optimizer)
         inputs = self._inputs(matrices)
         self._report_unsampled({matrix.name for matrix in matrices if matrix.input_name not in inputs})
-        if is_sharded(matrices[0].parameter):
+        if self._has_shards(matrices):
             self._learn(optimizer, self._measure_shards(optimizer, matrices, inputs))
             return
         criterion = CRITERIA[self._options.criterion]
@@ -211,6 +211,10 @@ class Adaptation:
             self._pending = Future()
             self._pending.set_result(nothing)
 
+    @staticmethod
+    def _has_shards(matrices: Iterable[Matrix]) -> bool:
+        return any(is_sharded(matrix.parameter) for matrix in matrices)
+
     def _measure_shards(
         self, optimizer: SchattenP, matrices: Sequence[Matrix], inputs: Mapping[str, Inputs]
     ) -> _Measurement:
@@ -227,15 +231,15 @@ class Adaptation:
         estimator = Estimator.named(self._options.p_estimator)
         device = local(matrices[0].parameter).device
         measured = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), device)
-        number = {(id(matrix.parameter), matrix.index): row for row, matrix in enumerate(matrices)}
+        row_of = {matrix.name: row for row, matrix in enumerate(matrices)}
+        measured.statistics.fill_(torch.nan)  # what nobody measures
         for row, matrix in enumerate(matrices):
             if matrix.input_name in inputs:
                 measured.statistics[row, 1] = inputs[matrix.input_name].curve(estimator.log_norms)
         for matrix, gradient in owned_gradients(matrices, self._options.buffer_mib):
-            measured.statistics[number[id(matrix.parameter), matrix.index], 0] = gradient_curve(gradient, estimator)
-        empty = measured.statistics.abs().sum(dim=-1) == 0  # no curve is zero everywhere, unless there is none
-        valid = measured.statistics.isfinite().all(dim=-1) & ~empty
-        return replace(measured, valid=valid)
+            measured.statistics[row_of[matrix.name], 0] = gradient_curve(gradient, estimator)
+        valid = measured.statistics.isfinite().all(dim=-1)
+        return replace(measured, statistics=measured.statistics.nan_to_num(0.0), valid=valid)
 
     def _inputs(self, matrices: Sequence[Matrix]) -> dict[str, Inputs]:
         """Return what was sampled by name; Gram matrices are first added up over all processes."""
@@ -275,7 +279,7 @@ class Adaptation:
         curves = CRITERIA[self._options.criterion].curves  # the others are zero, and need not travel
         used, known = measured.statistics[:, :curves], measured.valid[:, :curves]
         # Else every process has measured the same, unless a worker has failed.
-        if self._options.sync == "statistics" or self._worker is not None or is_sharded(matrices[0].parameter):
+        if self._options.sync == "statistics" or self._worker is not None or self._has_shards(matrices):
             means, found = mean_over_processes(used.flatten(0, 1), known.flatten())
             used, known = means.view_as(used), found.view_as(known)
         valid = known.all(dim=1)

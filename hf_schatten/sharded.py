@@ -100,7 +100,7 @@ def update_sharded(matrices: Iterable[Matrix], steps_of: Steps, buffer_mib: int)
 
 
 def owned_gradients(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tuple[Matrix, Tensor]]:
-    """Yield those sharded matrices that this process owns with their whole gradients, (out, in).
+    """Yield those matrices that this process owns with their whole gradients, (out, in); of what is not sharded, all.
 
     Every process must exhaust it. A matrix without a gradient, or with one that is not finite, is left out.
 
@@ -109,15 +109,24 @@ def owned_gradients(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tup
         buffer_mib: as in :func:`_rounds`.
     """
     with_gradient = [matrix for matrix in matrices if matrix.parameter.grad is not None]
-    for shards, by_parameter, owned in _rounds(with_gradient, buffer_mib):
+    for matrix in with_gradient:
+        if not is_sharded(matrix.parameter):
+            yield from _finite_gradients([matrix], matrix.parameter.grad)  # type: ignore[arg-type]
+    sharded = [matrix for matrix in with_gradient if is_sharded(matrix.parameter)]
+    for shards, by_parameter, owned in _rounds(sharded, buffer_mib):
         parts = [local(parameter.grad) for parameter, _ in owned]  # type: ignore[arg-type]
         gradients = gather_to_owners(shards, owned, parts)
         mine = [parameter for parameter, owner in owned if owner == shards.rank]
         for parameter, gradient in zip(mine, gradients, strict=True):
-            for matrix in by_parameter[parameter]:
-                own = layout_of(matrix.group).matrix(gradient, matrix.index)
-                if own.isfinite().all():
-                    yield matrix, own.mT if matrix.group["transposed"] else own
+            yield from _finite_gradients(by_parameter[parameter], gradient)
+
+
+def _finite_gradients(matrices: Iterable[Matrix], gradient: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
+    """Yield matrices of one parameter with their parts of its gradient, (out, in), that are finite."""
+    for matrix in matrices:
+        own = layout_of(matrix.group).matrix(gradient, matrix.index)
+        if own.isfinite().all():
+            yield matrix, own.mT if matrix.group["transposed"] else own
 
 
 def _rounds(

@@ -127,10 +127,23 @@ def test_the_factory_gets_the_arguments_of_the_command_line(gpt2, training_argum
     assert rest["eps"] == 1e-4
 
 
-@pytest.mark.parametrize(("argument", "engine"), [({"fsdp": "full_shard"}, "FSDP"), ({"deepspeed": "x"}, "DeepSpeed")])
+@pytest.mark.parametrize(
+    ("argument", "engine"),
+    [
+        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "FSDP version 1"),
+        ({"deepspeed": "x"}, "DeepSpeed"),
+    ],
+)
 def test_sharding_engines_are_refused_by_name(gpt2, training_arguments, argument, engine):
     arguments = training_arguments()
     for name, value in argument.items():
         setattr(arguments, name, value)  # their constructors need the engine itself
     with pytest.raises(UnsupportedEngineError, match=f"does not support {engine}"):
         transformers_trainer.Trainer.get_optimizer_cls_and_kwargs(arguments, gpt2)
+
+
+def test_fsdp_version_2_is_taken(gpt2, training_arguments):
+    arguments = training_arguments()
+    arguments.fsdp, arguments.fsdp_plugin_args = True, {"fsdp_version": 2}
+    factory, _ = transformers_trainer.Trainer.get_optimizer_cls_and_kwargs(arguments, gpt2)
+    assert callable(factory())
