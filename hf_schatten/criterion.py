@@ -33,7 +33,7 @@ from .options import CriterionName
 
 # Chebyshev nodes in s. The curves are analytic in s, but the norm of A bends within about 1/k of s = 1 when the
 # gap below the largest singular value is small: 63 nodes keep the maximiser within 1e-3 of the brute-force one, and
-# two curves with a flag of validity are 1016 bytes.
+# two curves with a flag of validity each are 1024 bytes.
 NODES = 63
 CURVES = 3  # the most that a criterion has; the others leave the rest at zero
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
