@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from .distributed import UnsupportedEngineError
 from .matrix import MOMENTUM, Matrix, layout_of
-from .work_sharing import Steps, assign, update_cost
+from .work_sharing import Steps, assign, take, update_cost
 
 
 class Shards(NamedTuple):
@@ -154,16 +154,12 @@ def _rounds(
         for each, owner in sorted(zip(parameters, owners, strict=True), key=lambda pair: -pair[0].numel()):
             queues[owner].append(each)
         while any(queues):
-            taken = [_take(queue, (buffer_mib << 20) // 4) for queue in queues]
+            taken = [take(queue, (buffer_mib << 20) // 4, _elements) for queue in queues]
             yield shards, by_parameter, [(each, rank) for rank, of_rank in enumerate(taken) for each in of_rank]
 
 
-def _take(queue: list[Tensor], limit: int) -> list[Tensor]:
-    """Remove parameters of at most ``limit`` elements, but one at least, from the head of a queue."""
-    taken: list[Tensor] = []
-    while queue and (not taken or sum(each.numel() for each in [*taken, queue[0]]) <= limit):
-        taken.append(queue.pop(0))
-    return taken
+def _elements(parameters: Sequence[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _look_ahead(matrix: Matrix) -> Tensor:

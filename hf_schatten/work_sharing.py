@@ -9,13 +9,15 @@ buffer that receives those of all processes has a bounded size. While a round tr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .matrix import Matrix
+
+T = TypeVar("T")
 
 Round = list[list[Matrix]]  # the matrices that each process sends
 Steps = Callable[[list[Matrix]], Mapping[int, Tensor]]  # steps (m, n), m <= n, by the identity of the matrix
@@ -57,13 +59,13 @@ def rounds_of(matrices: Sequence[Matrix], owners: Sequence[int], processes: int,
         for queue in queues:
             queue.sort(key=lambda matrix: -_elements([matrix]))
         while any(queues):
-            yield [_take(queue, limit) for queue in queues]
+            yield [take(queue, limit, _elements) for queue in queues]
 
 
-def _take(queue: list[Matrix], limit: int) -> list[Matrix]:
-    """Remove matrices of at most ``limit`` elements, but one at least, from the head of a queue."""
-    taken: list[Matrix] = []
-    while queue and (not taken or _elements([*taken, queue[0]]) <= limit):
+def take(queue: list[T], limit: int, elements: Callable[[Sequence[T]], int]) -> list[T]:
+    """Remove what has at most ``limit`` elements together, but one item at least, from the head of a queue."""
+    taken: list[T] = []
+    while queue and (not taken or elements([*taken, queue[0]]) <= limit):
         taken.append(queue.pop(0))
     return taken
 
