@@ -283,7 +283,8 @@ class Adaptation:
             means, found = mean_over_processes(used.flatten(0, 1), known.flatten())
             used, known = means.view_as(used), found.view_as(known)
         valid = known.all(dim=1)
-        statistics = torch.cat([used, measured.statistics[:, curves:]], dim=1)
+        statistics = torch.cat([used, torch.zeros_like(measured.statistics[:, curves:])], dim=1)
+        statistics = torch.where(valid[:, None, None], statistics, 0.0)  # NaN would pass through a rate of zero
         average = torch.stack([matrix.statistics for matrix in matrices])  # (L, CURVES, NODES)
         weight = torch.stack([matrix.statistics_weight for matrix in matrices])  # (L,)
         rate = valid.to(average.dtype) * (1 - self._options.p_ema_decay)
@@ -369,11 +370,12 @@ def _spectrum(X: Tensor) -> Tensor:
 
 def _spectral_norm(X: Tensor) -> Tensor:
     """Return the largest singular value of each matrix (B, m, n) from below, to a few per cent."""
-    v = torch.ones(X.shape[0], X.shape[2], 1, dtype=X.dtype, device=X.device)
+    # Rows and not columns: batched products of a matrix and a column are slow.
+    v = torch.ones(X.shape[0], 1, X.shape[2], dtype=X.dtype, device=X.device)
     for _ in range(_POWER_ITERATIONS):
-        v = X.mT @ (X @ v)
-        v = v / torch.linalg.vector_norm(v, dim=1, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-    return torch.linalg.vector_norm(X @ v, dim=(1, 2))
+        v = (v @ X.mT) @ X
+        v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
+    return torch.linalg.vector_norm(v @ X.mT, dim=(1, 2))
 
 
 def _evenly_spaced(count: int, total: int) -> frozenset[int]:

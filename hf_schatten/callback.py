@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from .adaptation import Adaptation
 from .checkpoint import write_learned_p
+from .distributed import process_count
 from .optimizer import SchattenP
 from .options import OPTIMIZER_NAME, SchattenOptions
 from .policy import Policy, ScheduledP
@@ -66,11 +67,17 @@ class SchattenCallback(TrainerCallback):
         """Prepare the first step, and stop a resumed run that has lost its optimizer state.
 
         Raises:
-            RuntimeError: when the run continues at a later step and the optimizer starts at its first.
+            RuntimeError: when the run continues at a later step and the optimizer starts at its first, or when several
+                processes train each for itself.
         """
         schatten = unwrap_optimizer(optimizer)
         if schatten is None:
             return
+        if process_count() > 1 and args.world_size == 1:
+            raise RuntimeError(
+                f"{process_count()} processes were started, but the Trainer trains in each of them as if it were "
+                "alone: pass --use_cpu where there is no GPU."
+            )
         self._logged_estimates = schatten.policy.estimates if schatten.policy else 0
         self._drawn_step = None
         if schatten.policy is not None:

@@ -19,6 +19,9 @@ from .matrix import Matrix
 
 T = TypeVar("T")
 
+# Torch renames it: the old name warns from 2.13 on.
+_ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 Round = list[list[Matrix]]  # the matrices that each process sends
 Steps = Callable[[list[Matrix]], Mapping[int, Tensor]]  # steps (m, n), m <= n, by the identity of the matrix
 
@@ -87,7 +90,7 @@ def exchange(rounds: Iterable[Round], rank: int, steps_of: Steps) -> Iterator[tu
         for matrix, slot in zip(current[rank], _slots(sent, current[rank]), strict=True):
             slot.copy_(steps[id(matrix)])
         received = torch.empty(len(current) * size, dtype=like.dtype, device=like.device)
-        work = dist.all_gather_into_tensor(received, sent, async_op=True)
+        work = getattr(dist, _ALL_GATHER)(received, sent, async_op=True)
         if under_way is not None:
             yield from _arrived(*under_way)
         under_way = current, received.view(len(current), size), work

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from processes import together
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_schatten
@@ -25,12 +24,8 @@ def data(rank: int) -> torch.Tensor:
     return torch.randn(STEPS, 24, 12, generator=generator) * torch.linspace(1, 1 - 0.95 * rank, 12)
 
 
-def run(rank: int, port: int, folder: str, rank_without_samples: int | None) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(RANKS), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == RANKS
+def run(rank_without_samples: int | None) -> dict[str, Any]:
+    rank = dist.get_rank()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     optimizer = hf_schatten.create_schatten_optimizer(
@@ -44,9 +39,7 @@ def run(rank: int, port: int, folder: str, rank_without_samples: int | None) -> 
         gradient = model[0].weight.grad.clone()
         optimizer.step()
         optimizer.zero_grad()
-    result = {"p": optimizer.learned_p(), "gradient": gradient, "weights": model.state_dict()}
-    torch.save(result, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return {"p": optimizer.learned_p(), "gradient": gradient, "weights": model.state_dict()}
 
 
 def exponent(statistics: torch.Tensor) -> torch.Tensor:
@@ -55,11 +48,7 @@ def exponent(statistics: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("rank_without_samples", [None, 1])
 def test_p_is_shared_and_follows_every_ranks_inputs(tmp_path, rank_without_samples):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(run, args=(port, str(tmp_path), rank_without_samples), nprocs=RANKS)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(RANKS))
+    first, second = together(run, RANKS, tmp_path, rank_without_samples)
     assert first["p"] == second["p"]
     assert all(torch.equal(a, b) for a, b in zip(first["weights"].values(), second["weights"].values(), strict=True))
 

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import multiprocessing
+from processes import together
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_schatten
-from hf_schatten.work_sharing import assign, rounds_of, update_cost
+from hf_schatten.work_sharing import _ALL_GATHER, assign, rounds_of, update_cost
 
 STEPS = 3
 SETTINGS = {
@@ -48,13 +46,13 @@ def train(dtype=torch.float32, width=32, bad_step=None, **options):
     optimizer = hf_schatten.create_schatten_optimizer(model, 1e-2, verbose=False, **options)
     generator = torch.Generator().manual_seed(1)
     gathered = []
-    original = dist.all_gather_into_tensor
+    original = getattr(dist, _ALL_GATHER)
 
     def count(output, sent, **kwargs):
         gathered.append((output.numel(), output.element_size()))
         return original(output, sent, **kwargs)
 
-    dist.all_gather_into_tensor = count
+    setattr(dist, _ALL_GATHER, count)
     flops = FlopCounterMode(display=False)
     try:
         for step in range(STEPS):
@@ -65,7 +63,7 @@ def train(dtype=torch.float32, width=32, bad_step=None, **options):
             with flops:
                 optimizer.step()
     finally:
-        dist.all_gather_into_tensor = original
+        setattr(dist, _ALL_GATHER, original)
     return {
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "flops": flops.get_total_flops(),
@@ -74,35 +72,20 @@ def train(dtype=torch.float32, width=32, bad_step=None, **options):
     }
 
 
-def process(rank: int, count: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == count
-    torch.save({name: train(**options) for name, options in SETTINGS.items()}, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
-
-
-def run(folder, count):
-    """Return what each process got of each setting."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(process, args=(count, port, str(folder)), nprocs=count)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
+def train_all() -> dict[str, dict[str, Any]]:
+    return {name: train(**options) for name, options in SETTINGS.items()}
 
 
 @pytest.fixture(scope="module")
 def alone():
     """Return what one process gets of each setting."""
-    return {name: train(**options) for name, options in SETTINGS.items()}
+    return train_all()
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Return what each of two processes gets of each setting."""
-    return run(tmp_path_factory.mktemp("pair"), 2)
+    return together(train_all, 2, tmp_path_factory.mktemp("pair"))
 
 
 def assert_same_weights(alone, results):
@@ -120,7 +103,7 @@ def test_the_weights_are_those_of_one_process(alone, pair):
 
 @pytest.mark.slow
 def test_the_weights_of_three_processes_are_those_of_one(alone, tmp_path):
-    assert_same_weights(alone, run(tmp_path, 3))
+    assert_same_weights(alone, together(train_all, 3, tmp_path))
 
 
 def test_each_process_computes_its_part_and_buffers_are_bounded(alone, pair):

@@ -1,0 +1,171 @@
+"""One step of training on N ranks: what it takes, and what it sends."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from scaling_machines import Cost, Machine, all_gather_bytes, all_reduce_bytes
+from scaling_pipelines import exchange, gradients_exposed
+from scaling_workload import Workload, elements, update_costs
+
+from hf_schatten.work_sharing import Round, assign, rounds_of
+
+BUCKET_BYTES = 25 << 20  # of DDP
+_BACKWARD = 2 / 3  # of the training's operations
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What of the optimizer's options the cost depends on.
+
+    Attributes:
+        p_interval: Steps between two estimates of p.
+        buffer_mib: Memory of a round's receiving buffer.
+    """
+
+    p_interval: int = 100
+    buffer_mib: int = 256
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step, in seconds and bytes of one rank.
+
+    Attributes:
+        ranks: Of the run.
+        training: Forward and backward.
+        gradients: The gradients' all-reduce, where nothing hides it.
+        optimizer: Computation of the optimizer.
+        updates: The exchange of updates, where nothing hides it.
+        statistics: The estimate of p, spread over the steps between two.
+        gradient_bytes: That a rank sends for the gradients, by a ring.
+        update_bytes: That a rank sends for the updates, padding included.
+        memory: Of weights, gradients, state and receiving buffers.
+        buffers: Of that, the two receiving buffers.
+    """
+
+    ranks: int
+    training: float
+    gradients: float
+    optimizer: float = 0.0
+    updates: float = 0.0
+    statistics: float = 0.0
+    gradient_bytes: float = 0.0
+    update_bytes: float = 0.0
+    memory: float = 0.0
+    buffers: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        """The whole step."""
+        return self.training + self.gradients + self.optimizer + self.updates + self.statistics
+
+
+Variant = Callable[[Workload, Machine, Setting, int], Step]
+
+
+def adamw(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+    """Fused AdamW for all parameters, on every rank."""
+    return _with_optimizer(workload, machine, ranks, workload.adamw, "adamw")
+
+
+def muon(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+    """``torch.optim.Muon`` for all matrices on every rank, and fused AdamW for the rest."""
+    return _with_optimizer(workload, machine, ranks, workload.muon, "muon")
+
+
+def replicated(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+    """`SchattenP` with ``share_work=false``."""
+    step = _with_optimizer(workload, machine, ranks, workload.replicated, "schatten_p")
+    return replace(step, statistics=statistics_seconds(workload, machine, setting, ranks))
+
+
+def shared(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+    """`SchattenP` with ``share_work=true``: each update is computed by one rank of all."""
+    return _sharing(workload, machine, setting, ranks, sharing=ranks)
+
+
+def shared_in_node(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+    """What does not exist: each update is computed by one rank of each node, and travels inside the node."""
+    return _sharing(workload, machine, setting, ranks, sharing=min(ranks, machine.node_ranks))
+
+
+VARIANTS: dict[str, Variant] = {
+    "AdamW": adamw,
+    "Muon": muon,
+    "ours, replicated": replicated,
+    "ours, shared": shared,
+    "ours, shared in a node": shared_in_node,
+}
+
+
+def statistics_seconds(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> float:
+    """The estimate of p and its all-reduce, spread over ``p_interval`` steps."""
+    travelling = machine.all_reduce_seconds(ranks, workload.statistics_bytes())
+    return (workload.spectra * machine.spectrum_seconds + travelling) / setting.p_interval
+
+
+def crossover(ranks: Sequence[int], sharing: Sequence[Step], alone: Sequence[Step]) -> int | None:
+    """The smallest number of ranks from which on sharing the work is slower than not sharing it, None where none is.
+
+    Args:
+        ranks: Ascending.
+        sharing: A step for each.
+        alone: The same without sharing.
+    """
+    slower = [shared.seconds > own.seconds for shared, own in zip(sharing, alone, strict=True)]
+    first = next((index for index in range(len(ranks)) if all(slower[index:])), None)
+    return None if first is None else ranks[first]
+
+
+def rounds_of_updates(workload: Workload, setting: Setting, sharing: int) -> tuple[list[Round], list[int]]:
+    """Return the rounds in which ``sharing`` ranks exchange updates, and the bytes that each sends in them."""
+    owners = assign(update_costs(workload.matrices), sharing)
+    rounds = list(rounds_of(workload.matrices, owners, sharing, setting.buffer_mib))
+    return rounds, [workload.itemsize * max(sum(map(elements, sent)) for sent in current) for current in rounds]
+
+
+def buffer_bytes(sizes: Sequence[int], sharing: int) -> int:
+    """Return the bytes of the two receiving buffers of rounds in which each of the ranks sends as many bytes."""
+    return sharing * sum(sorted(sizes)[-2:])
+
+
+def _with_training(workload: Workload, machine: Machine, ranks: int) -> Step:
+    training = workload.training_flops / (machine.peak * machine.training_efficiency)
+    size = workload.itemsize * workload.parameters
+    buckets = math.ceil(size / BUCKET_BYTES)
+    travelling = [machine.all_reduce_seconds(ranks, size / buckets)] * buckets
+    exposed = gradients_exposed(_BACKWARD * training, travelling) if machine.overlaps else sum(travelling)
+    return Step(ranks, training, exposed, gradient_bytes=all_reduce_bytes(ranks, size))
+
+
+def _with_optimizer(workload: Workload, machine: Machine, ranks: int, cost: Cost, optimizer: str) -> Step:
+    return replace(
+        _with_training(workload, machine, ranks),
+        optimizer=machine.seconds(cost),
+        memory=workload.memory(optimizer, ranks),
+    )
+
+
+def _sharing(workload: Workload, machine: Machine, setting: Setting, ranks: int, sharing: int) -> Step:
+    """A step in which groups of ``sharing`` ranks share the updates."""
+    alone = replicated(workload, machine, setting, ranks)
+    if sharing == 1:
+        return alone
+    rounds, sizes = rounds_of_updates(workload, setting, sharing)
+    computing = [[machine.seconds(workload.updates(sent)) if sent else 0.0 for sent in current] for current in rounds]
+    applying = [
+        machine.seconds(sum((workload.apply(matrix) for sent in current for matrix in sent), Cost()))
+        for current in rounds
+    ]
+    travelling = [machine.all_gather_seconds(sharing, size) for size in sizes]
+    exchanged = exchange(computing, travelling, applying, machine.overlaps)
+    buffers = buffer_bytes(sizes, sharing)
+    return replace(
+        alone,
+        optimizer=machine.seconds(workload.moments) + exchanged.computing,
+        updates=exchanged.exposed,
+        update_bytes=sum(all_gather_bytes(sharing, size) for size in sizes),
+        memory=alone.memory + buffers,
+        buffers=buffers,
+    )
