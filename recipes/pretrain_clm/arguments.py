@@ -1,19 +1,12 @@
 """The recipe's options: flags, a YAML or JSON file, or a file and flags that override it."""
 
-import difflib
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import corpus
-import yaml
-from corpus import InputError
-from transformers import HfArgumentParser, TrainingArguments
+from recipe_parts.command_line import InputError, parse
+from transformers import TrainingArguments
 
-import hf_schatten  # noqa: F401  the parser lists the optimizers known when it is built: this adds schatten_p
-
-CONFIG_SUFFIXES = {".yaml", ".yml", ".json"}
 SCRIPT_DEFAULTS = {"output_dir": "outputs/pretrain_clm", "do_train": True, "do_eval": True}
 
 
@@ -95,48 +88,10 @@ class DataTrainingArguments:
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:
     """Read flags, or a .yaml/.json file given first and flags that override it.
 
-    Values of a file become defaults of the parser, as text, so that they pass through the same type checks
-    as flags do. (In YAML, `2e-3` alone would be a string, and Trainer would fail much later.)
-
     Raises:
         InputError: A key or flag is unknown, or the file is no mapping.
     """
-    parser = HfArgumentParser([ModelArguments, DataTrainingArguments, TrainingArguments])  # type: ignore[list-item]
-    parser.set_defaults(**SCRIPT_DEFAULTS)
-    known = {action.dest for action in parser._actions}
-    if argv and not argv[0].startswith("-") and Path(argv[0]).suffix in CONFIG_SUFFIXES:
-        settings = read_config(Path(argv[0]))
-        reject_unknown(settings, known, where=argv[0])
-        parser.set_defaults(
-            **{key: str(value) if isinstance(value, int | float) else value for key, value in settings.items()}
-        )
-        argv = argv[1:]
-    *arguments, unknown = parser.parse_args_into_dataclasses(
-        args=list(argv), return_remaining_strings=True, look_for_args_file=False
+    model_args, data_args, training_args = parse(
+        argv, [ModelArguments, DataTrainingArguments, TrainingArguments], SCRIPT_DEFAULTS
     )
-    reject_unknown([word.partition("=")[0].lstrip("-") for word in unknown], known, where="the command line")
-    model_args, data_args, training_args = arguments
     return model_args, data_args, training_args
-
-
-def read_config(path: Path) -> dict[str, object]:
-    """Read a YAML or JSON file of options."""
-    if not path.is_file():
-        raise InputError(f"config file {path}: there is no such file (looked in {Path.cwd()}).")
-    text = path.read_text(encoding="utf-8")
-    try:
-        settings = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"config file {path} cannot be read: {error}") from error
-    if not isinstance(settings, dict):
-        raise InputError(f"config file {path} must hold lines like 'max_steps: 300'; it holds {settings!r}.")
-    return settings
-
-
-def reject_unknown(names: Iterable[str], known: set[str], where: str) -> None:
-    """Raise an InputError for the first name that is no option, with the nearest one that is."""
-    for name in names:
-        if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean '{nearest[0]}'?" if nearest else " See --help for all options."
-            raise InputError(f"unknown option '{name}' in {where}.{hint}")

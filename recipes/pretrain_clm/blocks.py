@@ -5,8 +5,8 @@ from itertools import chain
 from typing import Any
 
 import torch
-from corpus import InputError
 from datasets import Dataset, DatasetDict, Features, List, Value
+from recipe_parts.command_line import InputError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 

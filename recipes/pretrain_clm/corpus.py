@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
+from recipe_parts.command_line import InputError
 
 STDLIB_NAME = "Python standard library source"
 
@@ -28,10 +29,6 @@ BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
     ".csv": ("csv", {}),
     ".parquet": ("parquet", {}),
 }
-
-
-class InputError(ValueError):
-    """What the user gave cannot be used. The message names the value and says what to do."""
 
 
 def stdlib_files(root: Path) -> list[Path]:

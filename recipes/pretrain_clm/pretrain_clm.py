@@ -8,17 +8,20 @@ Usage:
 """
 
 import logging
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipe_parts is there
 
 import blocks
 import corpus
 from arguments import DataTrainingArguments, ModelArguments, parse_arguments
 from card import PretrainingTrainer, Run
-from corpus import InputError
 from datasets import Dataset, DatasetDict
+from recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipe_parts.run_record import run_recipe
+from recipe_parts.splits import sample
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,11 +30,8 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    TrainingArguments,
     set_seed,
 )
-
-from hf_schatten.checkpoint import newest_complete_checkpoint
 
 logger = logging.getLogger("pretrain_clm")
 
@@ -102,55 +102,6 @@ def new_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_s
     return config
 
 
-def sample(dataset: Dataset, limit: int | None) -> Dataset:
-    """Keep at most `limit` rows, evenly spaced: the first ones would show only a corner of the corpus."""
-    total = len(dataset)
-    if limit is None or limit >= total:
-        return dataset
-    return dataset.select([row * total // limit for row in range(limit)])
-
-
-def checkpoint_to_resume(args: TrainingArguments) -> str | None:
-    """Find the folder that `--resume_from_checkpoint` means: a path, or `last` (or `true`) for the newest.
-
-    Raises:
-        InputError: There is no such checkpoint.
-    """
-    wanted = args.resume_from_checkpoint
-    if not wanted or str(wanted).lower() in {"false", "none"}:
-        return None
-    if str(wanted).lower() in {"last", "true"}:
-        output_dir = Path(args.output_dir or "")
-        newest = newest_complete_checkpoint(output_dir)
-        if newest is None:
-            raise InputError(f"--resume_from_checkpoint {wanted}: no complete checkpoint-* folder in {output_dir}.")
-        return str(newest)
-    if not Path(wanted).is_dir():
-        raise InputError(f"--resume_from_checkpoint {wanted}: there is no such folder.")
-    return str(wanted)
-
-
-def evaluate(trainer: PretrainingTrainer, name: str) -> dict[str, float]:
-    """Evaluate the model as it is, and store loss and perplexity in `{name}_results.json`."""
-    metrics = trainer.evaluate(metric_key_prefix=name)
-    try:
-        metrics[f"{name}_perplexity"] = math.exp(metrics[f"{name}_loss"])
-    except OverflowError:
-        metrics[f"{name}_perplexity"] = math.inf
-    trainer.save_metrics(name, metrics)
-    trainer.run.metrics[name] = metrics
-    return metrics
-
-
-def comparison(before: dict[str, float], after: dict[str, float]) -> str:
-    """Lay out loss and perplexity on the validation split before and after training, side by side."""
-    lines = [f"{'validation':<12}{'start':>12}{'end':>12}"]
-    for quantity in ("loss", "perplexity"):
-        values = before[f"eval_start_{quantity}"], after[f"eval_{quantity}"]
-        lines.append(f"{quantity:<12}" + "".join(f"{value:>12.4g}" for value in values))
-    return "\n".join(lines)
-
-
 def main(argv: Sequence[str]) -> None:
     """Load, tokenize, evaluate, train, evaluate, save."""
     model_args, data_args, training_args = parse_arguments(argv)
@@ -182,8 +133,8 @@ def main(argv: Sequence[str]) -> None:
 
     trainer = PretrainingTrainer(
         run=Run(
-            model_args,
-            data_args,
+            model_args=model_args,
+            data_args=data_args,
             command=argv,
             documents={split: len(rows) for split, rows in documents.items()},
             blocks={"train": len(train_blocks), "validation": len(eval_blocks)},
@@ -196,24 +147,7 @@ def main(argv: Sequence[str]) -> None:
         processing_class=tokenizer,
         data_collator=blocks.collate,
     )
-    # A resumed run, too, evaluates the weights of step 0 here; `train` then loads the checkpoint's.
-    before = evaluate(trainer, "eval_start") if training_args.do_eval else None
-    if training_args.do_train:
-        result = trainer.train(resume_from_checkpoint=checkpoint)
-        trainer.run.seconds = result.metrics["train_runtime"]
-        trainer.save_model()  # with the tokenizer
-        trainer.log_metrics("train", result.metrics)
-        trainer.save_metrics("train", result.metrics)
-        trainer.save_state()
-    if before is not None and training_args.do_train:
-        after = evaluate(trainer, "eval")
-        if trainer.is_world_process_zero():
-            print(comparison(before, after), flush=True)
-
-    if training_args.push_to_hub:
-        trainer.push_to_hub()  # writes the card
-    else:
-        trainer.create_model_card()
+    run_recipe(trainer, checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes the modules of the recipe importable, as they are when its script runs."""
+"""Makes the modules of the recipes importable, as they are when their scripts run."""
 
 import sys
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import datasets
 import pytest
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "pretrain_clm"
-sys.path.insert(0, str(RECIPE))
+RECIPES = Path(__file__).parents[2] / "recipes"
+sys.path[:0] = [str(RECIPES / name) for name in ("pretrain_clm", "image_classification", ".")]
 
 
 @pytest.fixture
 def recipe() -> Path:
-    return RECIPE
+    return RECIPES / "pretrain_clm"
 
 
 @pytest.fixture(autouse=True)

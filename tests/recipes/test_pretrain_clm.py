@@ -11,11 +11,12 @@ import blocks
 import corpus
 import pretrain_clm
 import pytest
-from corpus import InputError
 from datasets import Dataset, DatasetDict
+from recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipe_parts.run_record import side_by_side
 from transformers import TrainingArguments
 
-pytestmark = pytest.mark.filterwarnings("error:::(arguments|blocks|corpus|pretrain_clm)")
+pytestmark = pytest.mark.filterwarnings("error:::(arguments|blocks|corpus|pretrain_clm|recipe_parts)")
 
 SOURCE = 'def area(radius):\n    """Of a circle."""\n    return 3.14159 * radius ** 2\n'
 
@@ -310,15 +311,14 @@ def test_sample_is_evenly_spaced():
 
 def test_checkpoint_to_resume(tmp_path):
     def find(value: str | None) -> str | None:
-        return pretrain_clm.checkpoint_to_resume(
-            TrainingArguments(output_dir=str(tmp_path / "out"), resume_from_checkpoint=value)
-        )
+        return checkpoint_to_resume(TrainingArguments(output_dir=str(tmp_path / "out"), resume_from_checkpoint=value))
 
     assert find(None) is None
-    with pytest.raises(InputError, match="no checkpoint-\\* folder"):
+    with pytest.raises(InputError, match="no complete checkpoint-\\* folder"):
         find("last")
     for step in (9, 10):
         (tmp_path / "out" / f"checkpoint-{step}").mkdir(parents=True)
+        (tmp_path / "out" / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
     newest = str(tmp_path / "out" / "checkpoint-10")
     assert find("last") == find("true") == find(newest) == newest
     with pytest.raises(InputError, match="there is no such folder"):
@@ -327,7 +327,8 @@ def test_checkpoint_to_resume(tmp_path):
 
 def test_comparison_lists_start_and_end():
     before = {"eval_start_loss": 8.317, "eval_start_perplexity": 4094.0}
-    table = pretrain_clm.comparison(before, {"eval_loss": 2.0, "eval_perplexity": 7.389})
+    metrics = {"eval_start": before, "eval": {"eval_loss": 2.0, "eval_perplexity": 7.389}}
+    table = side_by_side(metrics, pretrain_clm.PretrainingTrainer.quantities)
     assert [line.split() for line in table.splitlines()] == [
         ["validation", "start", "end"],
         ["loss", "8.317", "2"],

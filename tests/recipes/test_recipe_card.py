@@ -6,8 +6,9 @@ import card
 import pytest
 import transformers.trainer
 from arguments import DataTrainingArguments, ModelArguments
-from corpus import InputError
 from huggingface_hub import ModelCard
+from recipe_parts import run_record
+from recipe_parts.command_line import InputError
 
 
 @pytest.fixture
@@ -16,8 +17,8 @@ def make_trainer(gpt2, token_dataset, training_arguments):
 
     def make(data_args=None, model_args=None, **overrides):
         run = card.Run(
-            model_args or ModelArguments(),
-            data_args or DataTrainingArguments(block_size=16),
+            model_args=model_args or ModelArguments(),
+            data_args=data_args or DataTrainingArguments(block_size=16),
             command=["gpt2_stdlib.yaml", "--max_steps", "2", "--hub_token", "hf_secret"],
             documents={"train": 1234, "validation": 5},
             blocks={"train": 64, "validation": 4},
@@ -131,13 +132,13 @@ def test_a_push_takes_the_card_along(make_trainer, monkeypatch):
         ),
         (["/somewhere/else/my.txt", "--output_dir=/somewhere/out"], ["my.txt", "--output_dir=out"]),
         (
-            [f"{card.REPOSITORY}/recipes/a.yaml", "--output_dir", f"{card.REPOSITORY}/out"],
+            [f"{run_record.REPOSITORY}/recipes/a.yaml", "--output_dir", f"{run_record.REPOSITORY}/out"],
             ["recipes/a.yaml", "--output_dir", "out"],
         ),
     ],
 )
 def test_the_command_has_no_access_tokens_and_no_folders_of_this_machine(command, kept):
-    assert card.public(command) == kept
+    assert run_record.public(command) == kept
 
 
 @pytest.mark.parametrize(
@@ -145,10 +146,10 @@ def test_the_command_has_no_access_tokens_and_no_folders_of_this_machine(command
     [(28_032, "28,032"), (614_400, "0.614 million"), (4_273_664, "4.27 million"), (10_000_000_000, "10 billion")],
 )
 def test_counts_as_people_say_them(count, text):
-    assert card._quantity(count) == text
+    assert run_record.quantity(count) == text
 
 
 def test_a_missing_template_is_said_before_the_training(make_trainer, monkeypatch, tmp_path):
-    monkeypatch.setattr(card, "TEMPLATE", tmp_path / "template.md")
+    monkeypatch.setattr(run_record, "TEMPLATE", tmp_path / "template.md")
     with pytest.raises(InputError, match=r"template\.md is missing: run the recipe in a whole checkout"):
         make_trainer()
