@@ -19,8 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_schatten import create_schatten_optimizer
 
-_RECIPES = Path(__file__).parents[1] / "recipes"
-sys.path[:0] = [str(_RECIPES / "pretrain_clm"), str(_RECIPES)]
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "pretrain_clm"))
 import blocks
 import corpus
 from datasets import Dataset, DatasetDict
