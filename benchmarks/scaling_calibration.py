@@ -31,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from hf_schatten import SchattenP, create_schatten_optimizer
+from hf_schatten.work_sharing import _ALL_GATHER
 
 PROCESSES = 2
 _ELEMENTS = 1 << 22  # of the tensors that measure element-wise work: more than a cache holds
@@ -255,7 +256,7 @@ def _time_collectives(sizes: tuple[int, ...], processes: int) -> list[tuple[floa
         own, everything = torch.zeros(size, dtype=torch.uint8), torch.zeros(processes * size, dtype=torch.uint8)
         numbers = torch.zeros(size // 4)
         calls = max(4, (1 << 24) // size // 16)  # the same on all processes
-        gather = _seconds(lambda: dist.all_gather_into_tensor(everything, own), calls)  # noqa: B023
+        gather = _seconds(lambda: getattr(dist, _ALL_GATHER)(everything, own), calls)  # noqa: B023
         reduce = _seconds(lambda: dist.all_reduce(numbers), calls)  # noqa: B023
         points += [(all_gather_bytes(processes, size), *gather), (all_reduce_bytes(processes, size), *reduce)]
     return points

@@ -160,6 +160,7 @@ def parse(monkeypatch):
             patch.chdir(ROOT)
             patch.setattr(sys, "argv", [str(program), *arguments])
             patch.setattr(sys, "path", [str(Path(program).parent), *sys.path])
+            sys.modules.pop(f"{program}.__main__", None)  # of a test before, which runpy would warn of
             before = set(sys.modules)
             run = runpy.run_path if str(program).endswith(".py") else runpy.run_module
             with pytest.raises(Parsed):

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_schatten import create_schatten_optimizer
+from hf_schatten.work_sharing import _ALL_GATHER
 
 ROOT = Path(__file__).parents[2]
 EXACT = {"rel": 1e-12, "abs": 1e-12}
@@ -432,7 +433,7 @@ def test_bytes_of_the_page_are_those_that_processes_really_exchange(monkeypatch:
         gathered.append(sent.numel() * sent.element_size())
         return Arrived()
 
-    monkeypatch.setattr("torch.distributed.all_gather_into_tensor", all_gather)
+    monkeypatch.setattr(torch.distributed, _ALL_GATHER, all_gather)
     for name, value in (("process_count", 2), ("process_rank", 0)):
         monkeypatch.setattr(f"hf_schatten.optimizer.{name}", lambda value=value: value)
     workload = Workload(PLANS["tiny"]())
