@@ -107,11 +107,19 @@ class Machine:
 
     def all_gather_seconds(self, ranks: int, size: float) -> float:
         """Time until every rank has the ``size`` bytes of every other, by a ring."""
+        return self._once_round(ranks, all_gather_bytes(ranks, size))
+
+    def broadcast_seconds(self, ranks: int, size: float) -> float:
+        """Time until every rank has the ``size`` bytes of one, by a ring."""
+        return self._once_round(ranks, size)
+
+    def _once_round(self, ranks: int, passing: float) -> float:
+        """Time of a ring in which so many bytes pass by every rank."""
         if ranks == 1:
             return 0.0
         nodes = self._nodes(ranks)
         ring = (ranks - nodes) * self.node.ring_seconds + (nodes - 1) * self.network.ring_seconds
-        return self.collective_seconds + ring + all_gather_bytes(ranks, size) / self._ring_rate(ranks)
+        return self.collective_seconds + ring + passing / self._ring_rate(ranks)
 
     def network_bytes(self, ranks: int, sent: float) -> float:
         """Of the bytes that a rank sends in a ring, those that leave its node, divided evenly among a node's ranks."""
@@ -135,6 +143,11 @@ def all_reduce_bytes(ranks: int, size: float) -> float:
 def all_gather_bytes(ranks: int, size: float) -> float:
     """Bytes that each rank sends so that all have the ``size`` bytes of each, by a ring."""
     return (ranks - 1) * size
+
+
+def broadcast_bytes(ranks: int, size: float) -> float:
+    """Bytes that a rank sends, on the average, so that all have the ``size`` bytes of one, by a ring."""
+    return (ranks - 1) / ranks * size
 
 
 def with_network(machine: Machine, gigabits: float) -> Machine:

@@ -98,6 +98,7 @@ def print_steps(machine: Machine, simulated: Simulated) -> None:
         rows.append(
             (
                 f"{shared.ranks}",
+                f"{shared.sharing}",
                 *(f"{1e3 * step.seconds:.1f}" for step in (adamw, muon, alone)),
                 f"{1e3 * shared.seconds:.1f}" + ("" if shared.memory <= machine.memory else " (does not fit)"),
                 *(
@@ -121,9 +122,8 @@ def print_steps(machine: Machine, simulated: Simulated) -> None:
     parts = ("training", "gradients", "optimizer", "updates", "statistics")
     ratios = ("over AdamW", "over Muon", "over not sharing")
     sent = ("gradients sent", "updates sent", "two buffers")
-    print_table(
-        ("ranks", "AdamW", "Muon", "replicated", "shared", *parts, "efficiency", *ratios, *sent, "in a node"), rows
-    )
+    times = ("AdamW", "Muon", "replicated", "shared")
+    print_table(("ranks", "of these share", *times, *parts, "efficiency", *ratios, *sent, "in a node"), rows)
 
 
 def print_crossovers(
@@ -218,7 +218,7 @@ def _draw_panel(panel: Axes, machine: Machine, simulated: Simulated) -> None:
     for index, (name, steps) in enumerate(simulated.items()):
         points = [(step.ranks, reference / step.seconds, step.memory <= machine.memory) for step in steps]
         style: dict[str, Any] = {"color": f"C{index}", "linewidth": 2.0 if name == _SHARED else 1.2}
-        panel.plot([], [], label=name + (" (does not exist)" if name == _IN_NODE else ""), **style)
+        panel.plot([], [], label=name, **style)
         for (x0, y0, _), (x1, y1, fits) in pairwise(points):
             panel.plot([x0, x1], [y0, y1], linestyle="-" if fits else ":", **style)
     panel.set_xscale("log", base=2)
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibration = calibrate(QUICK if options.quick else CALIBRATED) if options.calibrate else _stored_calibration(file)
     names = ["tiny"] if options.quick else options.models
     ranks = (1, 2, 16) if options.quick else RANKS
-    setting, machine = Setting(options.p_interval, options.buffer_mib), H100
+    setting, machine = Setting(options.p_interval, options.buffer_mib, options.share_processes), H100
     workloads = [Workload(PLANS[name]()) for name in names]
     results = {workload.plan.name: simulate(workload, machine, setting, ranks) for workload in workloads}
     text = io.StringIO()
@@ -303,12 +303,15 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--p-interval", type=int, default=100, help="steps between estimates (default %(default)s)")
     parser.add_argument("--buffer-mib", type=int, default=256, help="memory of a round (default %(default)s)")
     parser.add_argument(
+        "--share-processes", type=int, default=16, help="most that share updates (default %(default)s)"
+    )
+    parser.add_argument(
         "--calibrate", action="store_true", help="measure this machine, and compare; else keep the last"
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, only to check that everything runs")
     options = parser.parse_args(arguments)
-    for name in ("p_interval", "buffer_mib"):
+    for name in ("p_interval", "buffer_mib", "share_processes"):
         if getattr(options, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     return options

@@ -4,11 +4,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from scaling_machines import Cost, Machine, all_gather_bytes, all_reduce_bytes
+from scaling_machines import Cost, Machine, all_gather_bytes, all_reduce_bytes, broadcast_bytes
 from scaling_pipelines import exchange, gradients_exposed
 from scaling_workload import Workload, elements, update_costs
 
-from hf_schatten.work_sharing import Round, assign, rounds_of
+from hf_schatten.work_sharing import Round, assign, fits, rounds_of, sharing_processes
 
 BUCKET_BYTES = 25 << 20  # of DDP
 _BACKWARD = 2 / 3  # of the training's operations
@@ -20,11 +20,13 @@ class Setting:
 
     Attributes:
         p_interval: Steps between two estimates of p.
-        buffer_mib: Memory of a round's receiving buffer.
+        buffer_mib: Memory of a receiving buffer of updates.
+        share_processes: Most ranks that share the updates with each other.
     """
 
     p_interval: int = 100
     buffer_mib: int = 256
+    share_processes: int = 16
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Step:
 
     Attributes:
         ranks: Of the run.
+        sharing: Ranks that share the updates of matrices with each other.
         training: Forward and backward.
         gradients: The gradients' all-reduce, where nothing hides it.
         optimizer: Computation of the optimizer.
@@ -47,6 +50,7 @@ class Step:
     ranks: int
     training: float
     gradients: float
+    sharing: int = 1
     optimizer: float = 0.0
     updates: float = 0.0
     statistics: float = 0.0
@@ -81,13 +85,13 @@ def replicated(workload: Workload, machine: Machine, setting: Setting, ranks: in
 
 
 def shared(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
-    """`SchattenP` with ``share_work=true``: each update is computed by one rank of all."""
-    return _sharing(workload, machine, setting, ranks, sharing=ranks)
+    """`SchattenP` with ``share_work=true``: each update is computed by one rank of each group."""
+    return _sharing(workload, machine, setting, ranks, setting.share_processes)
 
 
 def shared_in_node(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
-    """What does not exist: each update is computed by one rank of each node, and travels inside the node."""
-    return _sharing(workload, machine, setting, ranks, sharing=min(ranks, machine.node_ranks))
+    """The same with ``share_processes`` as many as a node has: updates stay inside it."""
+    return _sharing(workload, machine, setting, ranks, machine.node_ranks)
 
 
 VARIANTS: dict[str, Variant] = {
@@ -118,16 +122,37 @@ def crossover(ranks: Sequence[int], sharing: Sequence[Step], alone: Sequence[Ste
     return None if first is None else ranks[first]
 
 
-def rounds_of_updates(workload: Workload, setting: Setting, sharing: int) -> tuple[list[Round], list[int]]:
-    """Return the rounds in which ``sharing`` ranks exchange updates, and the bytes that each sends in them."""
+@dataclass(frozen=True)
+class Travel:
+    """One round of updates among the ranks that share them.
+
+    Attributes:
+        matrices: The round: those that each rank sends.
+        seconds: Until every rank has all of them.
+        sent: Bytes that a rank sends.
+        buffer: Bytes of its receiving buffer.
+    """
+
+    matrices: Round
+    seconds: float
+    sent: float
+    buffer: int
+
+
+def travels(workload: Workload, machine: Machine, setting: Setting, sharing: int) -> list[Travel]:
+    """Return the rounds in which ``sharing`` ranks exchange their updates."""
     owners = assign(update_costs(workload.matrices), sharing)
-    rounds = list(rounds_of(workload.matrices, owners, sharing, setting.buffer_mib))
-    return rounds, [workload.itemsize * max(sum(map(elements, sent)) for sent in current) for current in rounds]
-
-
-def buffer_bytes(sizes: Sequence[int], sharing: int) -> int:
-    """Return the bytes of the two receiving buffers of rounds in which each of the ranks sends as many bytes."""
-    return sharing * sum(sorted(sizes)[-2:])
+    found = []
+    for current in rounds_of(workload.matrices, owners, sharing, setting.buffer_mib):
+        sizes = [workload.itemsize * sum(map(elements, matrices)) for matrices in current]
+        largest = max(sizes)
+        if fits(current, setting.buffer_mib):
+            seconds, sent = machine.all_gather_seconds(sharing, largest), all_gather_bytes(sharing, largest)
+            found.append(Travel(current, seconds, sent, sharing * largest))
+        else:
+            seconds = sum(machine.broadcast_seconds(sharing, size) for size in sizes if size)
+            found.append(Travel(current, seconds, broadcast_bytes(sharing, sum(sizes)), largest))
+    return found
 
 
 def _with_training(workload: Workload, machine: Machine, ranks: int) -> Step:
@@ -147,25 +172,28 @@ def _with_optimizer(workload: Workload, machine: Machine, ranks: int, cost: Cost
     )
 
 
-def _sharing(workload: Workload, machine: Machine, setting: Setting, ranks: int, sharing: int) -> Step:
-    """A step in which groups of ``sharing`` ranks share the updates."""
+def _sharing(workload: Workload, machine: Machine, setting: Setting, ranks: int, most: int) -> Step:
+    """A step in which groups of ranks share the updates, at most so many in each."""
     alone = replicated(workload, machine, setting, ranks)
+    sharing = sharing_processes(workload.matrices, ranks, most)
     if sharing == 1:
         return alone
-    rounds, sizes = rounds_of_updates(workload, setting, sharing)
-    computing = [[machine.seconds(workload.updates(sent)) if sent else 0.0 for sent in current] for current in rounds]
-    applying = [
-        machine.seconds(sum((workload.apply(matrix) for sent in current for matrix in sent), Cost()))
-        for current in rounds
+    rounds = travels(workload, machine, setting, sharing)
+    computing = [
+        [machine.seconds(workload.updates(sent)) if sent else 0.0 for sent in travel.matrices] for travel in rounds
     ]
-    travelling = [machine.all_gather_seconds(sharing, size) for size in sizes]
-    exchanged = exchange(computing, travelling, applying, machine.overlaps)
-    buffers = buffer_bytes(sizes, sharing)
+    applying = [
+        machine.seconds(sum((workload.apply(matrix) for sent in travel.matrices for matrix in sent), Cost()))
+        for travel in rounds
+    ]
+    exchanged = exchange(computing, [travel.seconds for travel in rounds], applying, machine.overlaps)
+    buffers = sum(sorted(travel.buffer for travel in rounds)[-2:])
     return replace(
         alone,
+        sharing=sharing,
         optimizer=machine.seconds(workload.moments) + exchanged.computing,
         updates=exchanged.exposed,
-        update_bytes=sum(all_gather_bytes(sharing, size) for size in sizes),
+        update_bytes=sum(travel.sent for travel in rounds),
         memory=alone.memory + buffers,
         buffers=buffers,
     )

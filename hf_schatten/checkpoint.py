@@ -192,7 +192,7 @@ def require_same_checkpoint(checkpoint: Path | None) -> None:
     Machines without a common folder may have different ones, and would go on from different steps.
 
     Args:
-        checkpoint: what this process has found, None where it has found none.
+        checkpoint: what this process would resume, None where it has found none.
 
     Raises:
         CheckpointError: when the names differ.
@@ -201,8 +201,8 @@ def require_same_checkpoint(checkpoint: Path | None) -> None:
     if len(set(names)) > 1:
         found = ", ".join(f"{name} (process {rank})" for rank, name in enumerate(names))
         raise CheckpointError(
-            f"The processes have different newest complete checkpoints: {found}. Copy the one to resume to all "
-            "machines, or pass its folder as resume_from_checkpoint."
+            f"The processes would resume different checkpoints: {found}. Copy the one to resume to all machines, and "
+            "pass its folder as resume_from_checkpoint."
         )
 
 

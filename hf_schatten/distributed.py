@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
@@ -11,6 +13,23 @@ from torch import Tensor, nn
 
 class UnsupportedEngineError(RuntimeError):
     """A training engine hands the optimizer something other than the model's own matrices."""
+
+
+class Peers(NamedTuple):
+    """The processes that work on the same parameters together.
+
+    Attributes:
+        group: their process group, None where there is one of them.
+        size: how many they are.
+        rank: the number of this process among them.
+    """
+
+    group: Any
+    size: int
+    rank: int
+
+
+ALONE = Peers(None, 1, 0)
 
 
 def process_count() -> int:

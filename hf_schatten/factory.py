@@ -111,6 +111,7 @@ def create_schatten_optimizer(
         target=target,
         workspace_mib=parsed.workspace_mib,
         share_work=parsed.share_work,
+        share_processes=parsed.share_processes,
         buffer_mib=parsed.buffer_mib,
     )
     optimizer.options = parsed

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from .coupling import COUPLING_WEIGHTS, WeightFunction
-from .distributed import UnsupportedEngineError, process_count, process_rank, sum_over_processes
+from .distributed import ALONE, Peers, UnsupportedEngineError
 from .layout import matrix_name
 from .linalg.targets import POWER, TargetFunction, target_of
 from .matrix import (
@@ -45,7 +45,7 @@ from .options import (
 from .preconditioning import SECOND_MOMENTS
 from .sharded import is_sharded, local, shards_of, update_sharded
 from .update import COMMON_OPTIONS, Update, batches, factors_alone, lengths_together
-from .work_sharing import assign, exchange, rounds_of, update_cost
+from .work_sharing import assign, exchange, rounds_of, sharing_peers, update_cost
 
 if TYPE_CHECKING:
     from .policy import Policy
@@ -117,8 +117,10 @@ class SchattenP(Optimizer):
         share_work: where several processes train together, compute each matrix' update on one of them and exchange
             the updates (:mod:`hf_schatten.work_sharing`), which takes the parameters' bytes once a step. All
             processes must have the same gradients, as under DDP. Default True.
-        buffer_mib: memory, in MiB, of a buffer that receives the updates of other processes; there are two at most.
-            Default 256.
+        share_processes: most processes that share with each other, neighbours by their number; the largest divisor
+            of how many there are is taken, less where there are few matrices. Default 16.
+        buffer_mib: memory, in MiB, of a buffer that receives the updates of other processes, more where one matrix
+            needs more; there are two at most. Default 256.
 
     Attributes:
         options: the options it was created with, None where it was made by hand.
@@ -133,6 +135,7 @@ class SchattenP(Optimizer):
     options: SchattenOptions | None = None
     policy: Policy | None = None
     _calls = _reported_skips = 0
+    _sharing: Peers | None = None
 
     def __init__(
         self,
@@ -156,6 +159,7 @@ class SchattenP(Optimizer):
         target: str | TargetFunction = POWER,
         workspace_mib: int = 512,
         share_work: bool = True,
+        share_processes: int = 16,
         buffer_mib: int = 256,
     ) -> None:
         self.ns_steps = ns_steps
@@ -163,6 +167,7 @@ class SchattenP(Optimizer):
         self.target.accuracy(ns_steps)  # fits it now, where a bad function can still be refused
         self.workspace_mib = workspace_mib
         self.share_work = share_work
+        self.share_processes = share_processes
         self.buffer_mib = buffer_mib
         self.coupling_order = coupling_order
         self.coupling_weights = coupling_weights
@@ -265,8 +270,9 @@ class SchattenP(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: everything but the policy, whose hooks belong to the model."""
-        own = ("ns_steps", "target", "workspace_mib", "share_work", "buffer_mib", "coupling_order", "coupling_weights")
-        return super().__getstate__() | {name: getattr(self, name) for name in (*own, "options")}
+        own = ("ns_steps", "target", "workspace_mib", "share_work", "share_processes", "buffer_mib", "options")
+        coupling = ("coupling_order", "coupling_weights")
+        return super().__getstate__() | {name: getattr(self, name) for name in (*own, *coupling)}
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
@@ -443,37 +449,49 @@ class SchattenP(Optimizer):
 
     def _update_matrices(self, matrices: list[Matrix]) -> None:
         """Update matrices, each of them on one process where several share the work."""
-        if not (self.share_work and process_count() > 1):
+        peers = self._peers()
+        if peers.size == 1:
             for update, factors in self._updates(matrices, matrices):
                 if self.policy is not None:
                     self.policy.observe(update.batch, update.directions, factors)
                 update.apply(factors)
             return
-        rank, processes = process_rank(), process_count()
-        owners = assign([update_cost(matrix) for matrix in matrices], processes)
-        owned = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == rank]
+        owners = assign([update_cost(matrix) for matrix in matrices], peers.size)
+        owned = [matrix for matrix, owner in zip(matrices, owners, strict=True) if owner == peers.rank]
         # Coupled steps are known together; others are computed as they travel.
         known = None if self.coupling_order is None else self._steps(owned, matrices)
-        rounds = rounds_of(matrices, owners, processes, self.buffer_mib)
-        for matrix, step in exchange(
-            rounds, rank, lambda sent: self._steps(sent, matrices) if known is None else known
-        ):
+        rounds = rounds_of(matrices, owners, peers.size, self.buffer_mib)
+
+        def steps_of(sent: list[Matrix]) -> dict[int, Tensor]:
+            return self._steps(sent, matrices) if known is None else known
+
+        for matrix, step in exchange(rounds, peers, steps_of, self.buffer_mib):
             whole = torch.ones((), dtype=matrix.momentum.dtype, device=step.device)
             if self.policy is not None:
                 self.policy.observe([matrix], step[None].to(whole.dtype), whole[None])
             matrix.apply(step, whole)
+
+    def _peers(self) -> Peers:
+        """Return the processes with which this one shares the updates; all call it together for the first time."""
+        if not self.share_work:
+            return ALONE
+        if self._sharing is None:
+            whole = [matrix for matrix in self.matrices() if not is_sharded(matrix.parameter)]
+            self._sharing = sharing_peers(whole, self.share_processes)
+        return self._sharing
 
     def _usable_gradients(self) -> _Usable:
         """Return for every parameter that has a gradient whether it is finite, on all processes together."""
         parameters = [
             parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
         ]
-        usable = {parameter: _is_finite(local(parameter.grad)) for parameter in parameters}
+        finite = _are_finite([local(parameter.grad) for parameter in parameters])
+        usable = dict(zip(parameters, finite, strict=True))
         sharded = [parameter for parameter in parameters if is_sharded(parameter)]
         if sharded:
-            finite = torch.stack([usable[parameter] for parameter in sharded]).int()
-            dist.all_reduce(finite, dist.ReduceOp.MIN)
-            usable.update(zip(sharded, finite.bool(), strict=True))
+            agreed = torch.stack([usable[parameter] for parameter in sharded]).int()
+            dist.all_reduce(agreed, dist.ReduceOp.MIN)
+            usable.update(zip(sharded, agreed.bool(), strict=True))
         return usable
 
     def _steps(self, owned: list[Matrix], matrices: list[Matrix]) -> dict[int, Tensor]:
@@ -508,8 +526,9 @@ class SchattenP(Optimizer):
         duals = matrices[0].momentum.new_zeros(len(matrices))
         if updates:
             duals[index] = torch.cat([update.dual_norms().to(duals) for update in updates])
-        if self.share_work:
-            duals = sum_over_processes(duals)
+        peers = self._peers()
+        if peers.size > 1:
+            dist.all_reduce(duals, group=peers.group)
         chosen = self.coupling_weights
         weight_of = chosen if callable(chosen) else COUPLING_WEIGHTS[chosen]
         lengths = lengths_together(matrices, duals, float(self.coupling_order or 0), weight_of)
@@ -553,11 +572,16 @@ def _new_state(parameter: Tensor, group: Group) -> State:
     return {STEP: torch.tensor(0.0), "exp_avg": average, "exp_avg_sq": torch.zeros_like(average)}
 
 
-def _is_finite(gradient: Tensor) -> Tensor:
-    """Return whether every element is a finite number, a bool scalar on the gradient's device."""
-    if not gradient.numel():  # a process without rows
-        return torch.ones((), dtype=torch.bool, device=gradient.device)
-    return torch.linalg.vector_norm(gradient, math.inf).isfinite()
+def _are_finite(gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return for each gradient whether every element is a finite number, bool scalars on its device."""
+    largest: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        empty = not gradient.numel()  # a process without rows
+        norm = gradient.new_zeros(()) if empty else torch.linalg.vector_norm(gradient, math.inf)
+        largest.setdefault(gradient.device, []).append(norm)
+    # Looked at together: an operation for each would take longer than the look.
+    finite = {device: iter(torch.stack(norms).isfinite().unbind()) for device, norms in largest.items()}
+    return [next(finite[gradient.device]) for gradient in gradients]
 
 
 def _check_names(group: dict[str, Any]) -> None:

@@ -106,6 +106,8 @@ class SchattenOptions:
         workspace_mib: memory, in MiB, that a batch of equally shaped matrices may take for temporaries. Default 512.
         share_work: on several processes, compute each matrix' update on one of them and exchange the updates.
             Default True.
+        share_processes: most processes that do so together, neighbours by their number; on a slow network, those of
+            a machine. Default 16.
         buffer_mib: memory, in MiB, of a buffer that receives the updates of other processes. Default 256.
         split_fused: update the parts of fused projections (``c_attn``, ``qkv_proj``, ``query_key_value``,
             ``gate_up_proj``, …) as matrices of their own. Default True.
@@ -152,6 +154,7 @@ class SchattenOptions:
     target: str = POWER
     workspace_mib: int = 512
     share_work: bool = True
+    share_processes: int = 16
     buffer_mib: int = 256
     split_fused: bool = True
     fused_parts: tuple[str, ...] = ()
@@ -180,6 +183,7 @@ class SchattenOptions:
         self._require(self.p_interval >= 1, "p_interval", "a number of steps, 1 or more")
         self._require(1 <= self.p_interval_growth < math.inf, "p_interval_growth", "a finite number, 1 or more")
         self._require(self.p_steps is None or self.p_steps >= 1, "p_steps", "a number of steps, 1 or more")
+        self._require(self.share_processes >= 1, "share_processes", "a number of processes, 1 or more")
         self._require(self.p_first_step >= 1, "p_first_step", "a step number, 1 or more")
         self._require(0 <= self.p_ema_decay < 1, "p_ema_decay", "0 <= p_ema_decay < 1")
         self._require(self.probe_rows >= 1, "probe_rows", "a number of rows, 1 or more")

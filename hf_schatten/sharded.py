@@ -10,30 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from .distributed import UnsupportedEngineError
+from .distributed import Peers, UnsupportedEngineError
 from .matrix import MOMENTUM, Matrix, layout_of
 from .work_sharing import Steps, assign, take, update_cost
-
-
-class Shards(NamedTuple):
-    """The processes that each have rows of the same parameters.
-
-    Attributes:
-        group: their process group.
-        size: how many they are.
-        rank: the number of this process among them.
-    """
-
-    group: Any
-    size: int
-    rank: int
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -58,7 +44,7 @@ def is_sharded(parameter: Tensor) -> bool:
     return isinstance(parameter, DTensor)
 
 
-def shards_of(name: str, parameter: Tensor) -> Shards:
+def shards_of(name: str, parameter: Tensor) -> Peers:
     """Return the processes that share a parameter, also where copies of them exist (HSDP).
 
     Raises:
@@ -74,7 +60,7 @@ def shards_of(name: str, parameter: Tensor) -> Shards:
             "optim='adamw_torch' with this engine."
         )
     mesh = parameter.device_mesh
-    return Shards(mesh.get_group(by_rows[0]), mesh.size(by_rows[0]), mesh.get_local_rank(by_rows[0]))
+    return Peers(mesh.get_group(by_rows[0]), mesh.size(by_rows[0]), mesh.get_local_rank(by_rows[0]))
 
 
 def update_sharded(matrices: Iterable[Matrix], steps_of: Steps, buffer_mib: int) -> None:
@@ -85,16 +71,16 @@ def update_sharded(matrices: Iterable[Matrix], steps_of: Steps, buffer_mib: int)
         steps_of: computes the steps of matrices whose ``average`` is whole.
         buffer_mib: as in :func:`_rounds`.
     """
-    for shards, by_parameter, owned in _rounds(matrices, buffer_mib):
-        averages = gather_to_owners(shards, owned, [_look_ahead(by_parameter[parameter][0]) for parameter, _ in owned])
-        mine = [parameter for parameter, owner in owned if owner == shards.rank]
+    for peers, by_parameter, owned in _rounds(matrices, buffer_mib):
+        averages = gather_to_owners(peers, owned, [_look_ahead(by_parameter[parameter][0]) for parameter, _ in owned])
+        mine = [parameter for parameter, owner in owned if owner == peers.rank]
         here = {
             parameter: [replace(matrix, average=average) for matrix in by_parameter[parameter]]
             for parameter, average in zip(mine, averages, strict=True)
         }
         steps = steps_of([matrix for of_parameter in here.values() for matrix in of_parameter])
         wholes = [_joined(here[parameter], steps) for parameter in mine]
-        rows = scatter_from_owners(shards, owned, wholes, owned[0][0].dtype)
+        rows = scatter_from_owners(peers, owned, wholes, owned[0][0].dtype)
         for (parameter, _), step in zip(owned, rows, strict=True):
             by_parameter[parameter][0].apply_to_shard(local(parameter), step)
 
@@ -113,10 +99,10 @@ def owned_gradients(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tup
         if not is_sharded(matrix.parameter):
             yield from _finite_gradients([matrix], matrix.parameter.grad)  # type: ignore[arg-type]
     sharded = [matrix for matrix in with_gradient if is_sharded(matrix.parameter)]
-    for shards, by_parameter, owned in _rounds(sharded, buffer_mib):
+    for peers, by_parameter, owned in _rounds(sharded, buffer_mib):
         parts = [local(parameter.grad) for parameter, _ in owned]  # type: ignore[arg-type]
-        gradients = gather_to_owners(shards, owned, parts)
-        mine = [parameter for parameter, owner in owned if owner == shards.rank]
+        gradients = gather_to_owners(peers, owned, parts)
+        mine = [parameter for parameter, owner in owned if owner == peers.rank]
         for parameter, gradient in zip(mine, gradients, strict=True):
             yield from _finite_gradients(by_parameter[parameter], gradient)
 
@@ -131,7 +117,7 @@ def _finite_gradients(matrices: Iterable[Matrix], gradient: Tensor) -> Iterator[
 
 def _rounds(
     matrices: Iterable[Matrix], buffer_mib: int
-) -> Iterator[tuple[Shards, dict[Tensor, list[Matrix]], list[tuple[Tensor, int]]]]:
+) -> Iterator[tuple[Peers, dict[Tensor, list[Matrix]], list[tuple[Tensor, int]]]]:
     """Yield rounds: who shares the parameters, the matrices of each, and the parameters with their owners.
 
     Large parameters come first; those of a round have dtype, device and processes in common.
@@ -148,14 +134,14 @@ def _rounds(
         kinds.setdefault(kind, {}).setdefault(parameter, []).append(matrix)
     for by_parameter in kinds.values():
         parameters = list(by_parameter)
-        shards = shards_of(by_parameter[parameters[0]][0].parameter_name, parameters[0])
-        owners = assign([sum(map(update_cost, by_parameter[each])) for each in parameters], shards.size)
-        queues: list[list[Tensor]] = [[] for _ in range(shards.size)]
+        peers = shards_of(by_parameter[parameters[0]][0].parameter_name, parameters[0])
+        owners = assign([sum(map(update_cost, by_parameter[each])) for each in parameters], peers.size)
+        queues: list[list[Tensor]] = [[] for _ in range(peers.size)]
         for each, owner in sorted(zip(parameters, owners, strict=True), key=lambda pair: -pair[0].numel()):
             queues[owner].append(each)
         while any(queues):
             taken = [take(queue, (buffer_mib << 20) // 4, _elements) for queue in queues]
-            yield shards, by_parameter, [(each, rank) for rank, of_rank in enumerate(taken) for each in of_rank]
+            yield peers, by_parameter, [(each, rank) for rank, of_rank in enumerate(taken) for each in of_rank]
 
 
 def _elements(parameters: Sequence[Tensor]) -> int:
@@ -180,60 +166,60 @@ def _joined(matrices: list[Matrix], steps: Mapping[int, Tensor]) -> Tensor:
     return joined
 
 
-def gather_to_owners(shards: Shards, owned: Sequence[tuple[Tensor, int]], parts: Sequence[Tensor]) -> list[Tensor]:
+def gather_to_owners(peers: Peers, owned: Sequence[tuple[Tensor, int]], parts: Sequence[Tensor]) -> list[Tensor]:
     """Return the whole of something that has the parameters' shapes, for the parameters that this process owns.
 
     Args:
-        shards: who shares the parameters.
+        peers: who shares the parameters.
         owned: parameters and their owners, in the same order on every process.
         parts: this process' rows of that, of each parameter.
     """
     sent = [
         part.flatten()
-        for rank in range(shards.size)
+        for rank in range(peers.size)
         for part, (_, owner) in zip(parts, owned, strict=True)
         if owner == rank
     ]
-    mine = [parameter for parameter, owner in owned if owner == shards.rank]
+    mine = [parameter for parameter, owner in owned if owner == peers.rank]
     sizes = [
-        sum(_numel(p, shards.size, shards.rank) for p, owner in owned if owner == rank) for rank in range(shards.size)
+        sum(_numel(p, peers.size, peers.rank) for p, owner in owned if owner == rank) for rank in range(peers.size)
     ]
-    expected = [sum(_numel(p, shards.size, rank) for p in mine) for rank in range(shards.size)]
+    expected = [sum(_numel(p, peers.size, rank) for p in mine) for rank in range(peers.size)]
     received = parts[0].new_empty(sum(expected))
-    dist.all_to_all_single(received, torch.cat(sent), expected, sizes, group=shards.group)
+    dist.all_to_all_single(received, torch.cat(sent), expected, sizes, group=peers.group)
     pieces: list[list[Tensor]] = [[] for _ in mine]
     for rank, block in enumerate(received.split(expected)):
-        for of_parameter, piece in zip(pieces, block.split([_numel(p, shards.size, rank) for p in mine]), strict=True):
+        for of_parameter, piece in zip(pieces, block.split([_numel(p, peers.size, rank) for p in mine]), strict=True):
             of_parameter.append(piece)
     return [torch.cat(of_parameter).view(p.shape) for p, of_parameter in zip(mine, pieces, strict=True)]
 
 
 def scatter_from_owners(
-    shards: Shards, owned: Sequence[tuple[Tensor, int]], wholes: Sequence[Tensor], dtype: torch.dtype
+    peers: Peers, owned: Sequence[tuple[Tensor, int]], wholes: Sequence[Tensor], dtype: torch.dtype
 ) -> list[Tensor]:
     """Return this process' rows of what the owners have: the way back of :func:`gather_to_owners`.
 
     Args:
-        shards: who shares the parameters.
+        peers: who shares the parameters.
         owned: parameters and their owners, in the same order on every process.
         wholes: of the parameters that this process owns, in their order.
         dtype: in which they travel.
     """
-    mine = [parameter for parameter, owner in owned if owner == shards.rank]
-    rows = [tensor.to(dtype).split(_rows(p, shards.size)) for p, tensor in zip(mine, wholes, strict=True)]
-    sent = [of_parameter[rank].flatten() for rank in range(shards.size) for of_parameter in rows]
-    sizes = [sum(_numel(p, shards.size, rank) for p in mine) for rank in range(shards.size)]
+    mine = [parameter for parameter, owner in owned if owner == peers.rank]
+    rows = [tensor.to(dtype).split(_rows(p, peers.size)) for p, tensor in zip(mine, wholes, strict=True)]
+    sent = [of_parameter[rank].flatten() for rank in range(peers.size) for of_parameter in rows]
+    sizes = [sum(_numel(p, peers.size, rank) for p in mine) for rank in range(peers.size)]
     expected = [
-        sum(_numel(p, shards.size, shards.rank) for p, owner in owned if owner == rank) for rank in range(shards.size)
+        sum(_numel(p, peers.size, peers.rank) for p, owner in owned if owner == rank) for rank in range(peers.size)
     ]
     device = local(owned[0][0]).device
     received = torch.empty(sum(expected), dtype=dtype, device=device)
     packed = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
-    dist.all_to_all_single(received, packed, expected, sizes, group=shards.group)
+    dist.all_to_all_single(received, packed, expected, sizes, group=peers.group)
     parts: list[Tensor | None] = [None] * len(owned)
     for rank, block in enumerate(received.split(expected)):
         numbers = [number for number, (_, owner) in enumerate(owned) if owner == rank]
-        pieces = block.split([_numel(owned[number][0], shards.size, shards.rank) for number in numbers])
+        pieces = block.split([_numel(owned[number][0], peers.size, peers.rank) for number in numbers])
         for number, piece in zip(numbers, pieces, strict=True):
             parts[number] = piece.view(local(owned[number][0]).shape)
     return [part for part in parts if part is not None]

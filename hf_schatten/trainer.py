@@ -76,11 +76,16 @@ class SchattenTrainerMixin(_Base):
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; ``resume_from_checkpoint=True`` passes over checkpoints that are incomplete."""
+        """Train as the Trainer does; ``resume_from_checkpoint=True`` passes over checkpoints that are incomplete.
+
+        Raises:
+            CheckpointError: when processes resume different ones.
+        """
         if resume_from_checkpoint is True:
             newest = newest_complete_checkpoint(self.args.output_dir or ".")
-            require_same_checkpoint(newest)
             resume_from_checkpoint = str(newest) if newest else True
+        if resume_from_checkpoint:
+            require_same_checkpoint(None if resume_from_checkpoint is True else Path(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

@@ -4,6 +4,9 @@ In data-parallel training every process has all gradients and all momenta, so th
 computed by one process only. Matrices are given to processes by the cost of their update, the dearest first, each to
 the process that has the least so far. Updates travel in rounds: in each, every process sends a few of its own, and the
 buffer that receives those of all processes has a bounded size. While a round travels, the next one is computed.
+
+Many processes share within groups of neighbours, each of which computes all matrices: a large group would save little
+more, and wait longer for what it exchanges.
 """
 
 from __future__ import annotations
@@ -11,16 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .distributed import ALONE, Peers, process_count, process_rank
 from .matrix import Matrix
 
 T = TypeVar("T")
 
 # Torch renames it: the old name warns from 2.13 on.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
+# Most elements that the processes of a group send together, padding included, over those of all matrices.
+_MOST_SENT = 1.5
 
 Round = list[list[Matrix]]  # the matrices that each process sends
 Steps = Callable[[list[Matrix]], Mapping[int, Tensor]]  # steps (m, n), m <= n, by the identity of the matrix
@@ -40,6 +46,46 @@ def assign(costs: Sequence[int], processes: int) -> list[int]:
         owners[task] = loads.index(min(loads))
         loads[owners[task]] += costs[task]
     return owners
+
+
+def sharing_processes(matrices: Sequence[Matrix], processes: int, most: int) -> int:
+    """Return how many processes share the updates of matrices with each other.
+
+    The largest divisor of their number with which the matrices go round: what is sent is at most half padding of what
+    it must be.
+
+    Args:
+        matrices: all of them.
+        processes: those that train together.
+        most: at most so many.
+    """
+    costs = [update_cost(matrix) for matrix in matrices]
+    sizes = [_elements([matrix]) for matrix in matrices]
+    for count in range(min(processes, most), 1, -1):
+        if processes % count:
+            continue
+        sent = [0] * count
+        for owner, size in zip(assign(costs, count), sizes, strict=True):
+            sent[owner] += size
+        if count * max(sent) <= _MOST_SENT * sum(sizes):
+            return count
+    return 1
+
+
+def sharing_peers(matrices: Sequence[Matrix], most: int) -> Peers:
+    """Return the processes with which this one shares the updates of matrices: neighbours, by their number.
+
+    All processes must call it at the same time, since it may create process groups.
+
+    Args:
+        matrices: as in :func:`sharing_processes`.
+        most: as in :func:`sharing_processes`.
+    """
+    size = sharing_processes(matrices, process_count(), most)
+    if size == 1:
+        return ALONE
+    group = dist.group.WORLD if size == process_count() else dist.new_subgroups(size)[0]
+    return Peers(group, size, process_rank() % size)
 
 
 def rounds_of(matrices: Sequence[Matrix], owners: Sequence[int], processes: int, buffer_mib: int) -> Iterator[Round]:
@@ -73,34 +119,63 @@ def take(queue: list[T], limit: int, elements: Callable[[Sequence[T]], int]) -> 
     return taken
 
 
-def exchange(rounds: Iterable[Round], rank: int, steps_of: Steps) -> Iterator[tuple[Matrix, Tensor]]:
+def fits(current: Round, buffer_mib: int) -> bool:
+    """Return whether the parts of a round, filled up to one size, go into a buffer together."""
+    itemsize = next(matrix.parameter.itemsize for matrices in current for matrix in matrices)
+    return len(current) * max(map(_elements, current)) * itemsize <= buffer_mib << 20
+
+
+def exchange(
+    rounds: Iterable[Round], peers: Peers, steps_of: Steps, buffer_mib: int
+) -> Iterator[tuple[Matrix, Tensor]]:
     """Yield every matrix of every round with its step, (m, n) with m <= n, in the same order on every process.
 
     Args:
         rounds: from :func:`rounds_of`.
-        rank: this process.
+        peers: the processes that exchange.
         steps_of: computes the steps of this process' matrices of a round. They travel in the parameter's dtype.
+        buffer_mib: as in :func:`rounds_of`. The parts of a round that needs more travel one after another.
     """
-    under_way: tuple[Round, Tensor, Any] | None = None
+    under_way: _Transfer | None = None
     for current in rounds:
-        size = max(_elements(matrices) for matrices in current)
         like = next(matrix.parameter for matrices in current for matrix in matrices)
-        sent = torch.zeros(size, dtype=like.dtype, device=like.device)
-        steps = steps_of(current[rank])
-        for matrix, slot in zip(current[rank], _slots(sent, current[rank]), strict=True):
+        steps = steps_of(current[peers.rank])
+        together = fits(current, buffer_mib)
+        sent = like.new_zeros(max(map(_elements, current)) if together else _elements(current[peers.rank]))
+        for matrix, slot in zip(current[peers.rank], _slots(sent, current[peers.rank]), strict=True):
             slot.copy_(steps[id(matrix)])
-        received = torch.empty(len(current) * size, dtype=like.dtype, device=like.device)
-        work = getattr(dist, _ALL_GATHER)(received, sent, async_op=True)
-        if under_way is not None:
-            yield from _arrived(*under_way)
-        under_way = current, received.view(len(current), size), work
+        del steps
+        transfers = _gather(current, sent, peers) if together else _broadcasts(current, sent, peers)
+        for transfer in transfers:
+            if under_way is not None:
+                yield from _arrived(*under_way)
+            under_way = transfer
     if under_way is not None:
         yield from _arrived(*under_way)
 
 
-def _arrived(current: Round, received: Tensor, work: Any) -> Iterator[tuple[Matrix, Tensor]]:
+_Transfer = tuple[Any, Round, Sequence[Tensor]]  # what to wait for; matrices, and the buffer of their steps, by sender
+
+
+def _gather(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfer]:
+    """Send the parts of a round all at once, filled up to one size."""
+    received = sent.new_empty(peers.size * sent.numel())
+    work = getattr(dist, _ALL_GATHER)(received, sent, group=peers.group, async_op=True)
+    yield work, current, received.view(peers.size, -1).unbind()
+
+
+def _broadcasts(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfer]:
+    """Send the parts of a round one after another."""
+    for sender, matrices in enumerate(current):
+        if matrices:
+            buffer = sent if sender == peers.rank else sent.new_empty(_elements(matrices))
+            work = dist.broadcast(buffer, group=peers.group, group_src=sender, async_op=True)
+            yield work, [matrices], [buffer]
+
+
+def _arrived(work: Any, current: Round, buffers: Sequence[Tensor]) -> Iterator[tuple[Matrix, Tensor]]:
     work.wait()
-    for matrices, buffer in zip(current, received, strict=True):
+    for matrices, buffer in zip(current, buffers, strict=True):
         yield from zip(matrices, _slots(buffer, matrices), strict=True)
 
 

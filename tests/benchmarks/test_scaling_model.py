@@ -18,15 +18,16 @@ from scaling_simulation import (
     Step,
     crossover,
     replicated,
-    rounds_of_updates,
     shared,
     shared_in_node,
+    travels,
 )
 from scaling_workload import PLANS, Plan, Workload, count
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_schatten import create_schatten_optimizer
+from hf_schatten.distributed import Peers
 from hf_schatten.work_sharing import _ALL_GATHER
 
 ROOT = Path(__file__).parents[2]
@@ -249,16 +250,21 @@ def test_the_slowest_rank_has_the_largest_share(wide):
         assert step.updates == pytest.approx(0, abs=1e-12)
 
 
-def test_what_a_rank_sends_grows_without_bound_once_ranks_outnumber_matrices(wide):
-    largest = max(math.prod(matrix.wide_shape) for matrix in wide.matrices)
-    for ranks in (32, 512):
-        assert ranks > len(wide.matrices)
+def test_what_a_rank_sends_stays_bounded_where_ranks_outnumber_matrices(wide):
+    for ranks in (2, 32, 512, 1024):
         step = shared(wide, H100, Setting(), ranks)
-        assert step.update_bytes == (ranks - 1) * 4 * largest
-        assert step.buffers == ranks * 4 * largest
-    # Few ranks waste little.
-    step = shared(wide, H100, Setting(), 2)
-    assert 1 <= 2 * step.update_bytes / (4 * wide.matrix_elements) < 1.2
+        assert 1 <= step.update_bytes / ((step.sharing - 1) / step.sharing * 4 * wide.matrix_elements) <= 1.5
+        assert step.sharing <= len(wide.matrices)
+    assert shared(wide, H100, Setting(), 2).sharing == 2
+
+
+def test_buffers_stay_within_their_bound(wide):
+    """Matrices of 64 KiB: at most 16 parts of one matrix each go into 1 MiB together."""
+    together, one_by_one = (travels(wide, H100, Setting(buffer_mib=1), ranks) for ranks in (16, 24))
+    assert all(travel.buffer <= 1 << 20 for travel in together + one_by_one)
+    assert one_by_one[0].buffer == 4 * max(math.prod(matrix.wide_shape) for matrix in wide.matrices)
+    sent = sum(travel.sent for travel in one_by_one if len(travel.matrices[0]) == 1)
+    assert sent <= 23 / 24 * 4 * wide.matrix_elements  # no padding
 
 
 def test_sharing_in_a_node_sends_no_more_than_a_node_does(wide):
@@ -398,13 +404,13 @@ def test_worked_example_of_the_page():
         workload = Workload(PLANS[name]())
         weights = itemsize * workload.parameters
         state = 4 * workload.matrix_elements + 8 * (workload.parameters - workload.matrix_elements)
-        _, sizes = rounds_of_updates(workload, Setting(), 16)
+        rounds = travels(workload, H100, Setting(), 16)
         expected = {
             "parameters": workload.parameters,
             "gradients, sent in a step": 2 * 15 / 16 * weights,
-            "updates, sent in a step": 15 * sum(sizes),
+            "updates, sent in a step": sum(travel.sent for travel in rounds),
             "without padding they would be": 15 / 16 * itemsize * workload.matrix_elements,
-            "both receiving buffers": 16 * (sizes[0] + sizes[1]),
+            "both receiving buffers": sum(sorted(travel.buffer for travel in rounds)[-2:]),
             "statistics, sent on one step in 100": 2 * 15 / 16 * 1024 * len(workload.matrices),
             "Gram matrices instead": 2 * 15 / 16 * workload.gram_bytes(),
         }
@@ -434,9 +440,8 @@ def test_bytes_of_the_page_are_those_that_processes_really_exchange(monkeypatch:
         return Arrived()
 
     monkeypatch.setattr(torch.distributed, _ALL_GATHER, all_gather)
-    for name, value in (("process_count", 2), ("process_rank", 0)):
-        monkeypatch.setattr(f"hf_schatten.optimizer.{name}", lambda value=value: value)
     workload = Workload(PLANS["tiny"]())
+    monkeypatch.setattr(workload.optimizer, "_peers", lambda: Peers(None, 2, 0))
     for parameter in workload.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     workload.optimizer.step()

@@ -133,6 +133,20 @@ def test_processes_that_would_resume_different_checkpoints_stop(interrupted, tmp
         assert f"{MIDDLE} (process 0), checkpoint-{SAVE} (process 1)" in message
 
 
+def resume_each_its_own(folder: Path) -> str:
+    """Resume what a script of its own has found."""
+    trainer = SchattenTrainer(model(), arguments(folder, max_steps=STEPS), train_dataset=sequences(STEPS))
+    own = (MIDDLE, f"checkpoint-{SAVE}")[dist.get_rank()]
+    with pytest.raises(CheckpointError) as error:
+        trainer.train(resume_from_checkpoint=str(folder / own))
+    return str(error.value)
+
+
+def test_paths_of_different_checkpoints_stop_as_well(interrupted, tmp_path):
+    for message in together(resume_each_its_own, 2, tmp_path, interrupted):
+        assert f"{MIDDLE} (process 0), checkpoint-{SAVE} (process 1)" in message
+
+
 def train_and_be_killed(folder: Path, rank: int, file: str) -> None:
     """Train until one process is killed, as by a machine without memory, half way through writing a file."""
 

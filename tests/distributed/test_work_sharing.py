@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_schatten
-from hf_schatten.work_sharing import _ALL_GATHER, assign, rounds_of, update_cost
+from hf_schatten.work_sharing import _ALL_GATHER, assign, rounds_of, sharing_processes, update_cost
 
 STEPS = 3
 SETTINGS = {
@@ -29,6 +29,8 @@ SETTINGS = {
     "a NaN": {"p": 2.0, "bad_step": 1},
     "bfloat16": {"p": 2.0, "dtype": torch.bfloat16},
     "wide": {"p": 3.0, "width": 256, "buffer_mib": 2},
+    # A matrix of 256 by 1024 in float32 fills the buffer, so that those of two processes travel one after another.
+    "one by one": {"p": 3.0, "width": 256, "buffer_mib": 1},
 }
 
 
@@ -45,14 +47,20 @@ def train(dtype=torch.float32, width=32, bad_step=None, **options):
     model = model_of(width, dtype=dtype)
     optimizer = hf_schatten.create_schatten_optimizer(model, 1e-2, verbose=False, **options)
     generator = torch.Generator().manual_seed(1)
-    gathered = []
-    original = getattr(dist, _ALL_GATHER)
+    gathered, broadcast, peers = [], [], set()
+    original, original_broadcast = getattr(dist, _ALL_GATHER), dist.broadcast
 
     def count(output, sent, **kwargs):
         gathered.append((output.numel(), output.element_size()))
+        peers.add(kwargs["group"].size())
         return original(output, sent, **kwargs)
 
+    def count_broadcast(buffer, **kwargs):
+        broadcast.append((buffer.numel(), buffer.element_size()))
+        return original_broadcast(buffer, **kwargs)
+
     setattr(dist, _ALL_GATHER, count)
+    dist.broadcast = count_broadcast
     flops = FlopCounterMode(display=False)
     try:
         for step in range(STEPS):
@@ -64,10 +72,13 @@ def train(dtype=torch.float32, width=32, bad_step=None, **options):
                 optimizer.step()
     finally:
         setattr(dist, _ALL_GATHER, original)
+        dist.broadcast = original_broadcast
     return {
         "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
         "flops": flops.get_total_flops(),
         "gathered": gathered,
+        "broadcast": broadcast,
+        "peers": peers,
         "skipped": optimizer.skipped_steps(),
     }
 
@@ -118,6 +129,34 @@ def test_each_process_computes_its_part_and_buffers_are_bounded(alone, pair):
     assert not alone["wide"]["gathered"]
 
 
+def test_what_does_not_fit_into_the_buffer_together_travels_one_by_one(alone, pair):
+    for result in pair:
+        sent = [numbers * size for numbers, size in result["one by one"]["broadcast"]]
+        assert sent
+        assert max(sent) <= 1 << 20
+        gathered = [numbers * size for numbers, size in result["one by one"]["gathered"]]
+        assert max(gathered) <= 1 << 20
+        assert sum(sent) + sum(gathered) <= 1.1 * STEPS * 4 * 2 * 12 * 256 * 256
+        assert result["one by one"]["flops"] <= (1 / 2 + 0.1) * alone["one by one"]["flops"]
+        assert not result["wide"]["broadcast"]
+
+
+IN_PAIRS = ("pinned", "coupled", "max-coupled", "a NaN", "one by one")
+
+
+def train_in_pairs() -> dict[str, dict[str, Any]]:
+    return {name: train(**SETTINGS[name], share_processes=2) for name in IN_PAIRS}
+
+
+def test_four_processes_share_in_pairs(alone, tmp_path):
+    results = together(train_in_pairs, 4, tmp_path)
+    assert_same_weights({name: alone[name] for name in IN_PAIRS}, results)
+    for result in results:
+        assert result["pinned"]["peers"] == {2}
+        work = [of["one by one"]["flops"] for of in (result, alone)]
+        assert work[0] <= (1 / 2 + 0.1) * work[1]
+
+
 def test_a_skipped_matrix_deadlocks_nobody(alone, pair):
     assert pair[0]["a NaN"]["skipped"] == pair[1]["a NaN"]["skipped"] == alone["a NaN"]["skipped"] != {}
 
@@ -143,6 +182,31 @@ def test_shares_of_gpt2_small_are_even():
             sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(processes)
         ]
         assert max(loads) <= (1 / processes + 0.1) * sum(costs)
+
+
+def matrices_of(config):
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    return list(hf_schatten.create_schatten_optimizer(model, p=2, verbose=False).matrices())
+
+
+@pytest.mark.parametrize(("processes", "sharing"), [(8, 8), (24, 24), (1024, 32)])
+def test_so_many_processes_share_that_padding_is_little(processes, sharing):
+    matrices = matrices_of(GPT2Config(n_layer=12, n_embd=768))
+    assert sharing_processes(matrices, processes, most=1024) == sharing
+    largest = max(math.prod(matrix.wide_shape) for matrix in matrices)
+    assert sharing * largest <= 1.5 * sum(math.prod(matrix.wide_shape) for matrix in matrices)
+
+
+@pytest.mark.parametrize(("processes", "most", "sharing"), [(16, 8, 8), (16, 6, 4), (7, 4, 1), (2, 1, 1)])
+def test_no_more_processes_share_than_asked_for(processes, most, sharing):
+    assert sharing_processes(matrices_of(GPT2Config(n_layer=12, n_embd=768)), processes, most) == sharing
+
+
+def test_one_matrix_is_computed_by_all():
+    """Its update would cross the network to save nothing."""
+    optimizer = hf_schatten.SchattenP([torch.nn.Parameter(torch.zeros(4, 8))], p=2)
+    assert sharing_processes(list(optimizer.matrices()), 4, 4) == 1
 
 
 def test_rounds_hold_every_matrix_once_within_the_buffer():
