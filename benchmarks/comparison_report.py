@@ -15,10 +15,9 @@ import numpy as np
 import torch
 import transformers
 from comparison import Outcome, Standing
+from comparison_stability import learned_exponents, stability_sections
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-
-from hf_schatten.report.log import LAYER_PREFIX
 
 REFERENCE = "Muon"
 
@@ -26,7 +25,7 @@ _TOLERANCE = 0.05  # of the best loss, within which one learning rate is said to
 
 
 def write_report(standings: Sequence[Standing], folder: Path, title: str) -> Path:
-    """Write ``comparison.md``, ``comparison.png`` and ``comparison.json``.
+    """Write ``comparison.md``, ``comparison.png``, ``comparison.json``, and a picture of the p that was learned.
 
     Args:
         standings: Of the candidates that have run.
@@ -58,6 +57,7 @@ def write_report(standings: Sequence[Standing], folder: Path, title: str) -> Pat
         f"{task.metric} with seed {task.seeds[0]}; – has not run.",
         _sweeps(standings),
         one_rate_for_all(standings),
+        *stability_sections(standings, folder),
     ]
     page.write_text("\n\n".join(filter(None, parts)) + "\n", "utf-8")
     return page
@@ -229,12 +229,6 @@ def _finish(axes: Axes, label: str, metric: str, values: Iterable[float]) -> Non
 def _numbers(standing: Standing, outcome: Outcome) -> dict[str, Any]:
     """Return what is kept of an outcome: curves, times, and the p of every layer at the best learning rate."""
     steps, values = outcome.curve(standing.task.metric)
-    learned = {
-        entry["step"]: {
-            key.removeprefix(LAYER_PREFIX): _rounded(p) for key, p in entry.items() if key.startswith(LAYER_PREFIX)
-        }
-        for entry in outcome.logs
-    }
     at_best = outcome.learning_rate == standing.best_rate
     return {
         "candidate": outcome.candidate,
@@ -245,7 +239,10 @@ def _numbers(standing: Standing, outcome: Outcome) -> dict[str, Any]:
         standing.task.metric: [_rounded(value) for value in values],
         "step_seconds": _rounded(step_time(outcome)),
         "optimizer_seconds": _rounded(optimizer_time(outcome)),
-        "p": {step: by_layer for step, by_layer in learned.items() if by_layer and at_best},
+        "p": {
+            step: {layer: _rounded(1 / s) if s else "inf" for layer, s in by_layer.items()}
+            for step, by_layer in (learned_exponents(outcome) if at_best else {}).items()
+        },
     }
 
 

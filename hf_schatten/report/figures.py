@@ -39,16 +39,32 @@ def plot_p_by_layer(log_history: LogHistory, path: Path) -> bool:
     Returns:
         Whether there was an estimate to draw.
     """
-    steps, layers, p = _by_layer(log_history, LAYER_PREFIX)
-    if not layers:
+    return plot_p_of_runs({"p of each layer (1: SGD-like, ∞: Muon)": log_history}, path)
+
+
+def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
+    """Draw the learned p of several runs of one model beside each other, as :func:`plot_p_by_layer` draws one.
+
+    Args:
+        log_histories: of each run, by the title of its panel; runs without an estimate are passed over.
+        path: the PNG to write; its folder is made.
+
+    Returns:
+        Whether there was an estimate to draw.
+    """
+    runs = {title: _by_layer(history, LAYER_PREFIX) for title, history in log_histories.items()}
+    runs = {title: run for title, run in runs.items() if run[1]}
+    if not runs:
         return False
-    figure = _figure(8, len(layers))
-    axes = figure.subplots()
-    lowest = min(0.0, float(np.nanmin(1 / p)))
-    image = axes.imshow(1 / p, aspect="auto", interpolation="nearest", cmap="viridis", vmin=lowest, vmax=1.0)
-    _label_layers_and_steps(axes, layers, steps)
-    axes.set_title("p of each layer (1: SGD-like, ∞: Muon)")
-    bar = figure.colorbar(image, ax=axes, label="p")
+    first_layers = next(iter(runs.values()))[1]
+    figure = _figure(3.5 + 4.5 * len(runs), len(first_layers))
+    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    lowest = min(0.0, *(float(np.nanmin(1 / p)) for _, _, p in runs.values()))
+    for axes, (title, (steps, layers, p)) in zip(panels, runs.items(), strict=True):
+        image = axes.imshow(1 / p, aspect="auto", interpolation="nearest", cmap="viridis", vmin=lowest, vmax=1.0)
+        _label_layers_and_steps(axes, layers, steps)
+        axes.set_title(title)
+    bar = figure.colorbar(image, ax=list(panels), label="p")
     ticks = [tick for tick in _P_TICKS if lowest <= 1 / tick]
     bar.set_ticks([1 / tick for tick in ticks], labels=[p_label(tick) for tick in ticks])
     _save(figure, path)
