@@ -512,7 +512,7 @@ class SchattenP(Optimizer):
         in_batches = batches(owned, self.workspace_mib)
         if self.coupling_order is None:
             for batch in in_batches:
-                update = Update.of(batch, self.direction)
+                update = Update.of(batch, self.direction, powers=self.target.name == POWER)
                 yield update, factors_alone(update)
         elif matrices:
             updates = [Update.of(batch, self.direction) for batch in in_batches]
@@ -590,7 +590,7 @@ def _check_names(group: dict[str, Any]) -> None:
     Raises:
         ValueError: with the option, its value and the allowed ones.
     """
-    for option in ("scale", *COMMON_OPTIONS):
+    for option in COMMON_OPTIONS:
         if group[option] not in OPTION_VALUES[option]:
             raise ValueError(f"{option}={group[option]!r} is not allowed: one of {', '.join(OPTION_VALUES[option])}.")
 

@@ -16,7 +16,7 @@ from .projections import parse_fused_parts
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
-ScaleRule = Literal["match_rms_adamw", "muon", "interpolate", "none"]
+ScaleRule = Literal["schatten", "match_rms_adamw", "muon", "interpolate", "none"]
 StepRule = Literal["pinned", "ball", "regularized"]
 CouplingWeights = Literal["uniform", "sqrt_m_over_n", "sqrt_n_over_m"]
 Precondition = Literal["none", "adam", "adafactor"]
@@ -84,8 +84,9 @@ class SchattenOptions:
         step_rule: how long a step is. ``pinned`` (default): as ``scale`` says. ``ball`` and ``regularized``:
             Schattor's oracles, whose step has the Schatten-(p + 1) norm ``lr``, or ``lr`` times the dual norm of the
             momentum; p is at least 1 then, and ``scale`` stays at its default. See :mod:`hf_schatten.coupling`.
-        scale: how ||O||_F is pinned: ``match_rms_adamw`` (default), ``muon``, ``interpolate``, or ``none``, which
-            leaves the update its own norm; see :mod:`hf_schatten.scaling`.
+        scale: how the size of O is pinned: ``match_rms_adamw`` (default), ``schatten``, which pins the norm that p
+            stands for, ``muon``, ``interpolate``, or ``none``, which leaves the update its own norm; see
+            :mod:`hf_schatten.scaling`.
         coupling_order: order of the vector norm, in [1, inf], in which the steps of all matrices are coupled; for
             ``step_rule`` ``ball`` and ``regularized``. Keeps one more copy of the matrices. Default none: every
             matrix for itself.

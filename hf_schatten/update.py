@@ -12,11 +12,12 @@ from torch import Tensor
 from .coupling import WeightFunction, dual_norms, lengths_alone, lengths_coupled, unit_factors
 from .matrix import Matrix
 from .preconditioning import root_exponent
+from .scaling import OwnNorms
 
 Direction = Callable[[Tensor, Tensor], Tensor]
 
 # What the matrices of one batch have in common, besides shape, dtype and device.
-COMMON_OPTIONS = "step_rule", "precondition", "precondition_exponent"
+COMMON_OPTIONS = "step_rule", "scale", "precondition", "precondition_exponent"
 
 # Temporaries of a matrix (m, n), m <= n, while its batch is updated: momentum, normalised momentum, iterate, product
 # and weighted sum; Gram matrices and polynomials of them. A preconditioner is one rectangle more.
@@ -30,7 +31,7 @@ class Update(NamedTuple):
         batch: matrices of one shape or its transpose, B of them.
         directions: (B, m, n), of any length.
         exponents: spectral exponents s, (B,).
-        products: ``⟨M, O⟩`` (B,) of momenta and directions where the step is an oracle's, else None.
+        products: ``⟨M, O⟩`` (B,) of momenta and directions where the length of the step depends on them, else None.
     """
 
     batch: list[Matrix]
@@ -39,12 +40,13 @@ class Update(NamedTuple):
     products: Tensor | None
 
     @classmethod
-    def of(cls, batch: list[Matrix], direction: Direction) -> Update:
+    def of(cls, batch: list[Matrix], direction: Direction, *, powers: bool = True) -> Update:
         """Return the update of a batch: one batched direction, each matrix with its own p.
 
         Args:
             batch: from :func:`batches`.
             direction: takes momenta (B, m, n) and p (B,); returns (B, m, n).
+            powers: whether directions are spectral powers, which have a Schatten norm that their p asks for.
         """
         momenta = batch[0].momentum.new_empty(len(batch), *batch[0].wide_shape)
         for matrix, slot in zip(batch, momenta, strict=True):
@@ -55,7 +57,9 @@ class Update(NamedTuple):
             momenta.mul_(preconditioners)
         directions = direction(momenta, p)  # (B, m, n)
         products = None
-        if batch[0].group["step_rule"] != "pinned":
+        if batch[0].group["step_rule"] != "pinned" or (
+            batch[0].group["scale"] == "schatten" and powers and preconditioners is None
+        ):
             products = torch.linalg.vecdot(momenta.flatten(1), directions.flatten(1))  # (B,)
         if preconditioners is not None:
             directions = preconditioners.mul_(directions)
@@ -92,10 +96,16 @@ def batches(matrices: Iterable[Matrix], workspace_mib: int) -> Iterator[list[Mat
 
 def factors_alone(update: Update) -> Tensor:
     """Return what the directions are multiplied by, (B,), where every matrix is for itself."""
-    if update.products is not None:
-        return update.factors(lengths_alone(update.batch[0].group["step_rule"], update.dual_norms()))
+    rule = update.batch[0].group["step_rule"]
+    if rule != "pinned":
+        return update.factors(lengths_alone(rule, update.dual_norms()))
     norms = torch.linalg.matrix_norm(update.directions)  # (B,)
-    targets = torch.stack([matrix.update_norm(own) for matrix, own in zip(update.batch, norms, strict=True)])
+    schatten: Iterable[Tensor | None] = [None] * len(norms)
+    if update.products is not None:
+        schatten = update.dual_norms() ** update.exponents
+    targets = torch.stack(
+        [matrix.update_norm(OwnNorms(*own)) for matrix, *own in zip(update.batch, norms, schatten, strict=True)]
+    )
     return torch.where(norms > 0, targets / norms, 0.0)
 
 

@@ -106,7 +106,7 @@ def test_adaptive_p_starts_at_p_max_unless_told():
         ("p_max=4,p_init=5", "p_init=5.0 is not allowed"),
         ("p_interval=0", "p_interval=0 is not allowed"),
         ("p_ema_decay=1", "p_ema_decay=1.0 is not allowed"),
-        ("scale=huge", "scale='huge' is not allowed: one of match_rms_adamw, muon, interpolate, none"),
+        ("scale=huge", "scale='huge' is not allowed: one of schatten, match_rms_adamw, muon, interpolate, none"),
         ("ns_steps=2", "ns_steps=2 is not allowed: one of 3, 4, 5, 6, 7, 8"),
         ("momentum=1", "momentum=1.0 is not allowed"),
         ("schatten_lr_ratio=0", "schatten_lr_ratio=0.0 is not allowed"),
