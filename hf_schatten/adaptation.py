@@ -305,7 +305,7 @@ class Adaptation:
 
     @property
     def _range(self) -> tuple[float, float]:
-        return 1 / self._options.p_max, 1 / self._options.p_min
+        return 1 / self._options.largest_p, 1 / self._options.p_min
 
     def _objective(self, average: Tensor, weight: Tensor, groups: Sequence[int]) -> Tensor:
         """Return the mean criterion of each matrix' group, (L, candidates)."""

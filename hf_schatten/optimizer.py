@@ -95,7 +95,7 @@ class SchattenP(Optimizer):
         step_rule: ``pinned`` by ``scale`` (default), or Schattor's oracles: ``ball``, whose step has the
             Schatten-(p + 1) norm of the learning rate, or ``regularized``, with the learning rate as reciprocal
             penalty.
-        scale: rule of a pinned update's norm. Default ``match_rms_adamw``.
+        scale: rule of a pinned update's norm. Default ``schatten``.
         coupling_order: order, in [1, inf], of the norm that couples the oracle's steps of all matrices that have a
             gradient. Their directions, one copy of the matrices, are kept until all are known; nothing waits for
             the device. Default None: every matrix for itself.
@@ -147,7 +147,7 @@ class SchattenP(Optimizer):
         nesterov: bool = True,
         weight_decay: float = 0.1,
         step_rule: StepRule = "pinned",
-        scale: ScaleRule = "match_rms_adamw",
+        scale: ScaleRule = "schatten",
         coupling_order: float | None = None,
         coupling_weights: CouplingWeights | WeightFunction = "uniform",
         precondition: Precondition = "none",

@@ -16,6 +16,10 @@ from .projections import parse_fused_parts
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
+# Where the estimate of p ends unless told. The norms of the oracles exist for p of at least 1 only; 100 is within a few
+# percent of Muon, and its logs stay finite.
+LARGEST_P, _LARGEST_P_OF_ORACLES = -5.0, 100.0
+
 ScaleRule = Literal["schatten", "match_rms_adamw", "muon", "interpolate", "none"]
 StepRule = Literal["pinned", "ball", "regularized"]
 CouplingWeights = Literal["uniform", "sqrt_m_over_n", "sqrt_n_over_m"]
@@ -61,8 +65,7 @@ class SchattenOptions:
         p_groups: patterns, joined by ``;``: all matrices that match one share a p. Default none.
         p_min: smallest p that the estimate may choose, at least 1. Default 1.
         p_max: largest p that the estimate may choose; ``inf`` is allowed, and so are -4 and below, which extend the
-            range of 1/p below zero. Default 100, whose update is within a few percent of Muon's and whose logs stay
-            finite.
+            range of 1/p below zero. Default none: -5, or 100, almost Muon, with a ``step_rule`` that is not pinned.
         p_init: p of every layer until its first estimate, or the checkpoint of another run whose learned p the layers
             of the same names start from. Default ``p_max``.
         p_interval: steps between two estimates. Default 100.
@@ -84,8 +87,8 @@ class SchattenOptions:
         step_rule: how long a step is. ``pinned`` (default): as ``scale`` says. ``ball`` and ``regularized``:
             Schattor's oracles, whose step has the Schatten-(p + 1) norm ``lr``, or ``lr`` times the dual norm of the
             momentum; p is at least 1 then, and ``scale`` stays at its default. See :mod:`hf_schatten.coupling`.
-        scale: how the size of O is pinned: ``match_rms_adamw`` (default), ``schatten``, which pins the norm that p
-            stands for, ``muon``, ``interpolate``, or ``none``, which leaves the update its own norm; see
+        scale: how the size of O is pinned: ``schatten`` (default), in the norm that p stands for, ``match_rms_adamw``
+            or ``muon``, in the Frobenius norm, ``interpolate``, or ``none``, which leaves the update its own norm; see
             :mod:`hf_schatten.scaling`.
         coupling_order: order of the vector norm, in [1, inf], in which the steps of all matrices are coupled; for
             ``step_rule`` ``ball`` and ``regularized``. Keeps one more copy of the matrices. Default none: every
@@ -130,7 +133,7 @@ class SchattenOptions:
     p_estimator: LogNormEstimatorName = "lanczos"
     p_groups: tuple[str, ...] = ()
     p_min: float = 1.0
-    p_max: float = 100.0
+    p_max: float | None = None
     p_init: float | str | None = None
     p_interval: int = 100
     p_interval_growth: float = 1.0
@@ -145,7 +148,7 @@ class SchattenOptions:
     momentum: float = 0.95
     nesterov: bool = True
     step_rule: StepRule = "pinned"
-    scale: ScaleRule = "match_rms_adamw"
+    scale: ScaleRule = "schatten"
     coupling_order: float | None = None
     coupling_weights: CouplingWeights = "uniform"
     precondition: Precondition = "none"
@@ -165,16 +168,18 @@ class SchattenOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.p, str):
             _require_exponent("p", self.p)
-        for name in ("p_min", "p_max", "p_start", "p_end"):
+        for name in ("p_min", "p_start", "p_end"):
             _require_exponent(name, getattr(self, name))
+        if self.p_max is not None:
+            _require_exponent("p_max", self.p_max)
         for p in self.overrides.values():
             _require_exponent("p_overrides", p)
         for name, allowed in OPTION_VALUES.items():
             self._require(getattr(self, name) in allowed, name, f"one of {', '.join(allowed)}")
         # In the order of 1/p, in which -4 lies beyond inf.
-        self._require(self.p_min >= 1 and 1 / self.p_max <= 1 / self.p_min, "p_min", "1 <= p_min <= p_max")
+        self._require(self.p_min >= 1 and 1 / self.largest_p <= 1 / self.p_min, "p_min", "1 <= p_min <= p_max")
         self._require(
-            not isinstance(self.p_init, float | int) or 1 / self.p_max <= 1 / self.p_init <= 1 / self.p_min,
+            not isinstance(self.p_init, float | int) or 1 / self.largest_p <= 1 / self.p_init <= 1 / self.p_min,
             "p_init",
             "p_min <= p_init <= p_max",
         )
@@ -258,10 +263,12 @@ class SchattenOptions:
 
     def _reachable_p(self) -> dict[str, float]:
         """The extremes of p by the option that allows them."""
-        names = {"adaptive": ("p_max",), "schedule": ("p_start", "p_end")}.get(str(self.p), ("p",))
-        return {name: getattr(self, name) for name in names} | {
-            f"p_overrides: {pattern}": p for pattern, p in self.overrides.items()
-        }
+        overrides = {f"p_overrides: {pattern}": p for pattern, p in self.overrides.items()}
+        if self.p == "adaptive":
+            return {"p_max": self.largest_p} | overrides
+        if self.p == "schedule":
+            return {"p_start": self.p_start, "p_end": self.p_end} | overrides
+        return {"p": float(self.p)} | overrides
 
     def _require(self, holds: bool, name: str, rule: str) -> None:
         if not holds:
@@ -278,8 +285,15 @@ class SchattenOptions:
         if self.p == "schedule":
             return self.p_start
         if self.p == "adaptive":
-            return float(self.p_init) if isinstance(self.p_init, float | int) else self.p_max
+            return float(self.p_init) if isinstance(self.p_init, float | int) else self.largest_p
         return float(self.p)
+
+    @property
+    def largest_p(self) -> float:
+        """The largest p, in the order of 1/p, that the estimate may choose."""
+        if self.p_max is not None:
+            return self.p_max
+        return LARGEST_P if self.step_rule == "pinned" else _LARGEST_P_OF_ORACLES
 
     @property
     def overrides(self) -> dict[str, float]:

@@ -77,7 +77,7 @@ def _clamp(p: float, options: SchattenOptions) -> float:
     """Return p, or the end of the range that it lies beyond; -4 lies beyond inf."""
     if 1 / p > 1 / options.p_min:
         return options.p_min
-    return options.p_max if 1 / p < 1 / options.p_max else p
+    return options.largest_p if 1 / p < 1 / options.largest_p else p
 
 
 def _listed(names: Iterable[str]) -> str:

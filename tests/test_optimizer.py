@@ -251,7 +251,14 @@ def test_the_schedule_drives_both_updates_and_the_ratio_stays():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
     optimizer = hf_schatten.create_schatten_optimizer(
-        model, lr=0.5, weight_decay=0.0, p=2, schatten_lr_ratio=0.1, exclude=["1.*"], verbose=False
+        model,
+        lr=0.5,
+        weight_decay=0.0,
+        p=2,
+        scale="match_rms_adamw",
+        schatten_lr_ratio=0.1,
+        exclude=["1.*"],
+        verbose=False,
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.25)
     before = copy.deepcopy(model)

@@ -72,6 +72,12 @@ def test_adaptive_p_starts_at_p_max_unless_told():
     assert SchattenOptions(p_max=20, p_init=3).initial_p == 3
 
 
+def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
+    assert SchattenOptions().largest_p == SchattenOptions().initial_p == -5
+    assert SchattenOptions(step_rule="ball").largest_p == 100
+    assert SchattenOptions(p_max=math.inf).largest_p == math.inf
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -225,11 +225,11 @@ def _p_paragraphs(options: SchattenOptions | None, learned_p: Mapping[str, float
 
 def _below_p_max(options: SchattenOptions, learned_p: Mapping[str, float]) -> list[str]:
     """List the matrices whose estimate lies inside the range, those with the smallest p where there are many."""
-    inside = {name: p for name, p in learned_p.items() if not math.isclose(1 / p, 1 / options.p_max, abs_tol=1e-6)}
+    inside = {name: p for name, p in learned_p.items() if not math.isclose(1 / p, 1 / options.largest_p, abs_tol=1e-6)}
     if not inside:
         return []
     listed = set(sorted(inside, key=lambda name: -1 / inside[name])[:_LISTED])
-    counted = f"{len(inside)} of {len(learned_p)} matrices are below p_max = {p_label(options.p_max)}"
+    counted = f"{len(inside)} of {len(learned_p)} matrices are below p_max = {p_label(options.largest_p)}"
     smallest = f", of which these {len(listed)} have the smallest p" if len(listed) < len(inside) else ""
     rows = ((f"`{layer_name(name)}`", p_label(p)) for name, p in inside.items() if name in listed)
     return [f"{counted}{smallest}:", _table(("layer", "p"), rows)]
