@@ -21,9 +21,9 @@ from hf_schatten import create_schatten_optimizer
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "pretrain_clm"))
-import blocks
 import corpus
 from datasets import Dataset, DatasetDict
+from recipe_parts import blocks
 
 _VALIDATION_FRACTION = 0.05  # the recipe's; its train split is the text here
 

@@ -38,17 +38,18 @@ class MuonAndAdamW(Optimizer):
                 groups["muon"].append(route.parameter)
             elif route.destination != "frozen":
                 groups["decayed" if route.decay else "rest"].append(route.parameter)
-        self._muon = Muon(groups["muon"], lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        muon = Muon(groups["muon"], lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         others = [
             {"params": groups[name], "weight_decay": decay}
             for name, decay in (("decayed", weight_decay), ("rest", 0.0))
             if groups[name]
         ]
-        self._adamw = AdamW(others, lr, betas=betas, eps=eps)
+        # With adapters, there may be matrices alone.
+        self._optimizers = [muon, *([AdamW(others, lr, betas=betas, eps=eps)] if others else [])]
         super().__init__([{"params": group["params"]} for group in self._groups()], {"lr": lr})
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [*self._muon.param_groups, *self._adamw.param_groups]
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -59,8 +60,8 @@ class MuonAndAdamW(Optimizer):
                 loss = closure()
         for own, inner in zip(self.param_groups, self._groups(), strict=True):
             inner["lr"] = own["lr"]
-        self._muon.step()
-        self._adamw.step()
+        for optimizer in self._optimizers:
+            optimizer.step()
         return loss
 
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipe_parts is there
 
-import evaluate
 import images
 from datasets import DatasetDict
 from image_arguments import DataTrainingArguments, ModelArguments, parse_arguments
 from image_card import ImageClassificationTrainer, Run
 from recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipe_parts.metrics import load_metric
 from recipe_parts.run_record import run_recipe
 from recipe_parts.splits import sample
 from resmlp import ResMLPConfig
@@ -32,8 +32,6 @@ from transformers import (
     ViTConfig,
     set_seed,
 )
-
-METRICS = Path(__file__).resolve().parents[1] / "metrics"
 
 logger = logging.getLogger("image_classification")
 
@@ -93,7 +91,7 @@ def new_config(args: ModelArguments) -> PretrainedConfig:
 
 def accuracy_of() -> Callable[[EvalPrediction], dict[str, float]]:
     """Return the function that Trainer calls after an evaluation, of the `evaluate` module beside the recipes."""
-    accuracy = evaluate.load(str(METRICS / "accuracy"), keep_in_memory=True)
+    accuracy = load_metric("accuracy")
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import corpus
 from recipe_parts.command_line import InputError, parse
+from recipe_parts.documents import BUILDERS
 from transformers import TrainingArguments
 
 SCRIPT_DEFAULTS = {"output_dir": "outputs/pretrain_clm", "do_train": True, "do_eval": True}
@@ -48,7 +49,7 @@ class DataTrainingArguments:
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
     train_file: str | None = field(
-        default=None, metadata={"help": f"Your own text: a file ending in {', '.join(corpus.BUILDERS)}."}
+        default=None, metadata={"help": f"Your own text: a file ending in {', '.join(BUILDERS)}."}
     )
     validation_file: str | None = field(default=None, metadata={"help": "Text for evaluation, likewise."})
     validation_fraction: float = field(

@@ -1,16 +1,15 @@
 """The recipe's model card: what is known of a run, in the form of `model_cards/template.md`."""
 
-import math
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import corpus
 from arguments import DataTrainingArguments, ModelArguments
+from recipe_parts.language_model import SIZES, TASK, LanguageModelTrainer
 from recipe_parts.run_record import (
-    RecipeTrainer,
     RunRecord,
     circumstances,
     command_line,
@@ -24,13 +23,6 @@ from recipe_parts.run_record import (
 from transformers import PreTrainedModel
 
 SCRIPT = "recipes/pretrain_clm/pretrain_clm.py"
-TASK = "text-generation"
-SIZES = {
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "context": "max_position_embeddings",
-    "vocabulary": "vocab_size",
-}
 
 INTENDED_USE = (
     "Research on optimizers: the model shows what a run with this optimizer gives. It continues text of the kind that "
@@ -58,18 +50,10 @@ class Run(RunRecord):
     vocabulary: int
 
 
-class PretrainingTrainer(RecipeTrainer):
-    """The recipe's Trainer: measures perplexity too, and writes the recipe's card."""
+class PretrainingTrainer(LanguageModelTrainer):
+    """The recipe's Trainer: writes the recipe's card."""
 
-    quantities: ClassVar[Mapping[str, str]] = {"loss": "loss", "perplexity": "perplexity per token"}
     run: Run
-
-    def derived(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return the perplexity."""
-        try:
-            return {f"{name}_perplexity": math.exp(metrics[f"{name}_loss"])}
-        except OverflowError:
-            return {f"{name}_perplexity": math.inf}
 
     def card_metadata(self) -> dict[str, Any]:
         """Return task, base model and data set where they have a name on the Hub, and the licence."""

@@ -14,12 +14,14 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipe_parts is there
 
-import blocks
 import corpus
 from arguments import DataTrainingArguments, ModelArguments, parse_arguments
 from card import PretrainingTrainer, Run
 from datasets import Dataset, DatasetDict
+from recipe_parts import blocks
 from recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipe_parts.documents import load_files, load_hub_dataset
+from recipe_parts.language_model import require_context
 from recipe_parts.run_record import run_recipe
 from recipe_parts.splits import sample
 from transformers import (
@@ -38,12 +40,11 @@ logger = logging.getLogger("pretrain_clm")
 
 def load_documents(args: DataTrainingArguments) -> DatasetDict:
     """Load the chosen text as the splits `train` and `validation`."""
+    columns = {"text": args.text_column}
     if args.dataset_name:
-        return corpus.load_hub_dataset(
-            args.dataset_name, args.dataset_config_name, args.text_column, args.validation_fraction
-        )
+        return load_hub_dataset(args.dataset_name, args.dataset_config_name, columns, args.validation_fraction)
     if args.train_file:
-        return corpus.load_files(args.train_file, args.validation_file, args.text_column, args.validation_fraction)
+        return load_files(args.train_file, args.validation_file, columns, args.validation_fraction)
     return corpus.load_stdlib(args.validation_fraction)
 
 
@@ -67,9 +68,7 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_
     else:
         config = new_config(args, tokenizer, block_size)
         model = AutoModelForCausalLM.from_config(config)
-    context = getattr(model.config, "max_position_embeddings", block_size)
-    if block_size > context:
-        raise InputError(f"--block_size {block_size} exceeds the model's context of {context} tokens.")
+    require_context(model.config, block_size)
     if len(tokenizer) > model.config.vocab_size:
         model.resize_token_embeddings(len(tokenizer))
     return model

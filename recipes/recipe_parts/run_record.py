@@ -59,7 +59,7 @@ class _TemplateTrainer(Trainer):
         raise NotImplementedError
 
     def derived(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
-        """Return what follows from the metrics of an evaluation, whose names begin with `name`."""
+        """Return what an evaluation gives besides its metrics, whose names begin with `name`."""
         return {}
 
     def create_model_card(self, **metadata: Any) -> None:  # type: ignore[override] # takes keywords alone
@@ -130,7 +130,17 @@ def results(metrics: Mapping[str, Mapping[str, float]], quantities: Mapping[str,
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def description(trainer: Trainer, *, sizes: Mapping[str, str], base: str | None, batch: str, script: str) -> str:
+def whole_model(trainer: Trainer) -> PreTrainedModel:
+    """Return the model that is trained, or that whose adapters are."""
+    model: Any = trainer.model
+    found = model.get_base_model() if hasattr(model, "get_base_model") else model
+    assert isinstance(found, PreTrainedModel)
+    return found
+
+
+def description(
+    trainer: Trainer, *, sizes: Mapping[str, str], base: str | None, batch: str, script: str, adapters: str = ""
+) -> str:
     """Say which model was trained, from what, for how long and by which recipe.
 
     Args:
@@ -139,11 +149,12 @@ def description(trainer: Trainer, *, sizes: Mapping[str, str], base: str | None,
         base: The weights that the run began with, or None from scratch.
         batch: What one step sees, and all steps: "1,024 images, 10,240 in all".
         script: The recipe's, from the repository's root.
+        adapters: What is trained in place of the base's weights: " with …".
     """
-    assert isinstance(trainer.model, PreTrainedModel)
-    start = "Trained from scratch" if base is None else f"Trained further from `{Path(base).name}`"
+    architecture = _architecture(whole_model(trainer), sizes)
+    start = "Trained from scratch" if base is None else f"Trained further from `{Path(base).name}`{adapters}"
     return (
-        f"{_architecture(trainer.model, sizes)}. {start} for {trainer.state.global_step:,} steps of {batch}, with "
+        f"{architecture}. {start} for {trainer.state.global_step:,} steps of {batch}, with "
         f"`--optim {OptimizerNames(trainer.args.optim).value}`, by the recipe `{Path(script).parent}` of the "
         "`hf_schatten` repository."
     )

@@ -15,6 +15,19 @@ def sample(dataset: Dataset, limit: int | None) -> Dataset:
     return dataset.select([row * total // limit for row in range(limit)])
 
 
+def is_held_out(name: str, fraction: float) -> bool:
+    """Say whether the document called `name` belongs to the validation split.
+
+    The choice hangs on the name alone, so that a file added or removed never moves another one across.
+
+    Args:
+        name: Path of the document relative to its corpus, with forward slashes.
+        fraction: Expected share of documents that are held out, in [0, 1].
+    """
+    digest = hashlib.sha256(name.encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
 def held_out_rows(labels: Sequence[int], fraction: float) -> list[int]:
     """Choose the rows of the validation split: the same share of every class, and the same rows everywhere.
 

@@ -7,7 +7,7 @@ import datasets
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path[:0] = [str(RECIPES / name) for name in ("pretrain_clm", "image_classification", ".")]
+sys.path[:0] = [str(RECIPES / name) for name in ("pretrain_clm", "image_classification", "lora_sft", ".")]
 
 
 @pytest.fixture

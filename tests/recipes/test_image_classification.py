@@ -4,7 +4,6 @@ import json
 from functools import partial
 from pathlib import Path
 
-import evaluate
 import image_arguments
 import image_classification
 import images
@@ -15,6 +14,7 @@ from datasets import ClassLabel, Dataset, Image
 from huggingface_hub import ModelCard
 from PIL import Image as Pictures
 from recipe_parts.command_line import InputError
+from recipe_parts.metrics import load_metric
 from recipe_parts.splits import held_out_rows
 from resmlp import ResMLPConfig, ResMLPForImageClassification
 from safetensors.torch import load_file
@@ -23,7 +23,7 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForImageClassification
 
 from hf_schatten import SchattenCallback, route_parameters
-from hf_schatten.probe import InputProbe, RowSample
+from hf_schatten.probe import Probe, RowSample
 
 pytestmark = pytest.mark.filterwarnings("error:::(image_.*|images|recipe_parts|resmlp)")
 
@@ -339,11 +339,11 @@ def test_resmlp_routes_its_sublayers_and_not_its_ends(resmlp):
 def test_inputs_across_patches_are_sampled_by_channel(resmlp):
     """The layer over the patches sees a row for each image and channel, with an entry for each patch."""
     layer = resmlp.resmlp.layers[0]
-    probe = InputProbe(resmlp, {"across.weight": layer.cross_patch, "fc1.weight": layer.fc1}, partial(RowSample, 1000))
+    probe = Probe(resmlp, {"across.weight": layer.cross_patch, "fc1.weight": layer.fc1}, partial(RowSample, 1000))
     probe.arm(True)
     pixels = torch.randn(3, 1, 8, 8)
     resmlp(pixels, torch.tensor([0, 1, 2])).loss.backward()
-    samples = probe.take()
+    samples = probe.take().inputs
     tokens = layer.affine_before_patches(resmlp.resmlp.patches(pixels).flatten(2).mT).detach()  # (3, 16, 12)
     expected = torch.stack([tokens[image, :, channel] for image in range(3) for channel in range(12)])
     torch.testing.assert_close(samples["across.weight"], expected, atol=1e-6, rtol=1e-6)
@@ -355,7 +355,7 @@ def test_inputs_across_patches_are_sampled_by_channel(resmlp):
 
 
 def test_the_metric_counts_right_predictions():
-    accuracy = evaluate.load(str(image_classification.METRICS / "accuracy"), keep_in_memory=True)
+    accuracy = load_metric("accuracy")
     random = np.random.default_rng(0)
     for count in (1, 7, 100):
         predictions, references = random.integers(4, size=(2, count))

@@ -7,16 +7,18 @@ import sys
 from pathlib import Path
 
 import arguments
-import blocks
 import corpus
 import pretrain_clm
 import pytest
 from datasets import Dataset, DatasetDict
+from recipe_parts import blocks
 from recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipe_parts.documents import load_files
 from recipe_parts.run_record import side_by_side
+from recipe_parts.splits import is_held_out
 from transformers import TrainingArguments
 
-pytestmark = pytest.mark.filterwarnings("error:::(arguments|blocks|corpus|pretrain_clm|recipe_parts)")
+pytestmark = pytest.mark.filterwarnings("error:::(arguments|corpus|pretrain_clm|recipe_parts)")
 
 SOURCE = 'def area(radius):\n    """Of a circle."""\n    return 3.14159 * radius ** 2\n'
 
@@ -173,7 +175,7 @@ def test_a_changed_file_is_read_again(library):
 
 
 def test_held_out_share():
-    held_out = sum(corpus.is_held_out(f"package/module_{i}.py", 0.25) for i in range(4000))
+    held_out = sum(is_held_out(f"package/module_{i}.py", 0.25) for i in range(4000))
     assert held_out == pytest.approx(1000, abs=100)
 
 
@@ -191,7 +193,7 @@ def test_stdlib_without_files(tmp_path):
 def test_text_file_holds_paragraphs(tmp_path):
     path = tmp_path / "story.txt"
     path.write_text("\n\n".join(f"Paragraph {i},\nin two lines." for i in range(10)))
-    loaded = corpus.load_files(str(path), None, "text", fraction=0.2)
+    loaded = load_files(str(path), None, {"text": "text"}, fraction=0.2)
     assert text_of(loaded["train"])[0] == "Paragraph 0,\nin two lines."
     assert text_of(loaded["validation"]) == [f"Paragraph {i},\nin two lines." for i in (8, 9)]
 
@@ -199,7 +201,8 @@ def test_text_file_holds_paragraphs(tmp_path):
 def test_column_and_validation_file(tmp_path):
     for name in ("train", "validation"):
         (tmp_path / f"{name}.jsonl").write_text("".join(f'{{"body": "{name} {i}", "id": {i}}}\n' for i in range(3)))
-    loaded = corpus.load_files(str(tmp_path / "train.jsonl"), str(tmp_path / "validation.jsonl"), "body", fraction=0.1)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("train", "validation")]
+    loaded = load_files(*files, {"text": "body"}, fraction=0.1)
     assert text_of(loaded["train"]) == [f"train {i}" for i in range(3)]
     assert text_of(loaded["validation"]) == [f"validation {i}" for i in range(3)]
 
@@ -219,7 +222,7 @@ def test_bad_files(tmp_path, name, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match=message):
-        corpus.load_files(str(path), None, "text", fraction=0.1)
+        load_files(str(path), None, {"text": "text"}, fraction=0.1)
 
 
 # Tokenizer and blocks

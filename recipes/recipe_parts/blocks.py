@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict, Features, List, Value
-from recipe_parts.command_line import InputError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from recipe_parts.command_line import InputError
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for the token between two documents
 

@@ -1,0 +1,168 @@
+"""The recipe's Trainers and their model card, in the form of `model_cards/template.md`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import headers
+import torch
+from answers import AnswerCheck
+from recipe_parts.command_line import InputError
+from recipe_parts.language_model import SIZES, TASK, LanguageModelTrainer
+from recipe_parts.run_record import (
+    RunRecord,
+    circumstances,
+    command_line,
+    description,
+    examples_per_step,
+    hub_name,
+    quantity,
+    results,
+    source_name,
+)
+from sft_arguments import ALL_LINEAR, DataTrainingArguments, ModelArguments
+
+SCRIPT = "recipes/lora_sft/lora_sft.py"
+
+INTENDED_USE = (
+    "Research on optimizers: the adapters show what a run with this optimizer gives. They change what the base model "
+    "writes towards the data below, and need that model; what is said of its use and its faults holds for both."
+)
+
+
+@dataclass(kw_only=True)
+class Run(RunRecord):
+    """What a Trainer does not know of its run.
+
+    Attributes:
+        model_args: Which model and adapters.
+        data_args: Which data.
+        rows: Documents, or prompts with their completions, in each split.
+        examples: Number of examples used of each split.
+        trained: Number of parameters that are trained.
+    """
+
+    model_args: ModelArguments
+    data_args: DataTrainingArguments
+    rows: Mapping[str, int]
+    examples: Mapping[str, int]
+    trained: int
+
+
+class AdapterTrainer(LanguageModelTrainer):
+    """The recipe's Trainer: writes the recipe's card."""
+
+    quantities: ClassVar[Mapping[str, str]] = {
+        **LanguageModelTrainer.quantities,
+        "accuracy": "share of tokens predicted",
+    }
+    run: Run
+
+    def card_metadata(self) -> dict[str, Any]:
+        """Return library and task, and base model and data set where they have a name on the Hub."""
+        dataset = hub_name(self.run.data_args.dataset_name)
+        return {
+            "library_name": "peft",
+            "tags": ["lora", "generated_from_trainer"],
+            "tasks": TASK,
+            "pipeline_tag": TASK,
+            "finetuned_from": hub_name(self.run.model_args.model_name_or_path),
+            "dataset": self.run.data_args.source,
+            "dataset_tags": [] if dataset is None else [dataset],
+        }
+
+    def card_texts(self) -> dict[str, str]:
+        """Return what the template names beyond a Trainer's record."""
+        model_args, source = self.run.model_args, source_name(self.run.data_args.source)
+        return {
+            "title": f"Adapters of {quantity(self.run.trained)} parameters for {source}",
+            "description": description(
+                self,
+                sizes=SIZES,
+                base=model_args.model_name_or_path,
+                batch=_batch(self),
+                script=SCRIPT,
+                adapters=_adapters(self.run),
+            ),
+            "intended_use": INTENDED_USE,
+            "data": _data(self.run),
+            "results": results(self.run.metrics, self.quantities),
+            "circumstances": circumstances(self, self.run.seconds),
+            "command": command_line(SCRIPT, self.run.command),
+        }
+
+
+class AnsweringTrainer(AdapterTrainer):
+    """The Trainer where the model answers prompts: counts right answers too, before and after the training.
+
+    Raises:
+        InputError: The model is sharded, so that no process can generate for itself.
+    """
+
+    quantities: ClassVar[Mapping[str, str]] = {**AdapterTrainer.quantities, "answer_match": "right answers"}
+
+    def __init__(self, *args: Any, check: AnswerCheck, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled:
+            raise InputError("--max_new_tokens is not supported with FSDP: leave it out, or use DDP.")
+        self.check = check
+
+    def derived(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the perplexity and the share of right answers."""
+        share = self.check.share_right(self, self.eval_dataset)
+        return super().derived(name, metrics) | {f"{name}_answer_match": share}
+
+
+def next_token_ids(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
+    """Return the tokens predicted, (B, length): a Trainer keeps them in place of the logits, which need more room."""
+    scores = logits[0] if isinstance(logits, tuple) else logits
+    return scores.argmax(dim=-1)
+
+
+def _batch(trainer: AdapterTrainer) -> str:
+    data_args, examples = trainer.run.data_args, examples_per_step(trainer)
+    if data_args.prompt_column is not None:
+        return f"{examples:,} completions, {quantity(trainer.state.global_step * examples)} in all"
+    tokens = examples * data_args.block_size
+    return f"{tokens:,} tokens, {quantity(trainer.state.global_step * tokens)} in all"
+
+
+def _adapters(run: Run) -> str:
+    args = run.model_args
+    where = "all linear layers" if args.lora_target_modules == ALL_LINEAR else f"`{args.lora_target_modules}`"
+    bits = ", the weights beside them in 4 bits" if args.load_in_4bit else ""
+    return (
+        f" with LoRA of rank {args.lora_r} (alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}) in {where}, "
+        f"{quantity(run.trained)} parameters{bits},"
+    )
+
+
+def _data(run: Run) -> str:
+    args = run.data_args
+    kind = "documents" if args.prompt_column is None else "prompts with completions"
+    counts = f"{run.rows['train']:,} {kind} to train on, {run.rows['validation']:,} held out"
+    if args.source == headers.HEADERS_NAME:
+        origin = (
+            f"The C++ headers of torch {torch.__version__} in {_listed(headers.FOLDERS)}, without generated ones: "
+            f"{counts}. Another version or build has other files, and gives other numbers."
+        )
+    else:
+        origin = f"{source_name(args.source)}: {counts}."
+    return f"{origin}\n\n{_tokens(run)}"
+
+
+def _tokens(run: Run) -> str:
+    args = run.data_args
+    used = f"{run.examples['train']:,} to train on, {run.examples['validation']:,} to evaluate on"
+    by = f"the tokenizer of `{Path(run.model_args.model_name_or_path).name}`"
+    if args.prompt_column is None:
+        return f"Tokenized by {by}, and cut into blocks of {args.block_size}: {used}."
+    return (
+        f"Tokenized by {by}; what has at most {args.block_size} tokens is used: {used}. The loss is that of the "
+        f"completions. A prompt is read as `{args.prompt_template!r}`."
+    )
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return f"{', '.join(f'`{name}`' for name in names[:-1])} and `{names[-1]}`"

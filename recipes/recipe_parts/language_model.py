@@ -1,0 +1,42 @@
+"""What recipes for causal language models do alike: perplexity, and what their cards name of a model."""
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+from transformers import PretrainedConfig
+
+from recipe_parts.command_line import InputError
+from recipe_parts.run_record import RecipeTrainer
+
+TASK = "text-generation"
+SIZES = {
+    "layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "context": "max_position_embeddings",
+    "vocabulary": "vocab_size",
+}
+
+
+class LanguageModelTrainer(RecipeTrainer):
+    """A recipe's Trainer that measures perplexity too."""
+
+    quantities: ClassVar[Mapping[str, str]] = {"loss": "loss", "perplexity": "perplexity per token"}
+
+    def derived(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Return the perplexity."""
+        try:
+            return {f"{name}_perplexity": math.exp(metrics[f"{name}_loss"])}
+        except OverflowError:
+            return {f"{name}_perplexity": math.inf}
+
+
+def require_context(config: PretrainedConfig, block_size: int) -> None:
+    """Check that a model takes examples of `block_size` tokens.
+
+    Raises:
+        InputError: It does not.
+    """
+    context = getattr(config, "max_position_embeddings", block_size)
+    if block_size > context:
+        raise InputError(f"--block_size {block_size} exceeds the model's context of {context} tokens.")
