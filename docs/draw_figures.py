@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_schatten.criterion import CRITERIA, Estimator, Inputs, Sample, maximising_exponent, objective_curve
+from hf_schatten.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
 from hf_schatten.linalg import Coefficients
 from hf_schatten.linalg.coefficient_table import exponent_of, interpolate
 from hf_schatten.report.log import p_label
@@ -60,7 +60,7 @@ def criterion_of(gradient_decay: float, input_decay: float) -> tuple[Array, Arra
         input_decay: the same of the inputs.
     """
     index = torch.arange(1, 65, dtype=torch.float64)
-    sample = Sample(torch.diag(index**-gradient_decay), None, Inputs(torch.diag(index**-input_decay)))
+    sample = Sample(torch.diag(index**-gradient_decay), None, Factor(torch.diag(index**-input_decay)))
     statistics = CRITERIA["holder"].statistics(sample, Estimator.named("exact"))
     objective = objective_curve("holder", statistics, 0.0, 1.0)
     chosen = float(maximising_exponent(objective, 0.0, 1.0))

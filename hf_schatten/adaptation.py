@@ -18,20 +18,23 @@ from .criterion import (
     NODES,
     Criterion,
     Estimator,
-    Inputs,
+    Factor,
     Sample,
+    curvature_curve,
     gradient_curve,
     maximising_exponent,
     objective_curve,
 )
 from .distributed import UnsupportedEngineError, mean_over_processes, process_count, sum_over_processes
-from .matrix import Matrix
+from .matrix import Matrix, layout_of
 from .optimizer import SchattenP
 from .options import SchattenOptions
-from .probe import GramSum, InputProbe, RowSample
+from .probe import GramSum, Probe, RowSample
 from .sharded import is_sharded, local, owned_gradients
 
 logger = logging.getLogger(__name__)
+
+_Curvature = tuple[Factor, Factor | None]  # of inputs, and of outputs' gradients where they are sampled
 
 _ILLUSTRATED_POINTS = 257  # of the criterion's curve that is kept for a picture
 _POWER_ITERATIONS = 20
@@ -122,7 +125,7 @@ class Adaptation:
         self._groups = dict(groups)
         self._reported: set[str] = set()
         new_sample = GramSum if options.sync == "gram" else partial(RowSample, options.probe_rows)
-        self._probe = InputProbe(model, layers, new_sample)
+        self._probe = Probe(model, layers, new_sample, outputs=CRITERIA[options.criterion].needs_outputs)
         self._worker = ThreadPoolExecutor(1, "hf_schatten") if options.p_async else None
         self._pending: Future[_Measurement] | None = None
         self._failed = False
@@ -188,13 +191,13 @@ class Adaptation:
 
     def _estimate(self, optimizer: SchattenP) -> None:
         matrices = self._adapted(optimizer)
-        inputs = self._inputs(matrices)
-        self._report_unsampled({matrix.name for matrix in matrices if matrix.input_name not in inputs})
+        curvature = self._curvature(matrices)
+        self._report_unsampled({matrix.name for matrix in matrices if matrix.name not in curvature})
         if self._has_shards(matrices):
-            self._learn(optimizer, self._measure_shards(optimizer, matrices, inputs))
+            self._learn(optimizer, self._measure_shards(optimizer, matrices, curvature))
             return
         criterion = CRITERIA[self._options.criterion]
-        samples = (_sample(criterion, matrix, inputs.get(matrix.input_name)) for matrix in matrices)
+        samples = (_sample(criterion, matrix, curvature.get(matrix.name)) for matrix in matrices)
         nothing = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), matrices[0].parameter.device)
         estimator = Estimator.named(self._options.p_estimator)
         measure = partial(
@@ -216,17 +219,17 @@ class Adaptation:
         return any(is_sharded(matrix.parameter) for matrix in matrices)
 
     def _measure_shards(
-        self, optimizer: SchattenP, matrices: Sequence[Matrix], inputs: Mapping[str, Inputs]
+        self, optimizer: SchattenP, matrices: Sequence[Matrix], curvature: Mapping[str, _Curvature]
     ) -> _Measurement:
-        """Measure the inputs of this process, and the gradients of the parameters whose owner it is.
+        """Measure the rows of this process, and the gradients of the parameters whose owner it is.
 
         Raises:
             UnsupportedEngineError: with an option that needs whole momenta on every process.
         """
-        if self._options.criterion != "holder" or self._worker is not None:
+        if CRITERIA[self._options.criterion].needs_momentum or self._worker is not None:
             raise UnsupportedEngineError(
                 f"criterion={self._options.criterion!r} with p_async={self._options.p_async} is not supported where "
-                "FSDP shards the parameters: set criterion=holder and p_async=false, or use DDP."
+                "FSDP shards the parameters: set criterion=kronecker or holder and p_async=false, or use DDP."
             )
         estimator = Estimator.named(self._options.p_estimator)
         device = local(matrices[0].parameter).device
@@ -234,30 +237,58 @@ class Adaptation:
         row_of = {matrix.name: row for row, matrix in enumerate(matrices)}
         measured.statistics.fill_(torch.nan)  # what nobody measures
         for row, matrix in enumerate(matrices):
-            if matrix.input_name in inputs:
-                measured.statistics[row, 1] = inputs[matrix.input_name].curve(estimator.log_norms)
+            if matrix.name in curvature:
+                measured.statistics[row, 1] = curvature_curve(*curvature[matrix.name], estimator)
         for matrix, gradient in owned_gradients(matrices, self._options.buffer_mib):
             measured.statistics[row_of[matrix.name], 0] = gradient_curve(gradient, estimator)
         valid = measured.statistics.isfinite().all(dim=-1)
         return replace(measured, statistics=measured.statistics.nan_to_num(0.0), valid=valid)
 
-    def _inputs(self, matrices: Sequence[Matrix]) -> dict[str, Inputs]:
-        """Return what was sampled by name; Gram matrices are first added up over all processes."""
-        samples = self._probe.take()
-        if self._options.sync == "statistics":
-            return {name: Inputs(rows) for name, rows in samples.items()}
-        sizes = {matrix.input_name: matrix.shape[1] for matrix in matrices}
-        device = local(matrices[0].parameter).device
-        grams = [samples.get(name, torch.zeros(n, n, dtype=torch.float64, device=device)) for name, n in sizes.items()]
-        total = sum_over_processes(torch.cat([gram.flatten() for gram in grams]))
-        pieces = total.split([n * n for n in sizes.values()])
-        found = {name: piece.view(n, n) for (name, n), piece in zip(sizes.items(), pieces, strict=True)}
-        finite = torch.stack([gram.trace() for gram in found.values()]).tolist()  # one wait for the device
-        return {
-            name: Inputs.of_gram(gram)
-            for (name, gram), trace in zip(found.items(), finite, strict=True)
-            if 0 < trace < math.inf
+    def _curvature(self, matrices: Sequence[Matrix]) -> dict[str, _Curvature]:
+        """Return the factors of each matrix whose input was sampled; Gram matrices are added up over all processes."""
+        sampled = self._probe.take()
+        cut = _of_part if self._options.sync == "statistics" else _gram_of_part
+        outputs = {
+            matrix.name: cut(sampled.outputs[matrix.parameter_name], matrix)
+            for matrix in matrices
+            if matrix.parameter_name in sampled.outputs
         }
+        if self._options.sync == "statistics":
+            of_inputs = {name: Factor(rows) for name, rows in sampled.inputs.items()}
+            of_outputs = {name: Factor(rows) for name, rows in outputs.items()}
+        else:
+            of_inputs, of_outputs = self._summed(matrices, (sampled.inputs, outputs))
+        return {
+            matrix.name: (of_inputs[matrix.input_name], of_outputs.get(matrix.name))
+            for matrix in matrices
+            if matrix.input_name in of_inputs
+        }
+
+    def _summed(
+        self, matrices: Sequence[Matrix], grams: tuple[Mapping[str, Tensor], Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Factor], dict[str, Factor]]:
+        """Return the factors of Gram matrices (n, n) of inputs and outputs, added up over all processes at once.
+
+        Those that are not finite, or zero, are left out.
+        """
+        needed = CRITERIA[self._options.criterion].needs_outputs
+        # Of what any process may have sampled, in one order: experts' outputs are not.
+        sizes = [
+            {matrix.input_name: matrix.shape[1] for matrix in matrices},
+            {matrix.name: matrix.shape[0] for matrix in matrices if needed and matrix.parameter.ndim != 3},
+        ]
+        keys = [(side, name, n) for side in (0, 1) for name, n in sizes[side].items()]
+        device = local(matrices[0].parameter).device
+        nothing = torch.zeros(1, dtype=torch.float64, device=device)
+        own = [grams[side].get(name, nothing.expand(n, n)).flatten() for side, name, n in keys]
+        pieces = sum_over_processes(torch.cat(own)).split([n * n for _, _, n in keys])
+        found = [piece.view(n, n) for (_, _, n), piece in zip(keys, pieces, strict=True)]
+        traces = torch.stack([gram.trace() for gram in found]).tolist()  # one wait for the device
+        factors: tuple[dict[str, Factor], dict[str, Factor]] = {}, {}
+        for (side, name, _), gram, trace in zip(keys, found, traces, strict=True):
+            if 0 < trace < math.inf:
+                factors[side][name] = Factor.of_gram(gram)
+        return factors
 
     def _result(self, job: Future[_Measurement]) -> _Measurement | None:
         try:
@@ -335,13 +366,23 @@ class Adaptation:
             )
 
 
-def _sample(criterion: Criterion, matrix: Matrix, inputs: Inputs | None) -> Sample | None:
-    if inputs is None or matrix.gradient is None:
+def _of_part(rows: Tensor, matrix: Matrix) -> Tensor:
+    """Return the columns of output rows (T, out) that belong to one matrix of a parameter."""
+    layout = replace(layout_of(matrix.group), transposed=False)
+    return layout.matrix(rows.mT, matrix.index).mT
+
+
+def _gram_of_part(gram: Tensor, matrix: Matrix) -> Tensor:
+    return _of_part(_of_part(gram, matrix).mT, matrix)
+
+
+def _sample(criterion: Criterion, matrix: Matrix, curvature: _Curvature | None) -> Sample | None:
+    if curvature is None or matrix.gradient is None:
         return None
     gradient, momentum = matrix.gradient, matrix.look_ahead() if criterion.needs_momentum else None
     if matrix.group["transposed"]:
         gradient, momentum = gradient.mT, None if momentum is None else momentum.mT
-    return Sample(gradient, momentum, inputs)
+    return Sample(gradient, momentum, *curvature)
 
 
 def _measure(

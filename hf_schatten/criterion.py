@@ -1,8 +1,11 @@
 """From the spectra of gradient, momentum and input to the spectral exponent s = 1/p of each matrix.
 
-With G the gradient (m, n), M its momentum with singular triplets (u_i, σ_i, v_i), O_s = U Σ^s Vᵀ of M, and A the
-layer's input, one row for each of T tokens, a criterion is a function of s that is maximised:
+With G the gradient (m, n), M its momentum with singular triplets (u_i, σ_i, v_i), O_s = U Σ^s Vᵀ of M, A the layer's
+input and D the gradient of its output, one row for each of T tokens, a criterion is a function of s that is maximised:
 
+``kronecker``
+    log ‖G‖_{1+s} − log ‖A‖_{2k} − log ‖D‖_{2k},  k = 2(1 + s)/(1 − s): the guaranteed decrease where the curvature has
+    the Kronecker factors AᵀA and DᵀD. Where D is not known, in mixtures of experts, it is taken for even: ``holder``.
 ``holder``
     log ‖G‖_{1+s} − log ‖A‖_{k},  k = 2(1 + s)/(1 − s): the guaranteed decrease of a one-step random-feature model
     (T. Massena 2026, "Using Schatten-p norms to dynamically interpolate between Adam and Muon").
@@ -39,8 +42,10 @@ CURVES = 3  # the most that a criterion has; the others leave the rest at zero
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
 
 
-class Inputs:
-    """Sampled input rows A of a layer, whose norm curve is computed once for all matrices that share them.
+class Factor:
+    """Sampled rows whose Gram matrix is one factor of a layer's curvature: its inputs, or its outputs' gradients.
+
+    Curves of its norms are computed once for all matrices that share it.
 
     Args:
         rows: (T, n).
@@ -50,26 +55,31 @@ class Inputs:
     def __init__(self, rows: Tensor, log_spectrum: Tensor | None = None) -> None:
         self.rows = rows
         self._log_spectrum = log_spectrum
-        self._curve: Tensor | None = None
+        self._curves: dict[int, Tensor] = {}
 
     @classmethod
-    def of_gram(cls, gram: Tensor) -> Inputs:
+    def of_gram(cls, gram: Tensor) -> Factor:
         """Return n rows whose Gram matrix AᵀA is ``gram`` (n, n), float64, with their spectrum."""
         eigenvalues, vectors = torch.linalg.eigh(gram)
         eigenvalues = eigenvalues.clamp_min(0.0)
         return cls(eigenvalues.sqrt()[:, None] * vectors.mT, 0.5 * eigenvalues.log())
 
-    def curve(self, log_norms: LogNormEstimator) -> Tensor:
-        """Return log ‖A‖_k at :func:`exponent_nodes`, (NODES,), relative to k = ∞."""
-        if self._curve is None:
+    def curve(self, log_norms: LogNormEstimator, factors: int = 1) -> Tensor:
+        """Return the logarithm of a norm of the rows at :func:`exponent_nodes`, (NODES,), relative to order ∞.
+
+        Args:
+            log_norms: estimates it.
+            factors: how many factors the curvature has: the order of the norm is k times as many.
+        """
+        if factors not in self._curves:
             s = exponent_nodes().to(self.rows.device)
-            inverse_orders = (1 - s) / (2 * (1 + s))
+            inverse_orders = (1 - s) / (2 * (1 + s)) / factors
             if self._log_spectrum is None:
                 curve = log_norms(self.rows, inverse_orders)
             else:
                 curve = log_schatten_norm(self._log_spectrum, inverse_orders)
-            self._curve = curve - curve[-1]
-        return self._curve
+            self._curves[factors] = curve - curve[-1]
+        return self._curves[factors]
 
 
 @dataclass(frozen=True)
@@ -80,15 +90,18 @@ class Sample:
         gradient: G, (m, n).
         momentum: M, (m, n), with the gradient in it; None for a criterion that does without.
         inputs: A, sampled input rows, (T, n).
+        outputs: D, sampled rows of the outputs' gradient, (T, m); None where they are not known, or not needed.
     """
 
     gradient: Tensor
     momentum: Tensor | None
-    inputs: Inputs
+    inputs: Factor
+    outputs: Factor | None = None
 
     def is_finite(self) -> bool:
         """Return whether all of it is finite; waits for the device."""
-        tensors = [self.gradient, self.momentum, self.inputs.rows]
+        rows = [factor.rows for factor in (self.inputs, self.outputs) if factor is not None]
+        tensors = [self.gradient, self.momentum, *rows]
         return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
     def copied(self) -> Sample:
@@ -121,6 +134,7 @@ class Criterion:
     Attributes:
         curves: how many curves it has.
         needs_momentum: whether its samples need the momentum.
+        needs_outputs: whether its samples need the outputs' gradients.
         statistics: from a sample and the estimator of norms to (CURVES, NODES) float64 curves at
             :func:`exponent_nodes`. Not finite where gradient or input is zero.
         objective: from curves (..., CURVES, K) at any K exponents to the objective, (..., K), and -inf where its
@@ -129,6 +143,7 @@ class Criterion:
 
     curves: int
     needs_momentum: bool
+    needs_outputs: bool
     statistics: Callable[[Sample, Estimator], Tensor]
     objective: Callable[[Tensor], Tensor]
 
@@ -187,12 +202,27 @@ def gradient_curve(gradient: Tensor, estimator: Estimator) -> Tensor:
     return curve - curve[-1]
 
 
-def _holder_statistics(sample: Sample, estimator: Estimator) -> Tensor:
-    """Log-norms of gradient and input, relative to their value at s = 1.
+def curvature_curve(inputs: Factor, outputs: Factor | None, estimator: Estimator) -> Tensor:
+    """Return the logarithm of the curvature's bound at :func:`exponent_nodes`, (NODES,), relative to s = 1.
+
+    Args:
+        inputs: A.
+        outputs: D; None for a curvature without it.
+        estimator: of norms.
+    """
+    if outputs is None:
+        return inputs.curve(estimator.log_norms)
+    return inputs.curve(estimator.log_norms, 2) + outputs.curve(estimator.log_norms, 2)
+
+
+def _bound_statistics(sample: Sample, estimator: Estimator) -> Tensor:
+    """Log-norms of gradient and curvature, relative to their value at s = 1.
 
     So the scale of gradient and input, which does not move the maximum, cannot dominate an average.
     """
-    return _curves(gradient_curve(sample.gradient, estimator), sample.inputs.curve(estimator.log_norms))
+    return _curves(
+        gradient_curve(sample.gradient, estimator), curvature_curve(sample.inputs, sample.outputs, estimator)
+    )
 
 
 def _alignment_statistics(sample: Sample, estimator: Estimator) -> Tensor:
@@ -223,15 +253,24 @@ def _log_positive(values: Tensor) -> Tensor:
     return torch.where(values > 0, values, 0.0).log()
 
 
+def _bound(curves: Tensor) -> Tensor:
+    return curves[..., 0, :] - curves[..., 1, :]
+
+
+def _alignment(curves: Tensor) -> Tensor:
+    return 2 * (_log_positive(curves[..., 0, :]) - curves[..., 1, :] - curves[..., 2, :])
+
+
+def _decrease(curves: Tensor) -> Tensor:
+    return 2 * _log_positive(curves[..., 0, :]) - curves[..., 1, :].clamp_min(1e-300).log()
+
+
 # By name, as in the options.
 CRITERIA: dict[CriterionName, Criterion] = {
-    "holder": Criterion(2, False, _holder_statistics, lambda c: c[..., 0, :] - c[..., 1, :]),
-    "alignment": Criterion(
-        3, True, _alignment_statistics, lambda c: 2 * (_log_positive(c[..., 0, :]) - c[..., 1, :] - c[..., 2, :])
-    ),
-    "decrease": Criterion(
-        2, True, _decrease_statistics, lambda c: 2 * _log_positive(c[..., 0, :]) - c[..., 1, :].clamp_min(1e-300).log()
-    ),
+    "kronecker": Criterion(2, False, True, _bound_statistics, _bound),
+    "holder": Criterion(2, False, False, _bound_statistics, _bound),
+    "alignment": Criterion(3, True, False, _alignment_statistics, _alignment),
+    "decrease": Criterion(2, True, False, _decrease_statistics, _decrease),
 }
 
 

@@ -1,4 +1,4 @@
-"""What a layer multiplies its weight with: the rows of its input, by kind of layer."""
+"""What a layer multiplies its weight with, and what comes back: rows of its input and of its output's gradient."""
 
 from __future__ import annotations
 
@@ -50,6 +50,31 @@ def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks
         inputs = args[0].detach()
         rows = inputs.reshape(-1, inputs.shape[-1])
         yield _tokens(rows, _real_tokens(name, inputs.shape[:-1], masks))
+
+
+def output_rows(name: str, module: nn.Module, masks: Masks) -> Callable[[Tensor], Rows] | None:
+    """Return what makes rows of the gradient of a routed parameter's output, without padding.
+
+    They are one for each row of :func:`input_rows`, (k, out) where picked.
+
+    Args:
+        name: name of the parameter.
+        module: the module that owns it.
+        masks: as in :func:`input_rows`.
+
+    Returns:
+        A function of that gradient; None for a layer of experts, whose outputs exist inside its forward only.
+    """
+    if getattr(module, name.rpartition(".")[2]).ndim == 3:
+        return None
+    in_channels = isinstance(module, nn.Conv2d)
+
+    def rows_of(gradient: Tensor) -> Rows:
+        gradient = gradient.movedim(-3, -1) if in_channels else gradient
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        return _tokens(rows, None if in_channels else _real_tokens(name, gradient.shape[:-1], masks))
+
+    return rows_of
 
 
 def _tokens(rows: Tensor, real: Tensor | None) -> Rows:

@@ -16,8 +16,8 @@ from .projections import parse_fused_parts
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
-# Where the estimate of p ends unless told. The norms of the oracles exist for p of at least 1 only; 100 is within a few
-# percent of Muon, and its logs stay finite.
+# Where the estimate of p ends unless told. The norms of the oracles exist for p of at least 1 only; 100 is within a
+# few percent of Muon, and its logs stay finite.
 LARGEST_P, _LARGEST_P_OF_ORACLES = -5.0, 100.0
 
 ScaleRule = Literal["schatten", "match_rms_adamw", "muon", "interpolate", "none"]
@@ -25,7 +25,7 @@ StepRule = Literal["pinned", "ball", "regularized"]
 CouplingWeights = Literal["uniform", "sqrt_m_over_n", "sqrt_n_over_m"]
 Precondition = Literal["none", "adam", "adafactor"]
 PreconditionExponent = Literal["scaled", "fixed"]
-CriterionName = Literal["holder", "alignment", "decrease"]
+CriterionName = Literal["kronecker", "holder", "alignment", "decrease"]
 Sync = Literal["statistics", "gram"]
 
 # The options that take one of several names.
@@ -58,8 +58,8 @@ class SchattenOptions:
             are spectral exponents 1/p in [-0.25, 0), "beyond Muon". Default ``"adaptive"``.
         p_overrides: ``pattern:p`` pairs for matrices that keep a p of their own, such as ``*.c_proj:inf``; several
             are joined by ``;``. The first that matches counts. Default none.
-        criterion: what the estimate maximises: ``holder`` (default), ``alignment`` or ``decrease``; see
-            :mod:`hf_schatten.criterion`.
+        criterion: what the estimate maximises: ``kronecker`` (default), ``holder``, ``alignment`` or ``decrease``;
+            see :mod:`hf_schatten.criterion`.
         p_estimator: how norms are computed for it; see :data:`hf_schatten.linalg.spectrum.LOG_NORM_ESTIMATORS`.
             Default ``lanczos``.
         p_groups: patterns, joined by ``;``: all matrices that match one share a p. Default none.
@@ -129,7 +129,7 @@ class SchattenOptions:
 
     p: float | Literal["adaptive", "schedule"] = "adaptive"
     p_overrides: tuple[str, ...] = ()
-    criterion: CriterionName = "holder"
+    criterion: CriterionName = "kronecker"
     p_estimator: LogNormEstimatorName = "lanczos"
     p_groups: tuple[str, ...] = ()
     p_min: float = 1.0

@@ -1,16 +1,16 @@
-"""Forward hooks that sample the inputs of routed layers, on due steps only."""
+"""Hooks that sample the inputs of routed layers and the gradients of their outputs, on due steps only."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .inputs import input_rows
+from .inputs import Rows, input_rows, output_rows
 from .layout import matrix_name
 
 # 2^32 divided by the golden ratio: i ↦ (i · this) mod 2^32 visits the integers evenly, whatever the stride, so that
@@ -129,8 +129,23 @@ class _EagerCompiler:
 _EAGER_COMPILER = _EagerCompiler()
 
 
-class InputProbe:
-    """Samples the inputs of modules while armed.
+class Sampled(NamedTuple):
+    """What a probe has sampled, (rows, features) or (features, features) each.
+
+    Attributes:
+        inputs: by parameter name, followed by the expert's number where it has experts.
+        outputs: of the gradients of outputs, by parameter name.
+    """
+
+    inputs: dict[str, Tensor]
+    outputs: dict[str, Tensor]
+
+
+_Samples = dict[str, "RowSample | GramSum"]
+
+
+class Probe:
+    """Samples the inputs of modules, and the gradients of their outputs where asked, while armed.
 
     Counts each training forward once: not in evaluation, not under ``no_grad``, and once under gradient
     checkpointing of either kind, whose second forward runs inside backward. All micro-batches of an
@@ -145,14 +160,22 @@ class InputProbe:
         model: the model whose forward begins a micro-batch.
         layers: the module that owns each routed parameter, by the parameter's name.
         new_sample: makes what keeps a matrix' rows, such as ``partial(RowSample, 1024)`` or :class:`GramSum`.
+        outputs: whether to sample the gradients of outputs.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, nn.Module], new_sample: Callable[[], RowSample | GramSum]
+        self,
+        model: nn.Module,
+        layers: Mapping[str, nn.Module],
+        new_sample: Callable[[], RowSample | GramSum],
+        *,
+        outputs: bool = False,
     ) -> None:
         self._armed = False  # a plain bool, so that a compiled forward only guards on it
         self._new_sample = new_sample
-        self._samples: dict[str, RowSample | GramSum] = {}
+        self._with_outputs = outputs
+        self._inputs: _Samples = {}
+        self._outputs: _Samples = {}
         self._seen: set[str] = set()
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
@@ -169,15 +192,16 @@ class InputProbe:
         self._armed = armed
         _EAGER_COMPILER.ask(id(self), armed)
 
-    def take(self) -> dict[str, Tensor]:
-        """Return the samples, (rows, features) or (features, features) each, and forget them.
-
-        They are keyed by parameter name, followed by the expert's number where it has experts. What has had no
-        training forward since the last call is missing.
-        """
-        samples = {name: rows for name, sample in self._samples.items() if (rows := sample.rows()) is not None}
+    def take(self) -> Sampled:
+        """Return the samples and forget them; what has had no training forward since the last call is missing."""
+        sampled = Sampled(
+            *(
+                {name: rows for name, sample in samples.items() if (rows := sample.rows()) is not None}
+                for samples in (self._inputs, self._outputs)
+            )
+        )
         self._forget()
-        return samples
+        return sampled
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -187,9 +211,10 @@ class InputProbe:
             handle.remove()
 
     def _forget(self) -> None:
-        self._samples.clear()
+        self._inputs.clear()
+        self._outputs.clear()
         self._seen.clear()
-        self._masks.clear()
+        self._masks = {}
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._armed and torch.is_grad_enabled() and not _inside_backward():
@@ -211,16 +236,23 @@ class InputProbe:
         if recomputed and name in self._seen:
             return
         self._seen.add(name)
-        keeps = []
-        for rows in input_rows(name, module, args, self._masks):
-            key = matrix_name(name, rows.part)
-            if key not in self._samples:
-                self._samples[key] = self._new_sample()
-            keeps.append(self._samples[key].offer(rows.count, rows.pick))
+        keeps = [
+            self._offer(self._inputs, matrix_name(name, rows.part), rows)
+            for rows in input_rows(name, module, args, self._masks)
+        ]
+        rows_of = output_rows(name, module, self._masks) if self._with_outputs else None
+        if rows_of is not None:
+            output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(gradient.detach()))())
         if recomputed or not _autograd_keeps(args[0]):
             _call_and_forget(keeps)
         else:
             output.register_hook(lambda gradient: _call_and_forget(keeps))
+
+    def _offer(self, samples: _Samples, key: str, rows: Rows) -> Callable[[], None]:
+        """Offer rows to the sample of this key; return what picks the chosen ones."""
+        if key not in samples:
+            samples[key] = self._new_sample()
+        return samples[key].offer(rows.count, rows.pick)
 
 
 def _call_and_forget(functions: list[Callable[[], None]]) -> None:

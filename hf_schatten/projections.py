@@ -39,6 +39,9 @@ class Cut(NamedTuple):
 
 WHOLE = Cut()
 
+# PEFT's: the outputs of a layer's adapter B are the layer's.
+_ADAPTER = re.compile(r"\.lora_B\.[^.]+$")
+
 _GIVEN_PART = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:\*(?P<weight>[1-9]\d*))?")
 
 
@@ -89,7 +92,7 @@ def cut_of(
     """
     cut = _given(name, outputs, fused_parts)
     if cut is None:
-        attribute = name.removesuffix(".weight").rpartition(".")[2]
+        attribute = _ADAPTER.sub("", name.removesuffix(".weight")).rpartition(".")[2]
         known = _FUSED.get(attribute)
         cut = known(outputs, owner, _text_config(config)) if known else WHOLE
         if cut.outputs != outputs:  # a projection of the same name that is another

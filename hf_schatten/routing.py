@@ -204,7 +204,10 @@ def _cut(
     model: nn.Module, name: str, outputs: int, module: nn.Module, *, fused_parts: Sequence[str], split_heads: bool
 ) -> Cut:
     config = getattr(model, "config", None)
-    parent = next((other for other in model.modules() if module in other.children()), None) if split_heads else None
+    adapted, adapter, _ = name.partition(".lora_B.")
+    place = model.get_submodule(adapted) if adapter else module  # an adapter's outputs are the adapted layer's
+    module = getattr(place, "base_layer", module)
+    parent = next((other for other in model.modules() if place in other.children()), None) if split_heads else None
     try:
         return cut_of(name, outputs, module, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
     except ValueError as error:

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
+from hf_schatten import SchattenOptions
 from hf_schatten.criterion import (
     CRITERIA,
     CURVES,
     NODES,
     Estimator,
-    Inputs,
+    Factor,
     Sample,
     exponent_nodes,
     maximising_exponent,
@@ -43,12 +44,22 @@ def brute_force_exponent(objective, s_min: float, s_max: float) -> float:
     return float((low + high) / 2)
 
 
-def holder_objective(G, M, A):
+def kronecker_objective(G, M, A, D):
+    sigma_g, sigma_a, sigma_d = (np.linalg.svd(X, compute_uv=False) for X in (G, A, D))
+
+    def objective(s):
+        order = 2 * hoelder_partner(s)
+        return log_norm(sigma_g, 1 + s) - log_norm(sigma_a, order) - log_norm(sigma_d, order)
+
+    return objective
+
+
+def holder_objective(G, M, A, D):
     sigma_g, sigma_a = (np.linalg.svd(X, compute_uv=False) for X in (G, A))
     return lambda s: log_norm(sigma_g, 1 + s) - log_norm(sigma_a, hoelder_partner(s))
 
 
-def alignment_objective(G, M, A):
+def alignment_objective(G, M, A, D):
     U, sigma, Vh = np.linalg.svd(M, full_matrices=False)
     sigma_a = np.linalg.svd(A, compute_uv=False)
     aligned = np.einsum("mi,mn,in->i", U, G, Vh)
@@ -61,7 +72,7 @@ def alignment_objective(G, M, A):
     return objective
 
 
-def decrease_objective(G, M, A):
+def decrease_objective(G, M, A, D):
     U, sigma, Vh = np.linalg.svd(M, full_matrices=False)
 
     def objective(s):
@@ -72,7 +83,12 @@ def decrease_objective(G, M, A):
     return objective
 
 
-DEFINITIONS = {"holder": holder_objective, "alignment": alignment_objective, "decrease": decrease_objective}
+DEFINITIONS = {
+    "kronecker": kronecker_objective,
+    "holder": holder_objective,
+    "alignment": alignment_objective,
+    "decrease": decrease_objective,
+}
 
 
 def spectra(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -88,8 +104,8 @@ def spectra(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return sigma_g, sigma_a
 
 
-def matrices(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return a gradient, a momentum that is partly aligned with it, and inputs, in random bases."""
+def matrices(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return a gradient, a momentum partly aligned with it, inputs, and outputs' gradients, in random bases."""
     sigma_g, sigma_a = spectra(seed)
     rng = np.random.default_rng(1000 + seed)
     m, n = len(sigma_g), len(sigma_g) + len(sigma_a)
@@ -98,13 +114,15 @@ def matrices(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     G = left @ np.diag(sigma_g) @ bases[0][:m]
     M = G + rng.uniform(0, 1) * G.std() * rng.standard_normal(G.shape)
     A = np.diag(sigma_a) @ bases[1][: len(sigma_a)]
-    return G, M, A
+    D = np.diag((1 + np.arange(m)) ** -rng.uniform(0.0, 0.4)) @ left.T
+    return G, M, A, D
 
 
-def statistics(criterion: str, G, M, A) -> torch.Tensor:
-    G, M, A = (torch.as_tensor(X) for X in (G, M, A))
-    sample = Sample(G, M if CRITERIA[criterion].needs_momentum else None, Inputs(A))
-    return CRITERIA[criterion].statistics(sample, EXACT)
+def statistics(criterion: str, G, M, A, D) -> torch.Tensor:
+    G, M, A, D = (torch.as_tensor(X) for X in (G, M, A, D))
+    needed = CRITERIA[criterion]
+    sample = Sample(G, M if needed.needs_momentum else None, Factor(A), Factor(D) if needed.needs_outputs else None)
+    return needed.statistics(sample, EXACT)
 
 
 def exponent(criterion: str, curves: torch.Tensor, s_min: float, s_max: float) -> torch.Tensor:
@@ -126,31 +144,49 @@ def test_the_exponent_maximises_the_criterion(criterion, s_range):
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_scale_of_gradient_momentum_and_input_does_not_matter(criterion):
-    G, M, A = matrices(3)
-    plain, scaled = statistics(criterion, G, M, A), statistics(criterion, 1e-9 * G, 1e12 * M, 1e6 * A)
+    G, M, A, D = matrices(3)
+    plain, scaled = statistics(criterion, G, M, A, D), statistics(criterion, 1e-9 * G, 1e12 * M, 1e6 * A, 1e-5 * D)
     torch.testing.assert_close(plain, scaled, atol=1e-8, rtol=1e-8)
 
 
 def test_a_flat_gradient_wants_muon_and_a_flat_input_wants_sgd():
     flat, peaked = torch.eye(30).double(), torch.diag(torch.exp(-torch.arange(30.0).double()))
     for gradient, inputs, s in ((flat, peaked, 0.0), (peaked, flat, 1.0)):
-        found = exponent("holder", statistics("holder", gradient, gradient, inputs), 0.0, 1.0)
-        torch.testing.assert_close(found, torch.tensor(s).double(), atol=1e-9, rtol=0.0)
+        for criterion in ("holder", "kronecker"):
+            found = exponent(criterion, statistics(criterion, gradient, gradient, inputs, inputs), 0.0, 1.0)
+            torch.testing.assert_close(found, torch.tensor(s).double(), atol=1e-9, rtol=0.0)
+
+
+@pytest.mark.parametrize(("a", "b", "g"), [(0.3, 0.3, 2.0), (0.45, 0.45, 2.0), (0.5, 0.5, 1.8), (0.2, 0.2, 0.9)])
+def test_power_laws_get_newtons_step_of_the_kronecker_factored_curvature(a, b, g):
+    """The gradient i^-g over the curvatures i^-2a and i^-2b of the sides is i^-(g s) with s = 1 - 2 (a + b) / g."""
+    index = 1 + np.arange(400.0)
+    G, A, D = (np.diag(index**-decay) for decay in (g, a, b))
+    found = exponent("kronecker", statistics("kronecker", G, G, A, D), -0.25, 1.0)
+    assert float(found) == pytest.approx(1 - 2 * (a + b) / g, rel=0.0, abs=0.02)
+
+
+def test_without_the_outputs_gradient_kronecker_is_holder():
+    G, _, A, _ = (torch.as_tensor(X) for X in matrices(4))
+    sample = Sample(G, None, Factor(A))
+    found, expected = (CRITERIA[name].statistics(sample, EXACT) for name in ("kronecker", "holder"))
+    torch.testing.assert_close(found, expected, atol=0.0, rtol=0.0)
 
 
 @pytest.mark.parametrize("criterion", ["alignment", "decrease"])
 def test_a_momentum_that_points_uphill_at_some_exponents_is_not_chosen_there(criterion):
     G = np.diag([1.0, -0.5, -0.5, -0.5])  # along M's polar factor the loss rises, along M itself it falls
     M = np.diag([1.0, 0.1, 0.1, 0.1])
-    s = exponent(criterion, statistics(criterion, G, M, np.eye(4)), 0.0, 1.0)
+    s = exponent(criterion, statistics(criterion, G, M, np.eye(4), np.eye(4)), 0.0, 1.0)
     assert s > np.log10(1.5)  # where 1 = 3 · 0.5 · 0.1^s
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_a_zero_gradient_has_no_finite_statistics(criterion):
-    G, M, A = matrices(5)
-    assert not statistics(criterion, 0 * G, M, A).isfinite().all()
-    assert not statistics(criterion, G, M, 0 * A).isfinite().all()
+    G, M, A, D = matrices(5)
+    assert not statistics(criterion, 0 * G, M, A, D).isfinite().all()
+    assert not statistics(criterion, G, M, 0 * A, D).isfinite().all()
+    assert statistics(criterion, G, M, A, 0 * D).isfinite().all() == (criterion != "kronecker")
 
 
 def test_inputs_compute_their_curve_once():
@@ -160,17 +196,19 @@ def test_inputs_compute_their_curve_once():
         calls.append(X)
         return exact_log_norms(X, inverse_orders)
 
-    inputs = Inputs(torch.eye(3))
+    inputs = Factor(torch.eye(3))
     assert torch.equal(inputs.curve(counting), inputs.curve(counting))
     assert len(calls) == 1
+    inputs.curve(counting, 2)
+    assert len(calls) == 2
 
 
-def test_the_nodes_span_the_exponents_and_the_holder_curves_fit_a_kibibyte():
+def test_the_nodes_span_the_exponents_and_the_default_curves_fit_a_kibibyte():
     nodes = exponent_nodes()
     assert nodes[0] == -0.25
     assert nodes[-1] == 1.0
     assert max(criterion.curves for criterion in CRITERIA.values()) == CURVES
-    assert CRITERIA["holder"].curves * NODES * nodes.element_size() <= 1024
+    assert CRITERIA[SchattenOptions().criterion].curves * NODES * nodes.element_size() <= 1024
 
 
 @pytest.mark.parametrize("criterion", ["alignment", "decrease"])
@@ -179,8 +217,8 @@ def test_the_iterates_choose_nearly_the_exponents_of_the_svd(criterion):
     chosen = []
     for name in ("exact", "iterates"):
         curves = []
-        for G, M, A in problems:
-            sample = Sample(torch.tensor(G), torch.tensor(M), Inputs(torch.tensor(A)))
+        for G, M, A, _ in problems:
+            sample = Sample(torch.tensor(G), torch.tensor(M), Factor(torch.tensor(A)))
             estimator = Estimator(exact_log_norms, Estimator.named(name).direction_curves)
             curves.append(CRITERIA[criterion].statistics(sample, estimator))
         chosen.append(exponent(criterion, torch.stack(curves), 0.01, 1.0))

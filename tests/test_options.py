@@ -102,7 +102,7 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("p_end=0.1", "p_end: p=0.1 is not allowed"),
         ("p_steps=0", "p_steps=0 is not allowed"),
         ("p_interval_growth=0.9", "p_interval_growth=0.9 is not allowed: a finite number, 1 or more"),
-        ("criterion=best", "criterion='best' is not allowed: one of holder, alignment, decrease"),
+        ("criterion=best", "criterion='best' is not allowed: one of kronecker, holder, alignment, decrease"),
         ("p_estimator=guess", "p_estimator='guess' is not allowed: one of exact, "),
         ("p_overrides=*.q_proj", "p_overrides has '\\*.q_proj', which is no pattern:p; write for example"),
         ("p_overrides=*.q_proj:two", "p_overrides='two' is not allowed: it takes a number"),

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from hf_schatten.probe import GramSum, InputProbe, RowSample
+from hf_schatten.probe import GramSum, Probe, RowSample
 
 
 class Net(nn.Module):
@@ -32,8 +32,8 @@ class Net(nn.Module):
         return checkpoint(self.second, hidden, use_reentrant=self.use_reentrant)
 
 
-def armed_probe(net: nn.Module, capacity: int = 1000) -> InputProbe:
-    probe = InputProbe(net, {"first.weight": net.first, "second.weight": net.second}, partial(RowSample, capacity))
+def armed_probe(net: nn.Module, capacity: int = 1000) -> Probe:
+    probe = Probe(net, {"first.weight": net.first, "second.weight": net.second}, partial(RowSample, capacity))
     probe.arm(True)
     return probe
 
@@ -51,7 +51,7 @@ def test_each_row_is_sampled_once_over_accumulated_micro_batches(use_reentrant):
         net.eval()
         net(batch)
         net.train()
-    samples = probe.take()
+    samples = probe.take().inputs
     torch.testing.assert_close(samples["first.weight"], batches.reshape(-1, 3), atol=0.0, rtol=0.0)
     expected = net.first(batches).relu().reshape(-1, 4).detach()
     torch.testing.assert_close(samples["second.weight"], expected, atol=1e-6, rtol=1e-6)
@@ -62,18 +62,18 @@ def test_nothing_is_sampled_unless_armed():
     probe = armed_probe(net)
     probe.arm(False)
     net(torch.randn(2, 3)).sum().backward()
-    assert probe.take() == {}
+    assert probe.take().inputs == {}
 
 
 def test_take_forgets_and_remove_ends():
     net = Net(None)
     probe = armed_probe(net)
     net(torch.randn(2, 3)).sum().backward()
-    assert set(probe.take()) == {"first.weight", "second.weight"}
-    assert probe.take() == {}
+    assert set(probe.take().inputs) == {"first.weight", "second.weight"}
+    assert probe.take().inputs == {}
     probe.remove()
     net(torch.randn(2, 3)).sum().backward()
-    assert probe.take() == {}
+    assert probe.take().inputs == {}
 
 
 def test_the_global_random_generator_is_untouched():
@@ -137,13 +137,13 @@ class Masked(nn.Module):
 def test_padding_is_left_out(flat):
     torch.manual_seed(0)
     model = Masked()
-    probe = InputProbe(model, {"layer.weight": model.layer}, partial(RowSample, 100))
+    probe = Probe(model, {"layer.weight": model.layer}, partial(RowSample, 100))
     probe.arm(True)
     hidden, mask = torch.randn(4, 5, 3), torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 4 + [1], [1, 1, 0, 0, 0]])
     for half in (slice(0, 2), slice(2, 4)):
         rows = hidden[half].reshape(-1, 3) if flat else hidden[half]
         model(rows, attention_mask=mask[half]).sum().backward()
-    assert torch.equal(probe.take()["layer.weight"], hidden[mask.bool()])
+    assert torch.equal(probe.take().inputs["layer.weight"], hidden[mask.bool()])
 
 
 def test_a_decoder_takes_its_own_mask():
@@ -156,13 +156,14 @@ def test_a_decoder_takes_its_own_mask():
             return self.decoder(self.encoder(hidden))
 
     model = EncoderDecoder()
-    probe = InputProbe(
-        model, {"encoder.weight": model.encoder, "decoder.weight": model.decoder}, partial(RowSample, 100)
-    )
+    probe = Probe(model, {"encoder.weight": model.encoder, "decoder.weight": model.decoder}, partial(RowSample, 100))
     probe.arm(True)
     first, second = torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, 0]])
     model(torch.randn(1, 3, 3), attention_mask=first, decoder_attention_mask=second).sum().backward()
-    assert {name: len(rows) for name, rows in probe.take().items()} == {"encoder.weight": 1, "decoder.weight": 2}
+    assert {name: len(rows) for name, rows in probe.take().inputs.items()} == {
+        "encoder.weight": 1,
+        "decoder.weight": 2,
+    }
 
 
 @pytest.mark.parametrize(
@@ -178,13 +179,13 @@ def test_a_decoder_takes_its_own_mask():
 def test_a_convolutions_rows_times_its_filters_are_its_output(options, memory_format):
     torch.manual_seed(0)
     layer = nn.Conv2d(5, 4, **options)
-    probe = InputProbe(layer, {"weight": layer}, partial(RowSample, 10_000))
+    probe = Probe(layer, {"weight": layer}, partial(RowSample, 10_000))
     probe.arm(True)
     images = torch.randn(2, 5, 9, 7).to(memory_format=memory_format)
     output = layer(images)
     output.sum().backward()
     expected = output.detach().permute(0, 2, 3, 1).reshape(-1, 4) - layer.bias.detach()
-    found = probe.take()["weight"] @ layer.weight.detach().flatten(1).mT
+    found = probe.take().inputs["weight"] @ layer.weight.detach().flatten(1).mT
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -194,14 +195,12 @@ def test_an_experts_rows_give_its_weights_gradient(architecture):
     torch.manual_seed(0)
     model = experts_model(architecture)
     experts = model.model.layers[0].mlp.experts
-    probe = InputProbe(
-        model, {"experts.gate_up_proj": experts, "experts.down_proj": experts}, partial(RowSample, 1000)
-    )
+    probe = Probe(model, {"experts.gate_up_proj": experts, "experts.down_proj": experts}, partial(RowSample, 1000))
     probe.arm(True)
     tokens = torch.randint(1, 30, (2, 5))
     mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     model(input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss.backward()
-    samples = probe.take()
+    samples = probe.take().inputs
     assert sum(len(rows) for name, rows in samples.items() if "gate" in name) == 8 * 2
     for name in ("gate_up_proj", "down_proj"):
         for expert in range(8):
@@ -234,9 +233,9 @@ def test_rows_are_copied_when_the_gradient_passes():
     net = Net(None)
     probe = armed_probe(net)
     loss = net(torch.randn(2, 3)).sum()
-    assert not any(sample._pieces for sample in probe._samples.values())
+    assert not any(sample._pieces for sample in probe._inputs.values())
     loss.backward()
-    assert set(probe.take()) == {"first.weight", "second.weight"}
+    assert set(probe.take().inputs) == {"first.weight", "second.weight"}
 
 
 def test_an_input_is_let_go_while_backward_goes_on():
@@ -247,7 +246,7 @@ def test_an_input_is_let_go_while_backward_goes_on():
     loss = net(torch.randn(2, 3)).sum()
     loss.backward()
     assert hidden[0]() is None  # though the loss and the graph's nodes with their hooks are alive
-    assert set(probe.take()) == {"first.weight", "second.weight"}
+    assert set(probe.take().inputs) == {"first.weight", "second.weight"}
 
 
 def test_rows_are_copied_at_once_where_autograd_keeps_a_converted_copy():
@@ -255,7 +254,7 @@ def test_rows_are_copied_at_once_where_autograd_keeps_a_converted_copy():
     probe = armed_probe(net)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         net(torch.randn(2, 3))
-    assert all(sample._pieces for sample in probe._samples.values())
+    assert all(sample._pieces for sample in probe._inputs.values())
 
 
 @pytest.fixture
@@ -268,13 +267,13 @@ def fresh_compiler():
 
 def test_a_compiled_model_has_one_graph_and_runs_eagerly_while_armed(fresh_compiler):
     net = Net(None)
-    probe = InputProbe(net, {"first.weight": net.first, "second.weight": net.second}, partial(RowSample, 100))
+    probe = Probe(net, {"first.weight": net.first, "second.weight": net.second}, partial(RowSample, 100))
     compiled = torch.compile(net, backend=(counter := CompileCounter()))
     for step in range(12):
         probe.arm(step % 4 == 2)
         compiled(torch.full((2, 3), float(step))).sum().backward()
         if probe.armed:
-            assert torch.equal(probe.take()["first.weight"], torch.full((2, 3), float(step)))
+            assert torch.equal(probe.take().inputs["first.weight"], torch.full((2, 3), float(step)))
     assert counter.frame_count == 1
 
 
@@ -290,17 +289,17 @@ def test_a_second_armed_probe_and_a_forgotten_one_leave_the_compiler_as_it_was(f
 def test_a_gram_sum_is_that_of_all_rows_however_they_come():
     torch.manual_seed(0)
     net = Net(None)
-    probe = InputProbe(net, {"first.weight": net.first, "second.weight": net.second}, GramSum)
+    probe = Probe(net, {"first.weight": net.first, "second.weight": net.second}, GramSum)
     probe.arm(True)
     batches = torch.randn(3, 1000, 2, 3)  # 2000 rows a micro-batch
     for batch in batches:
         net(batch).sum().backward()
-    sums = probe.take()
+    sums = probe.take().inputs
     rows = batches.reshape(-1, 3).double()
     torch.testing.assert_close(sums["first.weight"], rows.mT @ rows, atol=1e-9, rtol=1e-12)
     hidden = net.first(batches).relu().reshape(-1, 4).detach().double()
     torch.testing.assert_close(sums["second.weight"], hidden.mT @ hidden, atol=1e-9, rtol=1e-6)
-    assert probe.take() == {}
+    assert probe.take().inputs == {}
 
 
 def test_a_gram_sum_reads_more_rows_than_it_copies_at_once():
@@ -310,3 +309,80 @@ def test_a_gram_sum_reads_more_rows_than_it_copies_at_once():
         whole.offer(len(piece), lambda index, piece=piece: piece[index])()
     torch.testing.assert_close(whole.rows(), rows.double().mT @ rows.double(), atol=1e-9, rtol=1e-12)
     assert GramSum().rows() is None
+
+
+# Gradients of outputs: with all rows sampled, the gradient of a weight is their product with the inputs
+
+
+ALL_ROWS = partial(RowSample, 10_000)
+
+
+def sampled_both(model: nn.Module, layers: dict[str, nn.Module], new_sample=ALL_ROWS) -> Probe:
+    probe = Probe(model, layers, new_sample, outputs=True)
+    probe.arm(True)
+    return probe
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+def test_rows_of_both_sides_give_the_weights_gradient(use_reentrant):
+    torch.manual_seed(0)
+    net = Net(use_reentrant)
+    probe = sampled_both(net, {"first.weight": net.first, "second.weight": net.second})
+    for _ in range(2):  # micro-batches
+        net(torch.randn(5, 3, requires_grad=True)).square().sum().backward()
+    inputs, outputs = probe.take()
+    for name, layer in (("first.weight", net.first), ("second.weight", net.second)):
+        torch.testing.assert_close(outputs[name].mT @ inputs[name], layer.weight.grad, atol=1e-5, rtol=1e-5)
+    assert probe.take() == ({}, {})
+
+
+def test_padding_has_no_rows_of_either_side():
+    torch.manual_seed(0)
+    model = Masked()
+    probe = sampled_both(model, {"layer.weight": model.layer})
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    output = model(torch.randn(2, 3, 3), attention_mask=mask)
+    (output * mask[..., None]).square().sum().backward()
+    inputs, outputs = probe.take()
+    assert len(outputs["layer.weight"]) == len(inputs["layer.weight"]) == 3
+    product = outputs["layer.weight"].mT @ inputs["layer.weight"]
+    torch.testing.assert_close(product, model.layer.weight.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [(2,), ()])
+def test_rows_of_both_sides_give_the_filters_gradient(batch):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=1)
+    probe = sampled_both(layer, {"weight": layer})
+    layer(torch.randn(*batch, 3, 7, 6)).square().sum().backward()
+    inputs, outputs = probe.take()
+    product = (outputs["weight"].mT @ inputs["weight"]).view_as(layer.weight)
+    torch.testing.assert_close(product, layer.weight.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_gram_sums_of_both_sides_are_those_of_the_rows():
+    torch.manual_seed(0)
+    net, twin = Net(None), Net(None)
+    twin.load_state_dict(net.state_dict())
+    batch = torch.randn(5, 3)
+    found = []
+    for model, new_sample in ((net, GramSum), (twin, partial(RowSample, 100))):
+        probe = sampled_both(model, {"second.weight": model.second}, new_sample)
+        model(batch).square().sum().backward()
+        found.append(probe.take().outputs["second.weight"])
+    torch.testing.assert_close(found[0], (found[1].mT @ found[1]).double(), atol=1e-6, rtol=1e-6)
+
+
+def test_experts_have_no_rows_of_outputs_and_a_probe_that_is_not_asked_has_none():
+    model = experts_model("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    probe = sampled_both(model, {"experts.gate_up_proj": experts})
+    tokens = torch.randint(1, 30, (2, 5))
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    inputs, outputs = probe.take()
+    assert inputs
+    assert not outputs
+    net = Net(None)
+    asked_not = armed_probe(net)
+    net(torch.randn(2, 3)).sum().backward()
+    assert asked_not.take().outputs == {}

@@ -195,6 +195,19 @@ def test_heads_of_separate_projections():
     assert routes["encoder.block.0.layer.0.SelfAttention.o.weight"].layout == Layout()
 
 
+def test_the_output_of_an_adapter_has_the_parts_of_its_layer(gpt2):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["c_attn", "c_proj"], task_type="CAUSAL_LM", fan_in_fan_out=True)
+    model = peft.get_peft_model(gpt2, config)
+    heads = gpt2.config.num_attention_heads
+    for split_heads, parts in ((False, 3), (True, 3 * heads)):
+        optimizer = create_schatten_optimizer(model, split_heads=split_heads, verbose=False)
+        shapes = [matrix.shape for matrix in optimizer.matrices() if ".c_attn.lora_B." in matrix.name]
+        assert shapes == [(3 * gpt2.config.n_embd // parts, 2)] * parts * gpt2.config.n_layer
+        others = [m.name for m in optimizer.matrices() if ".lora_A." in m.name or ".c_proj." in m.name]
+        assert all(name.endswith(".weight") for name in others)
+
+
 def test_given_parts_come_before_the_table(gpt2):
     (entry,) = SchattenOptions.from_optim_args("fused_parts=*.c_attn:x*2/y@2").fused_parts
     routes = {route.name: route.layout for route in route_parameters(gpt2, fused_parts=[entry]).routes}

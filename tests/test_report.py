@@ -76,3 +76,10 @@ def test_a_choice_is_drawn_with_its_spectra(tmp_path):
     height, width, _ = imread(tmp_path / "spectra.png").shape
     assert width > height > 600
     assert not plot_choices([], tmp_path / "none.png")
+
+
+def test_updates_that_moved_nothing_are_drawn_as_nothing(tmp_path):
+    """As on warm-up's first step, at a learning rate of zero, and where a weight is still zero."""
+    for value in (0.0, "inf", "nan"):
+        entry = {"step": 1, "schatten_stable_rank/a": 2.0, "schatten_relative_size/a": value}
+        assert plot_updates([entry], tmp_path / f"{value}.png")

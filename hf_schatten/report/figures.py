@@ -93,8 +93,10 @@ def plot_updates(log_history: LogHistory, path: Path) -> bool:
         return False
     figure = _figure(13, len(values[0][1]))
     for axes, (steps, layers, matrix), (_, title) in zip(figure.subplots(1, 2), values, panels, strict=True):
-        positive = np.where(matrix > 0, matrix, np.nan)
-        image = axes.imshow(positive, aspect="auto", interpolation="nearest", cmap="viridis", norm=LogNorm())
+        shown = np.where((matrix > 0) & np.isfinite(matrix), matrix, np.nan)
+        # Before the first step that moves anything there is nothing to show, and the colours need a range.
+        norm = LogNorm() if np.isfinite(shown).any() else LogNorm(0.1, 1.0)
+        image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
         _label_layers_and_steps(axes, layers, steps)
         axes.set_title(title)
         figure.colorbar(image, ax=axes)

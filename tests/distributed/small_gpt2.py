@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from hf_schatten import SchattenTrainer
-from hf_schatten.callback import SchattenCallback
+from hf_schatten.callback import SchattenCallback, unwrap_optimizer
 
 LENGTH, GLOBAL_BATCH = 16, 8
 MATRICES = 2 * 6
@@ -80,7 +80,15 @@ def trained(trainer: SchattenTrainer, resume: bool = False) -> dict[str, Any]:
             for entry in log
             if "schatten_p_median" in entry
         },
+        "statistics": _statistics(trainer),
     }
+
+
+def _statistics(trainer: SchattenTrainer) -> Tensor:
+    """Return what p is chosen from, (matrices, curves, nodes)."""
+    optimizer = unwrap_optimizer(trainer.optimizer)
+    assert optimizer is not None
+    return torch.stack([matrix.statistics for matrix in optimizer.matrices()])
 
 
 def exponents(by_step: dict[int, dict[str, float]]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_schatten
-from hf_schatten.criterion import CRITERIA, Estimator, Inputs, Sample, maximising_exponent, objective_curve
+from hf_schatten.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
 
 EXACT = Estimator.named("exact")
 STEPS, RANKS = 4, 2
@@ -29,7 +29,14 @@ def run(rank_without_samples: int | None) -> dict[str, Any]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     optimizer = hf_schatten.create_schatten_optimizer(
-        model, p_estimator="exact", p_interval=2, p_first_step=1, p_ema_decay=0.0, p_max=1000.0, verbose=False
+        model,
+        criterion="holder",
+        p_estimator="exact",
+        p_interval=2,
+        p_first_step=1,
+        p_ema_decay=0.0,
+        p_max=1000.0,
+        verbose=False,
     )
     wrapped = DistributedDataParallel(model)
     if rank == rank_without_samples:
@@ -53,7 +60,7 @@ def test_p_is_shared_and_follows_every_ranks_inputs(tmp_path, rank_without_sampl
     assert all(torch.equal(a, b) for a, b in zip(first["weights"].values(), second["weights"].values(), strict=True))
 
     sampled = [rank for rank in range(RANKS) if rank != rank_without_samples]
-    samples = [Sample(first["gradient"], None, Inputs(data(rank)[-1])) for rank in range(RANKS)]
+    samples = [Sample(first["gradient"], None, Factor(data(rank)[-1])) for rank in range(RANKS)]
     curves = [CRITERIA["holder"].statistics(sample, EXACT) for sample in samples]
     s = 1 / first["p"]["0.weight"]
     expected = exponent(torch.stack([curves[rank] for rank in sampled]).mean(0))

@@ -126,7 +126,13 @@ def straggle(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     module = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     optimizer = hf_schatten.create_schatten_optimizer(
-        module, p_async=True, p_interval=INTERVAL, p_first_step=INTERVAL, p_max=1000.0, verbose=False
+        module,
+        criterion="holder",
+        p_async=True,
+        p_interval=INTERVAL,
+        p_first_step=INTERVAL,
+        p_max=1000.0,
+        verbose=False,
     )
     wrapped = DistributedDataParallel(module)
     if rank == 1:

@@ -22,8 +22,9 @@ from hf_schatten import UnsupportedEngineError
 STEPS, LENGTH, GLOBAL_BATCH = 12, 8, 8
 SETTINGS = {
     "fixed p": {"p": 3.0},
-    "adaptive": {"p_interval": 4, "p_first_step": 2, "p_max": 1000, "sync": "gram"},
-    "statistics": {"p_interval": 4, "p_first_step": 2, "p_max": 1000},
+    "adaptive": {"criterion": "holder", "p_interval": 4, "p_first_step": 2, "p_max": 1000, "sync": "gram"},
+    "statistics": {"criterion": "holder", "p_interval": 4, "p_first_step": 2, "p_max": 1000},
+    "kronecker": {"criterion": "kronecker", "p_interval": 4, "p_first_step": 2, "sync": "gram"},
     "small buffer": {"p": 2.0, "buffer_mib": 1, "width": 260},
     "ball": {"p": 2.0, "step_rule": "ball", "nesterov": False},
     "a NaN": {"p": 2.0, "bad_step": 3},
@@ -87,6 +88,7 @@ def train(width=30, bad_step=None, mesh=None, **options):
             for name, W in model.named_parameters()
         },
         "p": optimizer.learned_p(),
+        "statistics": torch.stack([matrix.statistics for matrix in optimizer.matrices()]),
         "skipped": optimizer.skipped_steps(),
         "moved": moved,
         "computed": sum(computed),
@@ -171,6 +173,12 @@ def test_p_was_adapted(alone, pair):
     for name in ("adaptive", "statistics"):
         assert len({round(p, 3) for p in pair[0][name]["p"].values()}) >= 3
     assert pair[0]["statistics"]["p"] != alone["statistics"]["p"]
+
+
+def test_what_kronecker_chooses_from_is_that_of_one_process(alone, pair):
+    expected = alone["kronecker"]["statistics"]
+    torch.testing.assert_close(pair[0]["kronecker"]["statistics"], expected, atol=1e-4, rtol=1e-4)
+    assert expected[:, 1].std() > 0.01  # curvature
 
 
 def test_each_matrix_is_computed_once_and_moved_twice(alone, pair):

@@ -54,7 +54,10 @@ def train(folder: Path, resume: bool = False) -> dict[str, Any]:
     messages = Messages()
     logging.getLogger("hf_schatten").addHandler(messages)
     # With sync=gram, p is that of the global batch, whose order does not depend on the number of processes.
-    options = {"optim_args": "p_interval=3,p_first_step=3,p_max=1000,sync=gram", "lr_scheduler_type": "cosine"}
+    options = {
+        "optim_args": "criterion=holder,p_interval=3,p_first_step=3,p_max=1000,sync=gram",
+        "lr_scheduler_type": "cosine",
+    }
     saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVE}
     trainer = SchattenTrainer(
         model(), arguments(folder, **options, **saving), train_dataset=sequences(STEPS * GLOBAL_BATCH)

@@ -37,7 +37,8 @@ def train(folder: Path, name: str) -> dict[str, Any]:
             folder / name,
             micro_batch,
             num_train_epochs=4,
-            optim_args="p_interval=3,p_first_step=3,p_max=1000,sync=gram",  # the last step of each epoch
+            # Due is the last step of each epoch.
+            optim_args="criterion=holder,p_interval=3,p_first_step=3,p_max=1000,sync=gram",
             dataloader_drop_last=False,
             accelerator_config={"even_batches": even},
         ),
@@ -93,8 +94,10 @@ def test_an_uneven_batch_is_that_of_one_process(pair, tmp_path):
 def run_out_of_batches(options: dict[str, Any]) -> int:
     """Take the steps of a process that has fewer batches than the other, inside torch's ``join``."""
     torch.manual_seed(0)
-    wrapped = DistributedDataParallel(torch.nn.Linear(6, 4))
-    optimizer = hf_schatten.create_schatten_optimizer(wrapped.module, verbose=False, **options)
+    # Of one matrix each process would compute the update itself.
+    model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6))
+    wrapped = DistributedDataParallel(model)
+    optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False, **options)
     steps = 0
     with wrapped.join():
         for batch in torch.randn(4 - 2 * dist.get_rank(), 3, 6):
@@ -145,7 +148,8 @@ def train_experts(sync: str) -> dict[str, Any]:
     mixtral, routing = MixtralForCausalLM(config), Routing()
     for layer in mixtral.model.layers:
         layer.mlp.gate.register_forward_hook(routing)
-    options = {"sync": sync, "p_estimator": "exact", "p_interval": 2, "p_first_step": 2, "p_max": FIRST_P}
+    options = {"sync": sync, "criterion": "holder", "p_estimator": "exact", "p_interval": 2, "p_first_step": 2}
+    options["p_max"] = FIRST_P
     # With the mean of statistics expert 0 has another p than on one process, and weights that move would differ.
     optimizer = hf_schatten.create_schatten_optimizer(
         mixtral, lr=1e-3 if sync == "gram" else 0.0, verbose=False, **options

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_schatten import SchattenP, SchattenTrainer
 from hf_schatten.callback import unwrap_optimizer
-from hf_schatten.probe import InputProbe
+from hf_schatten.probe import Probe, Sampled
 from hf_schatten.report.log import LAYER_PREFIX
 
 FIRST_P = 33.0  # none that an estimate would give
@@ -142,15 +142,15 @@ def check_close(expected: State, found: State, *, atol: float, rtol: float) -> N
 def record_samples(monkeypatch) -> list[dict[str, int]]:
     """Return a list that gets, for each due step, how many input rows each matrix was sampled from."""
     samples: list[dict[str, int]] = []
-    take = InputProbe.take
+    take = Probe.take
 
-    def recorded(probe: InputProbe) -> dict[str, Tensor]:
-        seen = {name: sample._seen for name, sample in probe._samples.items()}
+    def recorded(probe: Probe) -> Sampled:
+        seen = {name: sample._seen for name, sample in probe._inputs.items()}
         if seen:
             samples.append(seen)
         return take(probe)
 
-    monkeypatch.setattr(InputProbe, "take", recorded)
+    monkeypatch.setattr(Probe, "take", recorded)
     return samples
 
 
