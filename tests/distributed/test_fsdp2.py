@@ -46,7 +46,7 @@ def model_of(width=30):
 def train(width=30, bad_step=None, mesh=None, **options):
     """Train on one process' share of the global batch; return weights, p, and what was moved."""
     model = model_of(width)
-    optimizer = hf_schatten.create_schatten_optimizer(model, 5e-4, verbose=False, eps=1e-6, **options)
+    optimizer = hf_schatten.create_schatten_optimizer(model, 3e-4, verbose=False, eps=1e-6, **options)
     rank, count = (dist.get_rank(), dist.get_world_size()) if mesh is not None else (0, 1)
     if mesh is not None:
         for block in model.transformer.h:
