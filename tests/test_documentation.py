@@ -395,6 +395,9 @@ def test_distributed_page_has_the_bytes_of_a_due_step():
     assert f"GPT-2 small take {72 * bytes_of['holder'] / 1000:.0f} kB" in text
     grams = 12 * (3 * 768**2 + 3072**2) * 8
     assert f"{grams / 1e9:.1f} GB on a due step of GPT-2 small" in text
+    assert bytes_of["kronecker"] == bytes_of["holder"]
+    outputs = 12 * (5 * 768**2 + 3072**2) * 8
+    assert f"{outputs / 1e9:.1f} GB more" in text
     assert f"at {NODES} Chebyshev nodes" in (DOCS / "how_it_works.md").read_text(encoding="utf-8")
 
 
