@@ -38,13 +38,14 @@ class Stability:
 
 def learned_exponents(outcome: Outcome) -> Exponents:
     """Return the s = 1/p of every layer at every estimate of a run; empty where p was fixed."""
-    learned = {
-        entry["step"]: {
+    learned: dict[int, dict[str, float]] = {}
+    for entry in outcome.logs:  # of which a step may have several
+        by_layer = {
             key.removeprefix(LAYER_PREFIX): 1 / float(p) for key, p in entry.items() if key.startswith(LAYER_PREFIX)
         }
-        for entry in outcome.logs
-    }
-    return {step: by_layer for step, by_layer in learned.items() if by_layer}
+        if by_layer:
+            learned[entry["step"]] = by_layer
+    return learned
 
 
 def stability(runs: Sequence[Exponents]) -> list[Stability]:

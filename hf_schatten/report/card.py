@@ -64,7 +64,7 @@ def card_section(
     paragraphs = [
         _HEADING,
         "Trained with the Python package `hf_schatten`: weight matrices are updated with U Σ^(1/p) Vᵀ of their "
-        "momentum (p = 1 is SGD-like, p = ∞ is Muon), everything else with AdamW.",
+        "momentum (p = 1 is SGD-like, p = ∞ is Muon, negative p lie beyond it), everything else with AdamW.",
         _table(
             ("update", "tensors", "parameters"),
             ((name, f"{tensors:,}", f"{size:,}") for name, (tensors, size) in destinations.items() if tensors),

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_schatten import SchattenP, SchattenTrainer
 from hf_schatten.callback import unwrap_optimizer
+from hf_schatten.options import LARGEST_P
 from hf_schatten.probe import Probe, Sampled
 from hf_schatten.report.log import LAYER_PREFIX
 
@@ -69,7 +70,7 @@ def check_estimates(trainer: Trainer, due: Sequence[int] = DUE, *, unestimated: 
     for entry in logged.values():
         assert set(entry) == {name.replace(".weight", "") for name in learned}
     assert {name for name, p in learned.items() if p == FIRST_P} == set(unestimated)
-    assert all(1.0 <= p <= 100.01 for p in learned.values())
+    assert all(1 / LARGEST_P - 1e-6 <= 1 / p <= 1.0 for p in learned.values())
     assert losses(trainer)
     assert all(math.isfinite(loss) for loss in losses(trainer))
 
