@@ -39,6 +39,11 @@ def optimizer_of(trainer: Trainer) -> SchattenP:
     return optimizer
 
 
+def statistics_of(trainer: Trainer) -> Tensor:
+    """Return a copy of what p is chosen from, (matrices, curves, nodes)."""
+    return torch.stack([matrix.statistics for matrix in optimizer_of(trainer).matrices()])
+
+
 def estimates(trainer: Trainer) -> dict[int, dict[str, float]]:
     """Return what was logged of the matrices' p, by step and layer."""
     return {

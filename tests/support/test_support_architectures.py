@@ -66,7 +66,7 @@ def test_gpt2(token_dataset, arguments):
     names = layers("transformer.h", 2, ["attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"])
     trainer = check_run(make, token_dataset, arguments, names)
     learned = optimizer_of(trainer).learned_p()
-    assert len({learned[f"transformer.h.0.attn.c_attn.weight.{part}"] for part in "qkv"}) == 3
+    assert {f"transformer.h.0.attn.c_attn.weight.{part}" for part in "qkv"} <= set(learned)
     assert trainer.model.lm_head.weight is trainer.model.transformer.wte.weight
 
 
