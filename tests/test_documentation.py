@@ -18,6 +18,7 @@ import os
 import re
 import runpy
 import shlex
+import statistics
 import subprocess
 import sys
 import tomllib
@@ -450,16 +451,53 @@ def test_names_of_options_exist(page):
 # Numbers and rooms
 
 
+RESULTS = README.read_text(encoding="utf-8").partition("## Results\n")[2].partition("\n## ")[0]
+CANDIDATES = {
+    "adaptive p": "kronecker",
+    "`p=-5`": "p = -5",
+    "`p=inf`": "p = inf",
+    "torch.optim.Muon": "Muon",
+    "AdamW |": "AdamW",
+}
+
+
+def compared(recipe, candidate):
+    """Return mean and standard error, None of one seed, of a candidate at its best learning rate."""
+    outcomes = json.loads((ROOT / "recipes" / recipe / "results/comparison.json").read_text())
+    own = [outcome for outcome in outcomes if outcome["candidate"] == candidate]
+    swept = {outcome["learning_rate"]: outcome["eval_loss"][-1] for outcome in own if outcome["seed"] == 42}
+    best = min(swept, key=swept.get)
+    losses = [outcome["eval_loss"][-1] for outcome in own if outcome["learning_rate"] == best]
+    error = statistics.stdev(losses) / math.sqrt(len(losses)) if len(losses) > 1 else None
+    return statistics.fmean(losses), error
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_results_of_the_readme_are_those_of_the_comparisons(name):
+    row = next(line for line in RESULTS.splitlines() if line.startswith("|") and name in line)
+    for cell, recipe in zip(row.strip("|").split("|")[1:], ("pretrain_clm", "image_classification"), strict=True):
+        mean, _, error = cell.replace("*", "").replace("(one seed)", "").strip().partition(" ± ")
+        measured, measured_error = compared(recipe, CANDIDATES[name])
+        decimals = len(mean.partition(".")[2])
+        assert mean == f"{measured:.{decimals}f}"
+        assert error == ("" if measured_error is None else f"{measured_error:.{decimals}f}")
+        assert ("one seed" in cell) == (measured_error is None)
+
+
 def test_numbers_of_the_readme_are_those_of_the_pages_that_it_links():
-    results = README.read_text(encoding="utf-8").partition("## Results\n")[2].partition("\n## ")[0]
-    losses = re.findall(r"\| (\d\.\d{3}) \|", results)
-    assert len(losses) == 3
     recipe, benchmarks = ((ROOT / name / "README.md").read_text() for name in ("recipes/pretrain_clm", "benchmarks"))
-    for number in (*losses, "8.332"):
-        assert number in results
+    card = (ROOT / "model_cards/pretrain_clm.md").read_text()
+    trained = re.search(r"\| loss \| (\S+) \| (\S+) \|", card).groups()
+    for number in trained:
+        assert number in RESULTS
         assert number in recipe
+    for recipe, ratio in (("pretrain_clm", "1.08"), ("image_classification", "0.97")):
+        page = (ROOT / "recipes" / recipe / "results/comparison.md").read_text()
+        (row,) = [line for line in page.splitlines() if line.startswith("| kronecker | `p_interval")]
+        assert row.split("|")[7].strip() == ratio
+        assert f"{ratio} times" in " ".join(RESULTS.split())
     for rounded, measured in (("1.32 times", "| 1.320 ("), ("0.24 times", "| 0.239 ("), ("0.13 %", "+0.13 %")):
-        assert rounded in " ".join(results.split())
+        assert rounded in " ".join(RESULTS.split())
         assert measured in benchmarks
 
 
