@@ -23,34 +23,22 @@ from typing import Any, get_args
 import torch
 from bench import print_table
 from interleaved_timing import Ratio, time_ratio
+from random_gpt2 import Setting, random_gpt2
 from torch.profiler import ProfilerActivity, profile
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.linalg.spectrum import LogNormEstimatorName
 
 
 @dataclass(frozen=True)
-class Setting:
-    """The training whose steps are measured.
+class Runs(Setting):
+    """The training whose runs are measured.
 
     Attributes:
-        device: Where it runs.
-        layers: Blocks of the GPT-2.
-        width: Model width.
-        sequences: Sequences in a step.
-        length: Tokens in a sequence.
-        vocabulary: Tokens of the (random) text.
         micro_batches: Backward passes in a step.
         run_steps: Steps of a run, one of which is due where p is adaptive.
     """
 
-    device: str
-    layers: int
-    width: int
-    sequences: int
-    length: int
-    vocabulary: int
     micro_batches: int
     run_steps: int
 
@@ -63,21 +51,10 @@ class Training:
         options: Of the optimizer.
     """
 
-    def __init__(self, setting: Setting, **options: Any) -> None:
-        torch.manual_seed(0)
-        config = GPT2Config(
-            n_layer=setting.layers,
-            n_embd=setting.width,
-            n_head=max(1, setting.width // 64),
-            n_positions=setting.length,
-            vocab_size=setting.vocabulary,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
+    def __init__(self, setting: Runs, **options: Any) -> None:
         self._steps = setting.run_steps
-        self._model = GPT2LMHeadModel(config).to(torch.device(setting.device))  # type: ignore[arg-type] # a wrapped method
+        self._model, tokens = random_gpt2(setting)
         self._optimizer: SchattenP = create_schatten_optimizer(self._model, 1e-4, verbose=False, **options)
-        tokens = torch.randint(setting.vocabulary, (setting.sequences, setting.length)).to(setting.device)
         self._batches = tokens.chunk(setting.micro_batches)
 
     @property
@@ -94,20 +71,20 @@ class Training:
             self._optimizer.zero_grad()
 
 
-def adaptive_options(setting: Setting, estimator: str) -> dict[str, Any]:
+def adaptive_options(setting: Runs, estimator: str) -> dict[str, Any]:
     """Options with one due step in each run, its last."""
     interval = setting.run_steps
     return {"p": "adaptive", "p_estimator": estimator, "p_interval": interval, "p_first_step": interval}
 
 
-def measure_time(setting: Setting, options: dict[str, Any], repeats: int) -> tuple[Ratio, int]:
+def measure_time(setting: Runs, options: dict[str, Any], repeats: int) -> tuple[Ratio, int]:
     """Time of a run with these options over that of a run with fixed p; and the model's parameters."""
     fixed, adaptive = Training(setting, p=4.0), Training(setting, **options)
     ratio = time_ratio(adaptive.run, fixed.run, repeats, torch.device(setting.device))
     return ratio, fixed.parameters
 
 
-def measure_peak_memory(setting: Setting, options: dict[str, Any]) -> int:
+def measure_peak_memory(setting: Runs, options: dict[str, Any]) -> int:
     """Largest sum of the sizes of living tensors, in bytes, over model, optimizer and two runs."""
     if torch.device(setting.device).type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -122,20 +99,20 @@ def measure_peak_memory(setting: Setting, options: dict[str, Any]) -> int:
     return max(accumulate(event.nbytes() for event in events))
 
 
-def _train(setting: Setting, options: dict[str, Any]) -> None:
+def _train(setting: Runs, options: dict[str, Any]) -> None:
     training = Training(setting, **options)
     for _ in range(2):
         training.run()
 
 
-def overhead(ratio: float, setting: Setting, interval: int) -> float:
+def overhead(ratio: float, setting: Runs, interval: int) -> float:
     """Share of training time, where one of ``interval`` steps is due instead of one of a run's."""
     return (ratio - 1) * setting.run_steps / interval
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    setting = Setting(
+    setting = Runs(
         *(options.device, options.layers, options.width, options.sequences, options.length),
         *(options.vocabulary, options.micro_batches, options.run_steps),
     )

@@ -22,33 +22,12 @@ from typing import Any
 import torch
 from bench import print_table
 from interleaved_timing import Ratio, time_ratio
+from random_gpt2 import Setting, random_gpt2
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 from torch_muon import MuonAndAdamW
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_schatten import create_schatten_optimizer
-
-
-@dataclass(frozen=True)
-class Setting:
-    """The training whose steps are measured.
-
-    Attributes:
-        device: Where it runs.
-        layers: Blocks of the GPT-2.
-        width: Model width.
-        sequences: Sequences in a step.
-        length: Tokens in a sequence.
-        vocabulary: Tokens of the (random) text.
-    """
-
-    device: str
-    layers: int
-    width: int
-    sequences: int
-    length: int
-    vocabulary: int
 
 
 class Training:
@@ -60,19 +39,8 @@ class Training:
     """
 
     def __init__(self, setting: Setting, make_optimizer: Callable[[torch.nn.Module], Optimizer]) -> None:
-        torch.manual_seed(0)
-        config = GPT2Config(
-            n_layer=setting.layers,
-            n_embd=setting.width,
-            n_head=max(1, setting.width // 64),
-            n_positions=setting.length,
-            vocab_size=setting.vocabulary,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-        self.model = GPT2LMHeadModel(config).to(torch.device(setting.device))  # type: ignore[arg-type] # a wrapped method
+        self.model, self._tokens = random_gpt2(setting)
         self.optimizer = make_optimizer(self.model)
-        self._tokens = torch.randint(setting.vocabulary, (setting.sequences, setting.length)).to(setting.device)
 
     def differentiate(self) -> None:
         """Compute the gradients."""

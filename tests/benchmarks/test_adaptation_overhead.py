@@ -22,5 +22,5 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
 
 
 def test_the_share_is_that_of_one_due_step_in_the_interval():
-    setting = script.Setting("cpu", 1, 16, 2, 8, 40, 1, run_steps=5)
+    setting = script.Runs("cpu", 1, 16, 2, 8, 40, 1, run_steps=5)
     assert script.overhead(1.2, setting, interval=100) == pytest.approx(0.01, rel=1e-9)
