@@ -13,7 +13,6 @@ from .criterion import CURVES, NODES
 from .layout import Layout, matrix_name
 from .linalg.coefficient_table import exponent_of
 from .preconditioning import SECOND_MOMENTS
-from .scaling import OwnNorms, update_norm
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
@@ -129,12 +128,6 @@ class Matrix:
         second_moment = SECOND_MOMENTS[group["precondition"]]
         second_moment.write(self.state, layout_of(group), self.parameter.shape, self.index, out=root)
         root.div_(self._bias_correction(group["betas"][1])).sqrt_().add_(group["eps"])
-
-    def update_norm(self, own: OwnNorms) -> Tensor:
-        """Return the Frobenius norm that the update is scaled to, a scalar, from its own norms."""
-        s = self.p.reciprocal().to(own.frobenius.dtype)
-        beta1, lr_ratio = self.group["betas"][0], self.group["lr_ratio"]
-        return update_norm(self.group["scale"], *self.shape, s, own, beta1=beta1, lr_ratio=lr_ratio)
 
     def apply(self, wide: Tensor, factor: Tensor) -> None:
         """Decay the weights and take the step ``factor * wide``, unless the gradient is not usable."""

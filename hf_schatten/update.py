@@ -12,7 +12,7 @@ from torch import Tensor
 from .coupling import WeightFunction, dual_norms, lengths_alone, lengths_coupled, unit_factors
 from .matrix import Matrix
 from .preconditioning import root_exponent
-from .scaling import OwnNorms
+from .scaling import OwnNorms, update_norm
 
 Direction = Callable[[Tensor, Tensor], Tensor]
 
@@ -100,13 +100,23 @@ def factors_alone(update: Update) -> Tensor:
     if rule != "pinned":
         return update.factors(lengths_alone(rule, update.dual_norms()))
     norms = torch.linalg.matrix_norm(update.directions)  # (B,)
-    schatten: Iterable[Tensor | None] = [None] * len(norms)
-    if update.products is not None:
-        schatten = update.dual_norms() ** update.exponents
-    targets = torch.stack(
-        [matrix.update_norm(OwnNorms(*own)) for matrix, *own in zip(update.batch, norms, schatten, strict=True)]
-    )
-    return torch.where(norms > 0, targets / norms, 0.0)
+    return torch.where(norms > 0, _scaled_norms(update, norms) / norms, 0.0)
+
+
+def _scaled_norms(update: Update, norms: Tensor) -> Tensor:
+    """Return the Frobenius norms that directions of these norms are scaled to, both (B,)."""
+    schatten = None if update.products is None else update.dual_norms() ** update.exponents
+    alike: dict[Any, list[int]] = {}  # numbers of the matrices by what the rule depends on
+    for number, matrix in enumerate(update.batch):
+        group = matrix.group
+        alike.setdefault((group["scale"], matrix.shape, group["betas"][0], group["lr_ratio"]), []).append(number)
+    scaled = torch.empty_like(norms)
+    for (rule, (m, n), beta1, lr_ratio), numbers in alike.items():
+        index = slice(None) if len(alike) == 1 else numbers
+        own = OwnNorms(norms[index], None if schatten is None else schatten[index])
+        s = update.exponents[index]
+        scaled[index] = update_norm(rule, m, n, s, own, beta1=beta1, lr_ratio=lr_ratio)
+    return scaled
 
 
 def lengths_together(matrices: Sequence[Matrix], duals: Tensor, order: float, weight_of: WeightFunction) -> Tensor:
