@@ -161,7 +161,7 @@ def test_metrics_stay_metrics(run, optim_args, logging_strategy):
 
 def medians_at_the_bar(text):
     """Return the different medians that a progress bar has shown, in order."""
-    return list(dict.fromkeys(re.findall(r"median p ([0-9.inf]+)", text)))
+    return list(dict.fromkeys(re.findall(r"median p ([-0-9.inf]+)", text)))
 
 
 @pytest.mark.parametrize("logging_strategy", ["steps", "no"])

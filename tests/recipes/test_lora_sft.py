@@ -434,7 +434,8 @@ def test_prompts_and_completions_from_start_to_card(base, questions, tmp_path):
         assert 0 <= metrics[f"{name}_accuracy"] <= 1
         assert metrics[f"{name}_perplexity"] == pytest.approx(np.exp(metrics[f"{name}_loss"]), rel=1e-9, abs=0)
 
-    names = {f"transformer.h.0.attn.c_attn.lora_{side}" for side in ("A.default.weight", "B.default.weight.q")}
+    parts = ("A.default.weight", *(f"B.default.weight.{part}" for part in "qkv"))
+    names = {f"transformer.h.0.attn.c_attn.lora_{part}" for part in parts}
     learned = hf_schatten.load_learned_p(out / "checkpoint-4")
     assert {name.removeprefix("base_model.model.") for name in learned} == names
     loaded = AutoPeftModelForCausalLM.from_pretrained(out)
