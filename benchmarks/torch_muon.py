@@ -19,7 +19,7 @@ class MuonAndAdamW(Optimizer):
     """Two optimizers behind one interface, for a schedule that drives both.
 
     ``torch.optim.Muon`` takes matrices only, so experts and filters stay with AdamW, and fused projections stay whole.
-    Its updates have AdamW's size (``match_rms_adamw``), as those of ``schatten_p`` have by default.
+    Its updates have AdamW's size (``match_rms_adamw``), as those of ``schatten_p`` have at p = inf.
 
     Args:
         model: The model; its parameters are routed as ``schatten_p`` routes them.
