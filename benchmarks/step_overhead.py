@@ -2,8 +2,8 @@
 
 GPT-2s with random weights and tokens take steps with both optimizers in turn, in one process: forward, backward,
 update. The baseline is `torch_muon.py`: ``torch.optim.Muon`` on the matrices that ``schatten_p`` would route, unsplit
-and in bfloat16 as it computes, and AdamW for the rest. Products are counted as well, which says what a machine that
-computes both in one dtype would ask. Nothing here asserts a time. What the estimates of p add:
+and in bfloat16 as it computes, and AdamW for the rest; ``--compute-dtype bfloat16`` lets this optimizer do so too.
+Products are counted as well. Nothing here asserts a time. What the estimates of p add:
 `adaptation_overhead.py`.
 
 Usage:
@@ -72,9 +72,12 @@ class Row:
     muon_products: float
 
 
-def measure(setting: Setting, repeats: int) -> Row:
+def measure(setting: Setting, compute_dtype: str, repeats: int) -> Row:
     """Time and count both optimizers on one size."""
-    ours = Training(setting, lambda model: create_schatten_optimizer(model, 1e-4, p=-5, verbose=False))
+    ours = Training(
+        setting,
+        lambda model: create_schatten_optimizer(model, 1e-4, p=-5, compute_dtype=compute_dtype, verbose=False),
+    )
     muon = Training(
         setting, lambda model: MuonAndAdamW(model, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8)
     )
@@ -103,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         setting = Setting(
             *(options.device, options.layers, width, options.sequences, options.length, options.vocabulary)
         )
-        rows.append(measure(setting, options.repeats))
+        rows.append(measure(setting, options.compute_dtype, options.repeats))
         print(f"width {width}: {rows[-1].step.median:.3f}")
     print()
     print_table(
@@ -121,8 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         ],
     )
     options.output.mkdir(parents=True, exist_ok=True)
-    written: dict[str, Any] = {"torch": torch.__version__, "rows": [asdict(row) for row in rows]}
-    file = options.output / "step_overhead.json"
+    written: dict[str, Any] = {"torch": torch.__version__, "compute_dtype": options.compute_dtype}
+    written["rows"] = [asdict(row) for row in rows]
+    file = options.output / f"step_overhead_{options.compute_dtype}.json"
     file.write_text(json.dumps(written, indent=1) + "\n", "utf-8")
     print(f"\nWritten to {file}")
 
@@ -131,6 +135,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 768], help="default 128 256 512 768")
+    parser.add_argument("--compute-dtype", default="auto", help="of this optimizer's products (default %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="default %(default)s")
     parser.add_argument("--sequences", type=int, default=8, help="in a step (default %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")

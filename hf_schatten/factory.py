@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from .adaptation import Adaptation
@@ -108,6 +109,7 @@ def create_schatten_optimizer(
         betas=betas,
         eps=eps,
         ns_steps=parsed.ns_steps,
+        compute_dtype=None if parsed.compute_dtype == "auto" else getattr(torch, parsed.compute_dtype),
         target=target,
         workspace_mib=parsed.workspace_mib,
         share_work=parsed.share_work,

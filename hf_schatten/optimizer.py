@@ -108,6 +108,8 @@ class SchattenP(Optimizer):
         betas: AdamW's decays. Default (0.9, 0.999).
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5.
+        compute_dtype: dtype of the matrix products. Default None: float64 for float64 momenta, else float32 on a CPU
+            and bfloat16 on an accelerator.
         target: what replaces σ^{1/p} where the step is pinned: a name that
             :func:`hf_schatten.linalg.targets.parse_target` takes, or a function of a NumPy array of singular values in
             (0, 1], relative to the Schatten-8 norm. A function is fitted here, once. p then shapes the
@@ -156,6 +158,7 @@ class SchattenP(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         ns_steps: int = 5,
+        compute_dtype: torch.dtype | None = None,
         target: str | TargetFunction = POWER,
         workspace_mib: int = 512,
         share_work: bool = True,
@@ -163,6 +166,7 @@ class SchattenP(Optimizer):
         buffer_mib: int = 256,
     ) -> None:
         self.ns_steps = ns_steps
+        self.compute_dtype = compute_dtype
         self.target = target_of(target)
         self.target.accuracy(ns_steps)  # fits it now, where a bad function can still be refused
         self.workspace_mib = workspace_mib
@@ -223,7 +227,7 @@ class SchattenP(Optimizer):
         Returns:
             (B, m, n) U Σ^{1/p} Vᵀ of each momentum, or what another target makes of Σ.
         """
-        return self.target.direction(momenta, p, self.ns_steps)
+        return self.target.direction(momenta, p, self.ns_steps, self.compute_dtype)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -270,9 +274,9 @@ class SchattenP(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: everything but the policy, whose hooks belong to the model."""
-        own = ("ns_steps", "target", "workspace_mib", "share_work", "share_processes", "buffer_mib", "options")
-        coupling = ("coupling_order", "coupling_weights")
-        return super().__getstate__() | {name: getattr(self, name) for name in (*own, *coupling)}
+        own = ("ns_steps", "compute_dtype", "target", "coupling_order", "coupling_weights", "options")
+        work = ("workspace_mib", "share_work", "share_processes", "buffer_mib")
+        return super().__getstate__() | {name: getattr(self, name) for name in (*own, *work)}
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""

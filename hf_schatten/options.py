@@ -27,6 +27,7 @@ Precondition = Literal["none", "adam", "adafactor"]
 PreconditionExponent = Literal["scaled", "fixed"]
 CriterionName = Literal["kronecker", "holder", "alignment", "decrease"]
 Sync = Literal["statistics", "gram"]
+ComputeDtype = Literal["auto", "float32", "bfloat16"]
 
 # The options that take one of several names.
 OPTION_VALUES: dict[str, tuple[str, ...]] = {
@@ -38,6 +39,7 @@ OPTION_VALUES: dict[str, tuple[str, ...]] = {
     "coupling_weights": get_args(CouplingWeights),
     "precondition": get_args(Precondition),
     "precondition_exponent": get_args(PreconditionExponent),
+    "compute_dtype": get_args(ComputeDtype),
 }
 
 
@@ -103,6 +105,9 @@ class SchattenOptions:
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;
             both follow the one schedule. Default 1.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
+        compute_dtype: dtype of the matrix products of an update: ``float32``, ``bfloat16``, faster where the processor
+            multiplies matrices in it, or ``auto`` (default): ``float32`` on a CPU and ``bfloat16`` on an accelerator,
+            but float64 for float64 parameters on either.
         target: what becomes of the singular values: ``power`` (default), σ^{1/p}; or, relative to the Schatten-8 norm
             of the matrix, ``soft_threshold:TAU``, ``soft_step:TAU``, or ``top_k:K``, 1 for the largest K and 0 for
             the rest; see :mod:`hf_schatten.linalg.targets`. With any but ``power``, p is a number, which then shapes
@@ -155,6 +160,7 @@ class SchattenOptions:
     precondition_exponent: PreconditionExponent = "scaled"
     schatten_lr_ratio: float = 1.0
     ns_steps: int = 5
+    compute_dtype: ComputeDtype = "auto"
     target: str = POWER
     workspace_mib: int = 512
     share_work: bool = True
@@ -249,6 +255,11 @@ class SchattenOptions:
                 raise OptionError(str(error)) from error
         if self.target == POWER:
             return
+        self._require(
+            self.compute_dtype == "auto" or not self.target.startswith("top_k"),
+            "compute_dtype",
+            f"target={self.target} multiplies in the momentum's own dtype; leave compute_dtype out",
+        )
         self._require(
             not isinstance(self.p, str) and not self.p_overrides,
             "target",

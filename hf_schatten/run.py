@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from torch import distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
@@ -54,11 +55,27 @@ def main() -> None:
     transformers_trainer.DEFAULT_CALLBACKS.append(watch)  # type: ignore[arg-type] # inferred too narrowly
     _resume_with_converted_weights()
     sys.argv = target
-    if of_module:
-        _run_module(target[0])
-    else:
-        _run_script(target[0])
+    try:
+        if of_module:
+            _run_module(target[0])
+        else:
+            _run_script(target[0])
+    except SystemExit as end:
+        if not end.code:
+            _leave_processes()
+        raise
     watch.report_end(target[0])
+    _leave_processes()
+
+
+def _leave_processes() -> None:
+    """End what connects this process with others, which a script may leave to the end of Python.
+
+    By then gloo's threads may still hold tensors, and the one that frees them aborts a process that has trained. After
+    an error nothing is done: NCCL would wait for the others.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _run_script(script: str) -> None:

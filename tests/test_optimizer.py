@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_schatten
 from hf_schatten import SchattenP, UnsupportedEngineError
@@ -378,6 +379,33 @@ def test_the_default_target_is_the_spectral_power_bitwise():
     optimizer = SchattenP([nn.Parameter(torch.zeros(8, 12))])
     expected = hf_schatten.linalg.spectral_power(momenta, p, steps=5)
     torch.testing.assert_close(optimizer.direction(momenta, p), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("target", ["power", "soft_step:0.1"])
+@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_products_are_computed_in_the_dtype_that_is_asked_for_also_by_a_copy(name, dtype, target, gpt2):
+    optimizer = hf_schatten.create_schatten_optimizer(
+        gpt2, p=math.inf, target=target, compute_dtype=name, verbose=False
+    )
+    momenta = torch.randn(3, 8, 9)
+    seen = products_of(lambda: optimizer.direction(momenta, torch.full((3,), math.inf)))
+    assert seen == {dtype}
+    assert products_of(lambda: copy.deepcopy(optimizer).direction(momenta, torch.full((3,), math.inf))) == {dtype}
+
+
+def products_of(call):
+    """Return the dtypes of the matrix products of a call."""
+    seen = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.baddbmm, torch.ops.aten.mm):
+                seen.update(argument.dtype for argument in args)
+            return function(*args, **(kwargs or {}))
+
+    with Watch():
+        call()
+    return seen
 
 
 @pytest.mark.parametrize("shape", [(12, 30), (30, 12)])

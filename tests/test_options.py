@@ -114,6 +114,11 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("p_ema_decay=1", "p_ema_decay=1.0 is not allowed"),
         ("scale=huge", "scale='huge' is not allowed: one of schatten, match_rms_adamw, muon, interpolate, none"),
         ("ns_steps=2", "ns_steps=2 is not allowed: one of 3, 4, 5, 6, 7, 8"),
+        ("compute_dtype=half", "compute_dtype='half' is not allowed: one of auto, float32, bfloat16"),
+        (
+            "p=inf,target=top_k:2,compute_dtype=bfloat16",
+            "compute_dtype='bfloat16' is not allowed: target=top_k:2 multiplies in the momentum's own dtype",
+        ),
         ("momentum=1", "momentum=1.0 is not allowed"),
         ("schatten_lr_ratio=0", "schatten_lr_ratio=0.0 is not allowed"),
         ("precondition=shampoo", "precondition='shampoo' is not allowed: one of none, adam, adafactor"),

@@ -6,9 +6,11 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 from scripts import materials
+from torch import distributed as dist
 
 from hf_schatten import run
 
@@ -20,6 +22,10 @@ print(json.dumps([
     __name__, __file__, __package__, __spec__ and __spec__.name, __doc__, sys.argv, sys.path[0], neighbour.__file__,
     os.getcwd() in sys.path, sys.modules["__main__"].__dict__ is globals(),
 ]))
+"""
+
+GROUP = """from torch import distributed as dist
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 """
 
 
@@ -107,6 +113,23 @@ def test_an_exception_of_the_script_is_its_own(start, tmp_path):
         start("script.py")
     last = error.traceback[-1]
     assert (str(last.path), last.lineno) == (str(tmp_path / "cwd" / "script.py"), 2)  # counted from 0
+
+
+@pytest.mark.parametrize("end", ["", "raise SystemExit", "raise SystemExit(0)"])
+def test_a_script_that_succeeds_leaves_its_process_group(end, start, tmp_path):
+    write({tmp_path / "cwd" / "script.py": f"{GROUP}\n{end}"})
+    with pytest.raises(SystemExit) if end else nullcontext():
+        start("script.py")
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("end", ["raise SystemExit(3)", "raise LookupError"])
+def test_a_script_that_fails_does_not_wait_for_its_process_group(end, start, tmp_path):
+    write({tmp_path / "cwd" / "script.py": f"{GROUP}\n{end}"})
+    with pytest.raises((SystemExit, LookupError)):
+        start("script.py")
+    assert dist.is_initialized()
+    dist.destroy_process_group()
 
 
 def test_help_is_the_usage_and_its_status_0(start, capsys):

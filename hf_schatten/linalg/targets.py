@@ -153,8 +153,15 @@ class Target(Protocol):
     def name(self) -> str:
         """What `parse_target` takes; of a Python function, a name that it refuses."""
 
-    def direction(self, X: Tensor, p: Tensor, steps: int) -> Tensor:
-        """Apply the target to matrices (B, m, n), given their p (B,) and the number of Newton–Schulz steps."""
+    def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
+        """Apply the target to matrices (B, m, n).
+
+        Args:
+            X: the matrices.
+            p: (B,) their p.
+            steps: Newton–Schulz steps.
+            compute_dtype: as in `spectral_power`, where the target is a polynomial.
+        """
 
     def accuracy(self, steps: int) -> str:
         """Fit what is to be fitted, and say how accurate it is."""
@@ -166,9 +173,9 @@ class Power:
 
     name: str = POWER
 
-    def direction(self, X: Tensor, p: Tensor, steps: int) -> Tensor:
+    def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
         """`spectral_power`."""
-        return spectral_power(X, p, steps=steps)
+        return spectral_power(X, p, steps=steps, compute_dtype=compute_dtype)
 
     def accuracy(self, steps: int) -> str:
         """Refer to the tables."""
@@ -194,7 +201,7 @@ class TopK:
         """``top_k:K``."""
         return f"top_k:{self.k}"
 
-    def direction(self, X: Tensor, p: Tensor, steps: int) -> Tensor:
+    def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
         """`top_singular_direction` for k = 1, else `top_k_direction`."""
         return top_singular_direction(X) if self.k == 1 else top_k_direction(X, self.k)
 
@@ -212,9 +219,9 @@ class Function:
     name: str
     f: TargetFunction
 
-    def direction(self, X: Tensor, p: Tensor, steps: int) -> Tensor:
+    def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
         """`spectral_function` with the fitted coefficients."""
-        return spectral_function(X, fit_target(self.f, steps).coefficients)
+        return spectral_function(X, fit_target(self.f, steps).coefficients, compute_dtype=compute_dtype)
 
     def accuracy(self, steps: int) -> str:
         """The fit's errors."""

@@ -107,6 +107,7 @@ def run_recipe(trainer: Any, checkpoint: str | None) -> None:
         trainer.push_to_hub()  # writes the card
     else:
         trainer.create_model_card()
+    trainer.accelerator.end_training()  # left to the end of Python, gloo may abort a process that has trained
 
 
 def side_by_side(metrics: Mapping[str, Mapping[str, float]], quantities: Mapping[str, str]) -> str:

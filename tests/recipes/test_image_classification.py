@@ -10,6 +10,7 @@ import images
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image
 from huggingface_hub import ModelCard
 from PIL import Image as Pictures
@@ -69,6 +70,13 @@ def resmlp():
 def run(folder, *flags):
     image_classification.main([*TINY.split(), *QUICK.split(), "--output_dir", str(folder), *flags])
     return json.loads((folder / "all_results.json").read_text())
+
+
+def test_a_run_leaves_its_process_group(tmp_path, monkeypatch):
+    left = []
+    monkeypatch.setattr(PartialState, "destroy_process_group", lambda self, group=None: left.append(group))
+    run(tmp_path, "--max_steps", "1", "--do_eval", "false")
+    assert left == [None]
 
 
 # Options
