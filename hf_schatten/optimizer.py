@@ -13,10 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.adamw import adamw
 
+from .adamw import adamw_step, new_adamw_state
 from .coupling import COUPLING_WEIGHTS, WeightFunction
 from .distributed import ALONE, Peers, UnsupportedEngineError
+from .finite import Usable, usable_gradients
 from .layout import matrix_name
 from .linalg.targets import POWER, TargetFunction, target_of
 from .matrix import (
@@ -30,7 +31,6 @@ from .matrix import (
     layout_of,
     named_parameters,
     new_matrix_state,
-    state_dtype,
 )
 from .options import (
     OPTIMIZER_NAME,
@@ -54,8 +54,6 @@ if TYPE_CHECKING:
 STATE_ELSEWHERE = "schatten_p_state_file"
 
 logger = logging.getLogger(__name__)
-
-_Usable = dict[Tensor, Tensor]  # whether the gradient of each parameter is finite, a bool scalar on its device
 
 # Options of a group that say what its parameters are, and not how they are updated.
 _STRUCTURE = "spectral", "transposed", "sections", "blocks", "p", "param_names"
@@ -250,13 +248,16 @@ class SchattenP(Optimizer):
         self.create_matrix_state()
         if self.policy is not None:
             self.policy.before_update(self)
-        usable = self._usable_gradients()
+        usable = usable_gradients(self.param_groups)
         for group in self.param_groups:
             parameters = [parameter for parameter in group["params"] if parameter in usable]
             if group["spectral"]:
                 self._advance_moments(group, parameters, usable)
             elif parameters:
-                self._adamw_step(group, parameters, usable)
+                for parameter in parameters:
+                    if parameter not in self.state:
+                        self.state[parameter] = _new_state(parameter, group)
+                adamw_step(group, parameters, self.state, usable)
         with_gradient = [
             replace(matrix, usable=usable[matrix.parameter])
             for matrix in self.matrices()
@@ -439,7 +440,7 @@ class SchattenP(Optimizer):
                 "that of the spectral power. Use step_rule='pinned'."
             )
 
-    def _advance_moments(self, group: dict[str, Any], parameters: Iterable[Tensor], usable: _Usable) -> None:
+    def _advance_moments(self, group: dict[str, Any], parameters: Iterable[Tensor], usable: Usable) -> None:
         second_moment = SECOND_MOMENTS.get(group["precondition"])
         for parameter in parameters:
             state, momentum = self.state[parameter], local(self.state[parameter][MOMENTUM])
@@ -484,20 +485,6 @@ class SchattenP(Optimizer):
             self._sharing = sharing_peers(whole, self.share_processes)
         return self._sharing
 
-    def _usable_gradients(self) -> _Usable:
-        """Return for every parameter that has a gradient whether it is finite, on all processes together."""
-        parameters = [
-            parameter for group in self.param_groups for parameter in group["params"] if parameter.grad is not None
-        ]
-        finite = _are_finite([local(parameter.grad) for parameter in parameters])
-        usable = dict(zip(parameters, finite, strict=True))
-        sharded = [parameter for parameter in parameters if is_sharded(parameter)]
-        if sharded:
-            agreed = torch.stack([usable[parameter] for parameter in sharded]).int()
-            dist.all_reduce(agreed, dist.ReduceOp.MIN)
-            usable.update(zip(sharded, agreed.bool(), strict=True))
-        return usable
-
     def _steps(self, owned: list[Matrix], matrices: list[Matrix]) -> dict[int, Tensor]:
         """Return the step (m, n) of each owned matrix by its identity."""
         return {
@@ -538,54 +525,9 @@ class SchattenP(Optimizer):
         lengths = lengths_together(matrices, duals, float(self.coupling_order or 0), weight_of)
         return lengths[index].split([len(update.batch) for update in updates])
 
-    def _adamw_step(self, group: dict[str, Any], parameters: list[Tensor], usable: _Usable) -> None:
-        for parameter in parameters:
-            if parameter not in self.state:
-                self.state[parameter] = _new_state(parameter, group)
-        states = [self.state[parameter] for parameter in parameters]
-        # Half-precision parameters are updated through an fp32 copy, since their state is fp32.
-        masters = [local(parameter).to(state_dtype(parameter)) for parameter in parameters]
-        beta1, beta2 = group["betas"]
-        adamw(
-            masters,
-            [
-                torch.where(usable[parameter], local(parameter.grad), 0.0).to(state_dtype(parameter))  # type: ignore[arg-type]
-                for parameter in parameters
-            ],
-            [local(state["exp_avg"]) for state in states],
-            [local(state["exp_avg_sq"]) for state in states],
-            [],
-            [state[STEP] for state in states],
-            amsgrad=False,
-            beta1=beta1,
-            beta2=beta2,
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
-        )
-        for parameter, master in zip(parameters, masters, strict=True):
-            if master.data_ptr() != local(parameter).data_ptr():
-                local(parameter).copy_(master)
-
 
 def _new_state(parameter: Tensor, group: Group) -> State:
-    if group["spectral"]:
-        return new_matrix_state(parameter, group)
-    average = torch.zeros_like(parameter, dtype=state_dtype(parameter))
-    return {STEP: torch.tensor(0.0), "exp_avg": average, "exp_avg_sq": torch.zeros_like(average)}
-
-
-def _are_finite(gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return for each gradient whether every element is a finite number, bool scalars on its device."""
-    largest: dict[torch.device, list[Tensor]] = {}
-    for gradient in gradients:
-        empty = not gradient.numel()  # a process without rows
-        norm = gradient.new_zeros(()) if empty else torch.linalg.vector_norm(gradient, math.inf)
-        largest.setdefault(gradient.device, []).append(norm)
-    # Looked at together: an operation for each would take longer than the look.
-    finite = {device: iter(torch.stack(norms).isfinite().unbind()) for device, norms in largest.items()}
-    return [next(finite[gradient.device]) for gradient in gradients]
+    return new_matrix_state(parameter, group) if group["spectral"] else new_adamw_state(parameter)
 
 
 def _check_names(group: dict[str, Any]) -> None:

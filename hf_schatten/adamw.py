@@ -1,0 +1,57 @@
+"""AdamW's step for the parameters that are no matrices, by torch's functional form, in fp32 where they are not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .finite import Usable
+from .matrix import STEP, Group, State, state_dtype
+from .sharded import local
+
+AVERAGE, SQUARES = "exp_avg", "exp_avg_sq"  # as torch.optim.AdamW names them
+
+
+def new_adamw_state(parameter: Tensor) -> State:
+    """Return the state of a parameter that has taken no step."""
+    average = torch.zeros_like(parameter, dtype=state_dtype(parameter))
+    return {STEP: torch.tensor(0.0), AVERAGE: average, SQUARES: torch.zeros_like(average)}
+
+
+def adamw_step(group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], usable: Usable) -> None:
+    """Update the parameters in place.
+
+    Args:
+        group: with AdamW's ``lr``, ``weight_decay``, ``betas`` and ``eps``.
+        parameters: those of the group that have a gradient.
+        states: of each of them, as `new_adamw_state` makes it; advanced in place.
+        usable: whether each gradient is finite; one that is not counts as zero.
+    """
+    own = [states[parameter] for parameter in parameters]
+    # Half-precision parameters are updated through an fp32 copy, since their state is fp32.
+    masters = [local(parameter).to(state_dtype(parameter)) for parameter in parameters]
+    beta1, beta2 = group["betas"]
+    adamw(
+        masters,
+        [
+            torch.where(usable[parameter], local(parameter.grad), 0.0).to(state_dtype(parameter))  # type: ignore[arg-type]
+            for parameter in parameters
+        ],
+        [local(state[AVERAGE]) for state in own],
+        [local(state[SQUARES]) for state in own],
+        [],
+        [state[STEP] for state in own],
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+    for parameter, master in zip(parameters, masters, strict=True):
+        if master.data_ptr() != local(parameter).data_ptr():
+            local(parameter).copy_(master)
