@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import socket
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing, nn
+from processes import together
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -96,12 +95,9 @@ def train(width=30, bad_step=None, mesh=None, **options):
     }
 
 
-def process(rank: int, count: int, port: int, folder: str, replicas: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    assert dist.get_world_size() == count
+def train_sharded(replicas: int) -> dict[str, Any]:
+    """Return what every setting gives on this process, and what is refused."""
+    count = dist.get_world_size()
     if replicas == 1:
         mesh = init_device_mesh("cpu", (count,))
         settings = SETTINGS
@@ -109,9 +105,7 @@ def process(rank: int, count: int, port: int, folder: str, replicas: int) -> Non
         mesh = init_device_mesh("cpu", (replicas, count // replicas), mesh_dim_names=("replicate", "shard"))
         settings = {name: SETTINGS[name] for name in ("fixed p", "adaptive")}
     results = {name: train(mesh=mesh, **options) for name, options in settings.items()}
-    results["refused"] = refusals(init_device_mesh("cpu", (count,)))
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results | {"refused": refusals(init_device_mesh("cpu", (count,)))}
 
 
 def refusals(mesh):
@@ -132,14 +126,6 @@ def refusals(mesh):
     return messages
 
 
-def run(folder, count, replicas=1):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(process, args=(count, port, str(folder), replicas), nprocs=count)
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
-
-
 @pytest.fixture(scope="module")
 def alone():
     return {name: train(**options) for name, options in SETTINGS.items()}
@@ -147,7 +133,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("pair"), 2)
+    return together(train_sharded, 2, tmp_path_factory.mktemp("pair"), 1)
 
 
 def assert_same(one, two, name):
@@ -213,7 +199,7 @@ def test_what_is_not_supported_is_refused_by_name(pair):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "replicas"), [(3, 1), (4, 2)])
 def test_three_processes_and_replicas_of_shards(count, replicas, alone, tmp_path):
-    results = run(tmp_path, count, replicas)
+    results = together(train_sharded, count, tmp_path, replicas)
     for name in results[0].keys() - {"refused", "statistics"}:
         if count == 3 and name == "adaptive":
             continue  # three processes do not share the batch evenly

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, DistributedType, PartialState
-from torch import multiprocessing
+from processes import together
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
@@ -86,10 +86,7 @@ def outcome(trainer):
     }
 
 
-def process(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
+def train_and_resume(folder: str) -> dict[str, Any]:
     allow_fsdp_on_the_cpu()
     results = {}
     for name, settings in KINDS.items():
@@ -101,19 +98,14 @@ def process(rank: int, port: int, folder: str) -> None:
         resumed = make(folder, f"{name}, resumed", **settings)
         resumed.train(resume_from_checkpoint=checkpoint)
         results[name] = {"straight": outcome(straight), "resumed": outcome(resumed)}
-    torch.save(results, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    return results
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Return the folder of the runs, and what each of two processes got."""
     folder = tmp_path_factory.mktemp("runs")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    multiprocessing.spawn(process, args=(port, str(folder)), nprocs=2)
-    return folder, [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    return folder, together(train_and_resume, 2, folder, str(folder))
 
 
 @pytest.mark.parametrize("name", KINDS)
