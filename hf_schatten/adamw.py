@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from .finite import Usable
-from .matrix import STEP, Group, State, state_dtype
+from .matrix import STEP, Group, State, if_usable, state_dtype
 from .sharded import local
 
 AVERAGE, SQUARES = "exp_avg", "exp_avg_sq"  # as torch.optim.AdamW names them
@@ -37,7 +37,7 @@ def adamw_step(group: Group, parameters: Sequence[Tensor], states: Mapping[Tenso
     adamw(
         masters,
         [
-            torch.where(usable[parameter], local(parameter.grad), 0.0).to(state_dtype(parameter))  # type: ignore[arg-type]
+            if_usable(usable[parameter], local(parameter.grad), 0.0).to(state_dtype(parameter))  # type: ignore[arg-type]
             for parameter in parameters
         ],
         [local(state[AVERAGE]) for state in own],

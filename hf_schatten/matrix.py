@@ -23,6 +23,21 @@ STEP, SKIPPED, MOMENTUM, P = "step", "skipped", "momentum", "p"
 STATISTICS, STATISTICS_WEIGHT = "statistics", "statistics_weight"
 
 
+def if_usable(usable: Tensor, gradient: Tensor, otherwise: Tensor | float) -> Tensor:
+    """Return the gradient, or something else where it is not usable.
+
+    Nothing waits for a device. On a CPU there is nothing to wait for, and the gradient is not copied.
+
+    Args:
+        usable: a bool scalar on the gradient's device.
+        gradient: may have elements that are not finite where it is not usable.
+        otherwise: of the gradient's shape, or a number for all elements.
+    """
+    if usable.device.type == "cpu" and usable:
+        return gradient
+    return torch.where(usable, gradient, otherwise)
+
+
 @dataclass(frozen=True)
 class Matrix:
     """One matrix of a spectral group: its parameter, and where in it the matrix lies.
@@ -110,7 +125,7 @@ class Matrix:
         """
         gradient = self.gradient.to(self.momentum.dtype)  # type: ignore[union-attr]
         if self.usable is not None:
-            gradient = torch.where(self.usable, gradient, self.momentum)
+            gradient = if_usable(self.usable, gradient, self.momentum)
         return torch.lerp(self.momentum, gradient, 1 - self.group["momentum"], out=out)
 
     def write_momentum(self, wide: Tensor) -> None:

@@ -27,6 +27,7 @@ from .matrix import (
     Group,
     Matrix,
     State,
+    if_usable,
     initial_p,
     layout_of,
     named_parameters,
@@ -447,7 +448,7 @@ class SchattenP(Optimizer):
             state[STEP].add_(1)
             state[SKIPPED].add_(~usable[parameter])
             gradient = local(parameter.grad).to(momentum.dtype)  # type: ignore[arg-type]
-            momentum.lerp_(torch.where(usable[parameter], gradient, momentum), 1 - group["momentum"])
+            momentum.lerp_(if_usable(usable[parameter], gradient, momentum), 1 - group["momentum"])
             if second_moment is not None:
                 layout, beta2 = layout_of(group), group["betas"][1]
                 second_moment.advance(state, gradient, layout, beta2, usable[parameter])

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from .distributed import Peers, UnsupportedEngineError
-from .matrix import MOMENTUM, Matrix, layout_of
+from .matrix import MOMENTUM, Matrix, if_usable, layout_of
 from .work_sharing import Steps, assign, take, update_cost
 
 
@@ -155,7 +155,7 @@ def _look_ahead(matrix: Matrix) -> Tensor:
         return momentum
     assert matrix.usable is not None
     gradient = local(matrix.parameter.grad).to(momentum.dtype)  # type: ignore[arg-type]
-    return torch.lerp(momentum, torch.where(matrix.usable, gradient, momentum), 1 - matrix.group["momentum"])
+    return torch.lerp(momentum, if_usable(matrix.usable, gradient, momentum), 1 - matrix.group["momentum"])
 
 
 def _joined(matrices: list[Matrix], steps: Mapping[int, Tensor]) -> Tensor:
