@@ -26,7 +26,7 @@ from interleaved_timing import Ratio, time_ratio
 from random_gpt2 import Setting, random_gpt2
 from torch.profiler import ProfilerActivity, profile
 
-from hf_schatten import SchattenP, create_schatten_optimizer
+from hf_schatten import SchattenOptions, SchattenP, create_schatten_optimizer
 from hf_schatten.linalg.spectrum import LogNormEstimatorName
 
 
@@ -162,7 +162,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="cpu, cuda, … (default cpu)")
     parser.add_argument(
-        "--estimators", nargs="+", choices=get_args(LogNormEstimatorName), default=["exact"], help="of the spectra"
+        "--estimators",
+        nargs="+",
+        choices=get_args(LogNormEstimatorName),
+        default=[SchattenOptions.p_estimator],
+        help="of the spectra (default: the package's)",
     )
     parser.add_argument("--interval", type=int, default=100, help="steps between estimates (default %(default)s)")
     parser.add_argument("--run-steps", type=int, default=5, help="steps of a run (default %(default)s)")

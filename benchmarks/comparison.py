@@ -228,6 +228,11 @@ class Standing:
         """Mean of the final metric at the best rate, over the seeds that have run."""
         return statistics.fmean(outcome.final(self.task.metric) for outcome in self.best_outcomes())
 
+    def mean_curve(self) -> tuple[list[int], list[float]]:
+        """Steps of the evaluations, and means of the metric there at the best rate, over the seeds that have run."""
+        curves = [outcome.curve(self.task.metric) for outcome in self.best_outcomes()]
+        return curves[0][0], [statistics.fmean(values) for values in zip(*(each for _, each in curves), strict=True)]
+
     def standard_error(self) -> float:
         """Standard error of that mean, not a number of one seed."""
         values = [outcome.final(self.task.metric) for outcome in self.best_outcomes()]

@@ -74,9 +74,10 @@ _HEADER = (
     "optimizer's time",
 )
 _LEGEND = (
-    f"metric: mean ± standard error over the seeds. steps to reference: steps until the metric of {REFERENCE}'s end "
-    "is reached, relative to all steps; – is never. time, optimizer's time: of a training step, and of the optimizer "
-    f"in it, relative to {REFERENCE}'s (medians; CPU seconds where the training ran on a CPU)."
+    f"metric: mean ± standard error over the seeds. steps to reference: steps until the mean curve reaches "
+    f"{REFERENCE}'s metric at the end, relative to all steps; – is never. time, optimizer's time: of a training step, "
+    f"due ones included, and of the optimizer in it, relative to {REFERENCE}'s (means over the steps, medians over "
+    "the seeds; CPU seconds where the training ran on a CPU)."
 )
 
 
@@ -96,14 +97,9 @@ def _row(standing: Standing, reference: Standing | None) -> tuple[str, ...]:
 
 
 def _steps_to(standing: Standing, reference: Standing) -> str:
-    target = reference.mean()
-    reached = [
-        steps_to_reach(outcome.curve(standing.task.metric), target, standing.task.greater_is_better)
-        for outcome in standing.best_outcomes()
-    ]
-    if any(step is None for step in reached):
-        return "–"
-    return f"{statistics.fmean(step for step in reached if step is not None) / reference.outcomes[0].steps[-1]:.2f}"
+    target = reference.mean_curve()[1][-1]
+    reached = steps_to_reach(standing.mean_curve(), target, standing.task.greater_is_better)
+    return "–" if reached is None else f"{reached / reference.outcomes[0].steps[-1]:.2f}"
 
 
 def steps_to_reach(
@@ -132,18 +128,18 @@ def steps_to_reach(
 
 
 def step_time(outcome: Outcome) -> float:
-    """Return the median seconds of a training step: of the processor on a CPU, else of the clock."""
-    return _median_step(outcome.cpu_seconds if outcome.device == "cpu" else outcome.seconds)
+    """Return the mean seconds of a training step: of the processor on a CPU, else of the clock."""
+    return _mean_step(outcome.cpu_seconds if outcome.device == "cpu" else outcome.seconds)
 
 
 def optimizer_time(outcome: Outcome) -> float:
-    """Return the mean seconds of the optimizer in a step, in which due steps count."""
-    seconds = outcome.optimizer_cpu_seconds if outcome.device == "cpu" else outcome.optimizer_seconds
-    return seconds[-1] / len(seconds)
+    """Return the mean seconds of the optimizer in a step."""
+    return _mean_step(outcome.optimizer_cpu_seconds if outcome.device == "cpu" else outcome.optimizer_seconds)
 
 
-def _median_step(total: Sequence[float]) -> float:
-    return float(np.median(np.diff(total, prepend=0.0)))
+def _mean_step(total: Sequence[float]) -> float:
+    """Return the mean of a step, due ones included, from the seconds since the start."""
+    return total[-1] / len(total)
 
 
 def _ratio(times: Sequence[float], reference: Standing | None, time_of: Any) -> str:
@@ -203,14 +199,12 @@ def draw(standings: Sequence[Standing], path: Path) -> None:
     metric = standings[0].task.metric
     for index, standing in enumerate(standings):
         style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--", "marker": ".", "linewidth": 1.2}
-        curves = [outcome.curve(metric) for outcome in standing.best_outcomes()]
-        steps = curves[0][0]
-        values = np.mean([value for _, value in curves], axis=0)
+        steps, values = standing.mean_curve()
         seconds = statistics.median(step_time(outcome) for outcome in standing.best_outcomes())
         by_step.plot(steps, values, label=standing.candidate.name, **style)
         by_time.plot(np.array(steps) * seconds, values, **style)
     _finish(by_step, "step", metric, [value for line in by_step.lines for value in np.asarray(line.get_ydata())])
-    by_time.set_xlabel("seconds of training (step × median time of a step)")
+    by_time.set_xlabel("seconds of training (step × mean time of a step)")
     by_time.grid(alpha=0.3)
     figure.legend(*by_step.get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path)

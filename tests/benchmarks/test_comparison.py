@@ -99,6 +99,12 @@ def test_steps_to_reach(curve, target, greater, expected):
     assert steps_to_reach(curve, target, greater) == (None if expected is None else pytest.approx(expected))
 
 
+def test_the_mean_curve_is_that_of_the_seeds_at_the_best_rate():
+    best, worse, other = Run(ADAM, 1e-3, 7), Run(ADAM, 2e-3, 7), Run(ADAM, 1e-3, 8)
+    standing = Standing(TASK, ADAM, (outcome(best, 2.0), outcome(worse, 5.0), outcome(other, 4.0)))
+    assert standing.mean_curve() == ([2, 4], [6.5, 3.0])  # of [6, 2] and [7, 4]
+
+
 def test_one_rate_for_all_is_the_one_with_the_smallest_worst_excess():
     other = Candidate("p = inf", "schatten_p", "p=inf", RATES)
     sentence = one_rate_for_all(
@@ -122,6 +128,7 @@ def test_the_page_has_times_relative_to_muon(tmp_path):
     row = next(line for line in page.read_text("utf-8").splitlines() if line.startswith("| p = 4"))
     # It falls by 9 in 4 steps and so reaches 2, a fall of 8, after 8/9 of them.
     assert row == "| p = 4 | `p=4` | 0.001 | 1.0000 | 1 | 0.89 | 1.50 | 1.50 |"
+    assert "| Muon |  | 0.001 | 2.0000 | 1 | 1.00 | 1.00 | 1.00 |" in page.read_text("utf-8")
     numbers = json.loads((tmp_path / "comparison.json").read_text("utf-8"))
     assert numbers[1]["step_seconds"] == 3.0
     assert (tmp_path / "comparison.png").stat().st_size > 10_000

@@ -13,7 +13,7 @@ def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setattr(interleaved_timing, "_SHORTEST", 0.0)
     sizes = "--widths 16 32 --layers 1 --sequences 2 --length 8 --vocabulary 40 --repeats 2"
     script.main([*sizes.split(), "--output", str(tmp_path)])
-    rows = json.loads((tmp_path / "step_overhead.json").read_text("utf-8"))["rows"]
+    rows = json.loads((tmp_path / "step_overhead_auto.json").read_text("utf-8"))["rows"]
     assert [row["setting"]["width"] for row in rows] == [16, 32]
     for row in rows:
         assert row["step"]["median"] > 0
