@@ -452,8 +452,10 @@ def test_names_of_options_exist(page):
 
 
 RESULTS = README.read_text(encoding="utf-8").partition("## Results\n")[2].partition("\n## ")[0]
+RECIPES = "pretrain_clm", "image_classification", "lora_sft"
 CANDIDATES = {
     "adaptive p": "kronecker",
+    "criterion=holder": "holder",
     "`p=-5`": "p = -5",
     "`p=inf`": "p = inf",
     "torch.optim.Muon": "Muon",
@@ -475,7 +477,7 @@ def compared(recipe, candidate):
 @pytest.mark.parametrize("name", CANDIDATES)
 def test_results_of_the_readme_are_those_of_the_comparisons(name):
     row = next(line for line in RESULTS.splitlines() if line.startswith("|") and name in line)
-    for cell, recipe in zip(row.strip("|").split("|")[1:], ("pretrain_clm", "image_classification"), strict=True):
+    for cell, recipe in zip(row.strip("|").split("|")[1:], RECIPES, strict=True):
         mean, _, error = cell.replace("*", "").replace("(one seed)", "").strip().partition(" ± ")
         measured, measured_error = compared(recipe, CANDIDATES[name])
         decimals = len(mean.partition(".")[2])
