@@ -6,7 +6,8 @@ Usage:
     python benchmarks/compare_optimizers.py TASK.yaml --report                           # tables of what has run
 
 A run that is stored is not run again, so that an interrupted comparison goes on where it stopped. Tables, a picture
-and all outcomes go beside the task's file, into ``results``.
+and all outcomes go beside the task's file: into ``results`` from ``comparison.yaml``, and into ``results_NAME`` from
+``NAME_comparison.yaml`` or ``NAME.yaml``.
 """
 
 import argparse
@@ -124,8 +125,8 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, default=3, help="seeds of every candidate's best rate (default 3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--threads", type=int, help="threads of a run (default: the cores divided by --jobs)")
-    parser.add_argument("--runs", type=Path, help="folder of the outcomes (default outputs/comparisons/TASK's folder)")
-    parser.add_argument("--output", type=Path, help="folder of the report (default: results beside TASK)")
+    parser.add_argument("--runs", type=Path, help="folder of the outcomes (default outputs/comparisons/NAME)")
+    parser.add_argument("--output", type=Path, help="folder of the report (default: beside TASK)")
     parser.add_argument("--report", action="store_true", help="run nothing; report on what has run")
     parsed = parser.parse_args(arguments)
     for name in ("seeds", "jobs", "threads"):
@@ -139,7 +140,8 @@ def main(arguments: Sequence[str]) -> None:
     parsed = parse_arguments(arguments)
     task = Task.load(parsed.task)
     candidates = task.only(parsed.only)
-    name = parsed.task.resolve().parent.name
+    kind = parsed.task.stem.removesuffix("comparison").rstrip("_")
+    name = "_".join(filter(None, (parsed.task.resolve().parent.name, kind)))
     store = Store(task, parsed.runs or Path("outputs/comparisons") / name)
     if not parsed.report:
         threads = parsed.threads or max(1, (os.cpu_count() or 1) // parsed.jobs)
@@ -147,7 +149,7 @@ def main(arguments: Sequence[str]) -> None:
     standings = [Standing(task, each, tuple(store.outcomes(each))) for each in candidates]
     page = write_report(
         [standing for standing in standings if standing.outcomes],
-        parsed.output or parsed.task.parent / "results",
+        parsed.output or parsed.task.parent / "_".join(filter(None, ("results", kind))),
         title=name,
     )
     print(page.read_text("utf-8"))

@@ -172,8 +172,12 @@ def test_a_real_run_is_stored_and_not_run_again(tmp_path, monkeypatch, capsys):
     assert [entry["step"] for entry in stored.logs if "loss" in entry] == [1, 2, 3, 4]
     assert math.isfinite(stored.final("eval_loss"))
     assert "| Muon |" in capsys.readouterr().out
+    assert (tmp_path / "results_task" / "comparison.md").is_file()
     monkeypatch.setattr(compare_optimizers.Store, "execute", lambda *args: pytest.fail("ran again"))
     compare_optimizers.main(arguments)
+    (tmp_path / "comparison.yaml").write_text(YAML)
+    compare_optimizers.main([str(tmp_path / "comparison.yaml"), *arguments[1:], "--report"])
+    assert (tmp_path / "results" / "comparison.md").is_file()
     task = Task.load(tmp_path / "task.yaml")
     (tmp_path / "task.yaml").write_text(YAML.replace('"4"', '"3"'))
     changed = Task.load(tmp_path / "task.yaml")

@@ -82,7 +82,7 @@ def test_a_run_leaves_its_process_group(tmp_path, monkeypatch):
 # Options
 
 
-COMPARISONS = {"comparison.yaml", "cifar10_comparison.yaml"}
+COMPARISONS = {"comparison.yaml", "resmlp_comparison.yaml", "cifar10_comparison.yaml"}
 
 
 @pytest.mark.parametrize("name", sorted({path.name for path in FOLDER.glob("*.yaml")} - COMPARISONS))
