@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import images
-from recipe_parts.command_line import InputError, parse
+from recipe_parts.command_line import InputError, parse, require_at_least, require_fraction
 from transformers import TrainingArguments
 
 MODEL_TYPES = ("vit", "resmlp")
@@ -44,9 +44,8 @@ class ModelArguments:
             raise InputError(f"--model_type {self.model_type} is not known: give {' or '.join(MODEL_TYPES)}.")
         if self.num_channels not in (1, 3):
             raise InputError(f"--num_channels {self.num_channels}: give 1 (grey) or 3 (colour).")
-        for name in ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name} {getattr(self, name)} is too small: give at least 1.")
+        sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        require_at_least(self, dict.fromkeys(sizes, 1))
         if self.image_size % self.patch_size:
             raise InputError(f"--image_size {self.image_size} is not a multiple of --patch_size {self.patch_size}.")
         if self.model_type == "vit" and self.hidden_size % self.num_attention_heads:
@@ -89,15 +88,11 @@ class DataTrainingArguments:
     )
 
     def __post_init__(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise InputError(f"--validation_fraction {self.validation_fraction} is not between 0 and 1.")
+        require_fraction(self.validation_fraction)
         for name in ("random_crop_area", "eval_crop"):
             if not 0 < getattr(self, name) <= 1:
                 raise InputError(f"--{name} {getattr(self, name)} is not above 0 and at most 1.")
-        for name, least in (("random_shift", 0), ("max_train_samples", 1), ("max_eval_samples", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name} {value} is too small: give at least {least}.")
+        require_at_least(self, {"random_shift": 0, "max_train_samples": 1, "max_eval_samples": 1})
 
     @property
     def source(self) -> str:

@@ -2,37 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import images
 from image_arguments import DataTrainingArguments, ModelArguments
-from recipe_parts.run_record import (
-    RecipeTrainer,
-    RunRecord,
-    circumstances,
-    command_line,
-    description,
-    examples_per_step,
-    hub_name,
-    quantity,
-    results,
-    source_name,
-)
-from transformers import PreTrainedModel
-
-SCRIPT = "recipes/image_classification/image_classification.py"
-TASK = "image-classification"
-SIZES = {
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "images": "image_size",
-    "patches": "patch_size",
-}
-
-INTENDED_USE = (
-    "Research on optimizers: the model shows what a run with this optimizer gives. It tells apart the classes that it "
-    "was trained on, in images of the same kind, and names one of them whatever it is shown."
-)
+from recipe_parts.run_record import RecipeTrainer, RunRecord, examples_per_step, quantity, source_name, whole_model
 
 
 @dataclass(kw_only=True)
@@ -55,40 +29,34 @@ class Run(RunRecord):
 class ImageClassificationTrainer(RecipeTrainer):
     """The recipe's Trainer: writes the recipe's card."""
 
+    script = "recipes/image_classification/image_classification.py"
+    task = "image-classification"
+    sizes: ClassVar[Mapping[str, str]] = {
+        "layers": "num_hidden_layers",
+        "width": "hidden_size",
+        "images": "image_size",
+        "patches": "patch_size",
+    }
+    intended_use = (
+        "Research on optimizers: the model shows what a run with this optimizer gives. It tells apart the classes "
+        "that it was trained on, in images of the same kind, and names one of them whatever it is shown."
+    )
     quantities: ClassVar[Mapping[str, str]] = {"loss": "loss", "accuracy": "accuracy"}
     run: Run
 
-    def card_metadata(self) -> dict[str, Any]:
-        """Return task, and base model and data set where they have a name on the Hub."""
-        dataset = hub_name(self.run.data_args.dataset_name)
-        return {
-            "tasks": TASK,
-            "pipeline_tag": TASK,
-            "finetuned_from": hub_name(self.run.model_args.model_name_or_path),
-            "dataset": self.run.data_args.source,
-            "dataset_tags": [] if dataset is None else [dataset],
-        }
+    def title(self) -> str:
+        """Name the size and the images."""
+        size = quantity(whole_model(self).num_parameters())
+        return f"A classifier of {size} parameters for {source_name(self.run.data_args.source)}"
 
-    def card_texts(self) -> dict[str, str]:
-        """Return what the template names beyond a Trainer's record."""
-        assert isinstance(self.model, PreTrainedModel)
-        size, source = quantity(self.model.num_parameters()), source_name(self.run.data_args.source)
+    def batch(self) -> str:
+        """Count images."""
         pictures = examples_per_step(self)
-        return {
-            "title": f"A classifier of {size} parameters for {source}",
-            "description": description(
-                self,
-                sizes=SIZES,
-                base=self.run.model_args.model_name_or_path,
-                batch=f"{pictures:,} images, {quantity(self.state.global_step * pictures)} in all",
-                script=SCRIPT,
-            ),
-            "intended_use": INTENDED_USE,
-            "data": _data(self.run),
-            "results": results(self.run.metrics, self.quantities),
-            "circumstances": circumstances(self, self.run.seconds),
-            "command": command_line(SCRIPT, self.run.command),
-        }
+        return f"{pictures:,} images, {quantity(self.state.global_step * pictures)} in all"
+
+    def data(self) -> str:
+        """Say which images there are, and how they are augmented."""
+        return _data(self.run)
 
 
 def _data(run: Run) -> str:

@@ -9,26 +9,9 @@ import headers
 import torch
 from answers import AnswerCheck
 from recipe_parts.command_line import InputError
-from recipe_parts.language_model import SIZES, TASK, LanguageModelTrainer
-from recipe_parts.run_record import (
-    RunRecord,
-    circumstances,
-    command_line,
-    description,
-    examples_per_step,
-    hub_name,
-    quantity,
-    results,
-    source_name,
-)
+from recipe_parts.language_model import LanguageModelTrainer
+from recipe_parts.run_record import RunRecord, examples_per_step, quantity, source_name
 from sft_arguments import ALL_LINEAR, DataTrainingArguments, ModelArguments
-
-SCRIPT = "recipes/lora_sft/lora_sft.py"
-
-INTENDED_USE = (
-    "Research on optimizers: the adapters show what a run with this optimizer gives. They change what the base model "
-    "writes towards the data below, and need that model; what is said of its use and its faults holds for both."
-)
 
 
 @dataclass(kw_only=True)
@@ -53,44 +36,47 @@ class Run(RunRecord):
 class AdapterTrainer(LanguageModelTrainer):
     """The recipe's Trainer: writes the recipe's card."""
 
+    script = "recipes/lora_sft/lora_sft.py"
+    intended_use = (
+        "Research on optimizers: the adapters show what a run with this optimizer gives. They change what the base "
+        "model writes towards the data below, and need that model; what is said of its use and its faults holds for "
+        "both."
+    )
     quantities: ClassVar[Mapping[str, str]] = {
         **LanguageModelTrainer.quantities,
         "accuracy": "share of tokens predicted",
     }
     run: Run
 
-    def card_metadata(self) -> dict[str, Any]:
-        """Return library and task, and base model and data set where they have a name on the Hub."""
-        dataset = hub_name(self.run.data_args.dataset_name)
-        return {
-            "library_name": "peft",
-            "tags": ["lora", "generated_from_trainer"],
-            "tasks": TASK,
-            "pipeline_tag": TASK,
-            "finetuned_from": hub_name(self.run.model_args.model_name_or_path),
-            "dataset": self.run.data_args.source,
-            "dataset_tags": [] if dataset is None else [dataset],
-        }
+    def title(self) -> str:
+        """Name the number of trained parameters and the data."""
+        return f"Adapters of {quantity(self.run.trained)} parameters for {source_name(self.run.data_args.source)}"
 
-    def card_texts(self) -> dict[str, str]:
-        """Return what the template names beyond a Trainer's record."""
-        model_args, source = self.run.model_args, source_name(self.run.data_args.source)
-        return {
-            "title": f"Adapters of {quantity(self.run.trained)} parameters for {source}",
-            "description": description(
-                self,
-                sizes=SIZES,
-                base=model_args.model_name_or_path,
-                batch=_batch(self),
-                script=SCRIPT,
-                adapters=_adapters(self.run),
-            ),
-            "intended_use": INTENDED_USE,
-            "data": _data(self.run),
-            "results": results(self.run.metrics, self.quantities),
-            "circumstances": circumstances(self, self.run.seconds),
-            "command": command_line(SCRIPT, self.run.command),
-        }
+    def batch(self) -> str:
+        """Count tokens, or completions."""
+        data_args, examples = self.run.data_args, examples_per_step(self)
+        if data_args.prompt_column is not None:
+            return f"{examples:,} completions, {quantity(self.state.global_step * examples)} in all"
+        tokens = examples * data_args.block_size
+        return f"{tokens:,} tokens, {quantity(self.state.global_step * tokens)} in all"
+
+    def data(self) -> str:
+        """Say which data there are, and how they are tokenized."""
+        return _data(self.run)
+
+    def adapters(self) -> str:
+        """Say which adapters there are."""
+        args = self.run.model_args
+        where = "all linear layers" if args.lora_target_modules == ALL_LINEAR else f"`{args.lora_target_modules}`"
+        bits = ", the weights beside them in 4 bits" if args.load_in_4bit else ""
+        return (
+            f" with LoRA of rank {args.lora_r} (alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}) in {where}, "
+            f"{quantity(self.run.trained)} parameters{bits},"
+        )
+
+    def card_metadata(self) -> dict[str, Any]:
+        """Add the library."""
+        return super().card_metadata() | {"library_name": "peft", "tags": ["lora", "generated_from_trainer"]}
 
 
 class AnsweringTrainer(AdapterTrainer):
@@ -118,24 +104,6 @@ def next_token_ids(logits: torch.Tensor | tuple[torch.Tensor, ...], labels: torc
     """Return the tokens predicted, (B, length): a Trainer keeps them in place of the logits, which need more room."""
     scores = logits[0] if isinstance(logits, tuple) else logits
     return scores.argmax(dim=-1)
-
-
-def _batch(trainer: AdapterTrainer) -> str:
-    data_args, examples = trainer.run.data_args, examples_per_step(trainer)
-    if data_args.prompt_column is not None:
-        return f"{examples:,} completions, {quantity(trainer.state.global_step * examples)} in all"
-    tokens = examples * data_args.block_size
-    return f"{tokens:,} tokens, {quantity(trainer.state.global_step * tokens)} in all"
-
-
-def _adapters(run: Run) -> str:
-    args = run.model_args
-    where = "all linear layers" if args.lora_target_modules == ALL_LINEAR else f"`{args.lora_target_modules}`"
-    bits = ", the weights beside them in 4 bits" if args.load_in_4bit else ""
-    return (
-        f" with LoRA of rank {args.lora_r} (alpha {args.lora_alpha:g}, dropout {args.lora_dropout:g}) in {where}, "
-        f"{quantity(run.trained)} parameters{bits},"
-    )
 
 
 def _data(run: Run) -> str:

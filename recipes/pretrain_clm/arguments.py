@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import corpus
-from recipe_parts.command_line import InputError, parse
+from recipe_parts.command_line import parse, require_at_least, require_fraction, require_one_text
 from recipe_parts.documents import BUILDERS
 from transformers import TrainingArguments
 
@@ -66,19 +66,10 @@ class DataTrainingArguments:
     overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize anew, whatever is cached."})
 
     def __post_init__(self) -> None:
-        if self.dataset_name and self.train_file:
-            raise InputError(
-                f"--dataset_name {self.dataset_name} and --train_file {self.train_file} exclude each other."
-            )
-        if self.validation_file and not self.train_file:
-            raise InputError(f"--validation_file {self.validation_file} needs a --train_file.")
-        if not 0 < self.validation_fraction < 1:
-            raise InputError(f"--validation_fraction {self.validation_fraction} is not between 0 and 1.")
+        require_one_text(self.dataset_name, self.train_file, self.validation_file)
+        require_fraction(self.validation_fraction)
         # A block of one token predicts nothing.
-        for name, least in (("block_size", 2), ("max_train_samples", 1), ("max_eval_samples", 1)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"--{name} {value} is too small: give at least {least}.")
+        require_at_least(self, {"block_size": 2, "max_train_samples": 1, "max_eval_samples": 1})
 
     @property
     def source(self) -> str:

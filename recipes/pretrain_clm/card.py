@@ -8,27 +8,8 @@ from typing import Any
 
 import corpus
 from arguments import DataTrainingArguments, ModelArguments
-from recipe_parts.language_model import SIZES, TASK, LanguageModelTrainer
-from recipe_parts.run_record import (
-    RunRecord,
-    circumstances,
-    command_line,
-    description,
-    examples_per_step,
-    hub_name,
-    quantity,
-    results,
-    source_name,
-)
-from transformers import PreTrainedModel
-
-SCRIPT = "recipes/pretrain_clm/pretrain_clm.py"
-
-INTENDED_USE = (
-    "Research on optimizers: the model shows what a run with this optimizer gives. It continues text of the kind that "
-    "it was trained on. It was not tuned to follow instructions, and nothing was done against false, private or "
-    "harmful output."
-)
+from recipe_parts.language_model import LanguageModelTrainer
+from recipe_parts.run_record import RunRecord, examples_per_step, quantity, source_name, whole_model
 
 
 @dataclass(kw_only=True)
@@ -53,41 +34,32 @@ class Run(RunRecord):
 class PretrainingTrainer(LanguageModelTrainer):
     """The recipe's Trainer: writes the recipe's card."""
 
+    script = "recipes/pretrain_clm/pretrain_clm.py"
+    intended_use = (
+        "Research on optimizers: the model shows what a run with this optimizer gives. It continues text of the kind "
+        "that it was trained on. It was not tuned to follow instructions, and nothing was done against false, private "
+        "or harmful output."
+    )
     run: Run
 
-    def card_metadata(self) -> dict[str, Any]:
-        """Return task, base model and data set where they have a name on the Hub, and the licence."""
-        base, dataset = self.run.model_args.model_name_or_path, hub_name(self.run.data_args.dataset_name)
-        embedded = self.run.data_args.source == corpus.STDLIB_NAME and base is None
-        return {
-            "tasks": TASK,
-            "pipeline_tag": TASK,
-            "finetuned_from": hub_name(base),
-            "dataset": self.run.data_args.source,
-            "dataset_tags": [] if dataset is None else [dataset],
-            "license": "apache-2.0" if embedded else None,
-        }
+    def title(self) -> str:
+        """Name the size and the text."""
+        size = quantity(whole_model(self).num_parameters())
+        return f"A language model of {size} parameters on {source_name(self.run.data_args.source)}"
 
-    def card_texts(self) -> dict[str, str]:
-        """Return what the template names beyond a Trainer's record."""
-        assert isinstance(self.model, PreTrainedModel)
-        size, source = quantity(self.model.num_parameters()), source_name(self.run.data_args.source)
+    def batch(self) -> str:
+        """Count tokens."""
         tokens = examples_per_step(self) * self.run.data_args.block_size
-        return {
-            "title": f"A language model of {size} parameters on {source}",
-            "description": description(
-                self,
-                sizes=SIZES,
-                base=self.run.model_args.model_name_or_path,
-                batch=f"{tokens:,} tokens, {quantity(self.state.global_step * tokens)} in all",
-                script=SCRIPT,
-            ),
-            "intended_use": INTENDED_USE,
-            "data": _data(self.run),
-            "results": results(self.run.metrics, self.quantities),
-            "circumstances": circumstances(self, self.run.seconds),
-            "command": command_line(SCRIPT, self.run.command),
-        }
+        return f"{tokens:,} tokens, {quantity(self.state.global_step * tokens)} in all"
+
+    def data(self) -> str:
+        """Say which text there is, and how it is tokenized."""
+        return _data(self.run)
+
+    def card_metadata(self) -> dict[str, Any]:
+        """Add the licence where the recipe alone has made the model."""
+        own = self.run.data_args.source == corpus.STDLIB_NAME and self.run.model_args.model_name_or_path is None
+        return super().card_metadata() | {"license": "apache-2.0" if own else None}
 
 
 def _data(run: Run) -> str:

@@ -76,6 +76,33 @@ def reject_unknown(names: Iterable[str], known: set[str], where: str) -> None:
             raise InputError(f"unknown option '{name}' in {where}.{hint}")
 
 
+def require_at_least(options: object, least: Mapping[str, int]) -> None:
+    """Raise an InputError for the first option that is below its least value; None is no value.
+
+    Args:
+        options: A dataclass of options.
+        least: Least values by option.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and value < smallest:
+            raise InputError(f"--{name} {value} is too small: give at least {smallest}.")
+
+
+def require_one_text(dataset_name: str | None, train_file: str | None, validation_file: str | None) -> None:
+    """Raise an InputError unless the data come from one place: a data set, or files with one to train on."""
+    if dataset_name and train_file:
+        raise InputError(f"--dataset_name {dataset_name} and --train_file {train_file} exclude each other.")
+    if validation_file and not train_file:
+        raise InputError(f"--validation_file {validation_file} needs a --train_file.")
+
+
+def require_fraction(validation_fraction: float) -> None:
+    """Raise an InputError unless some of the data are held out, and some are not."""
+    if not 0 < validation_fraction < 1:
+        raise InputError(f"--validation_fraction {validation_fraction} is not between 0 and 1.")
+
+
 def checkpoint_to_resume(args: TrainingArguments) -> str | None:
     """Find the folder that `--resume_from_checkpoint` means: a path, or `last` (or `true`) for the newest.
 

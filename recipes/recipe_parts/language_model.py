@@ -9,18 +9,17 @@ from transformers import PretrainedConfig
 from recipe_parts.command_line import InputError
 from recipe_parts.run_record import RecipeTrainer
 
-TASK = "text-generation"
-SIZES = {
-    "layers": "num_hidden_layers",
-    "width": "hidden_size",
-    "context": "max_position_embeddings",
-    "vocabulary": "vocab_size",
-}
-
 
 class LanguageModelTrainer(RecipeTrainer):
     """A recipe's Trainer that measures perplexity too."""
 
+    task = "text-generation"
+    sizes: ClassVar[Mapping[str, str]] = {
+        "layers": "num_hidden_layers",
+        "width": "hidden_size",
+        "context": "max_position_embeddings",
+        "vocabulary": "vocab_size",
+    }
     quantities: ClassVar[Mapping[str, str]] = {"loss": "loss", "perplexity": "perplexity per token"}
 
     def derived(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:

@@ -28,20 +28,35 @@ class RunRecord:
     """What a Trainer does not know of its run, whatever the recipe.
 
     Attributes:
+        model_args: The recipe's options of the model, with `model_name_or_path`.
+        data_args: Its options of the data, with `dataset_name` and `source`.
         command: Arguments of the script.
         metrics: By the prefix of their names: `eval_start`, before the training, and `eval`.
         seconds: How long the training took, or None.
     """
 
+    model_args: Any
+    data_args: Any
     command: Sequence[str]
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     seconds: float | None = None
 
 
 class _TemplateTrainer(Trainer):
-    """A Trainer whose card is the template, filled in, also when it pushes to the Hub."""
+    """A Trainer whose card is the template, filled in, also when it pushes to the Hub.
 
-    # What an evaluation measures, by the key in its metrics, as the tables call it.
+    Attributes:
+        script: The recipe's, from the repository's root.
+        task: The Hub's name of what the model does.
+        sizes: What the card names of the model's configuration: the key by what the card calls it.
+        intended_use: A paragraph of the card.
+        quantities: What an evaluation measures, by the key in its metrics, as the tables call it.
+    """
+
+    script: ClassVar[str]
+    task: ClassVar[str]
+    sizes: ClassVar[Mapping[str, str]]
+    intended_use: ClassVar[str]
     quantities: ClassVar[Mapping[str, str]] = {"loss": "loss"}
 
     def __init__(self, *args: Any, run: Any, **kwargs: Any) -> None:
@@ -50,13 +65,44 @@ class _TemplateTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.run = run
 
-    def card_metadata(self) -> dict[str, Any]:
-        """Return the arguments of `Trainer.create_model_card` that the recipe knows."""
+    def title(self) -> str:
+        """Return the card's title."""
         raise NotImplementedError
+
+    def batch(self) -> str:
+        """Say what one step sees, and all steps: "1,024 images, 10,240 in all"."""
+        raise NotImplementedError
+
+    def data(self) -> str:
+        """Say where the data come from, how they are split and what is made of them."""
+        raise NotImplementedError
+
+    def adapters(self) -> str:
+        """Say what is trained in place of the base's weights: " with …"; "" where the weights are."""
+        return ""
+
+    def card_metadata(self) -> dict[str, Any]:
+        """Return the arguments of `Trainer.create_model_card` that the recipe knows; names, where the Hub has them."""
+        dataset = hub_name(self.run.data_args.dataset_name)
+        return {
+            "tasks": self.task,
+            "pipeline_tag": self.task,
+            "finetuned_from": hub_name(self.run.model_args.model_name_or_path),
+            "dataset": self.run.data_args.source,
+            "dataset_tags": [] if dataset is None else [dataset],
+        }
 
     def card_texts(self) -> dict[str, str]:
         """Return what the template names beyond a Trainer's record."""
-        raise NotImplementedError
+        return {
+            "title": self.title(),
+            "description": _description(self),
+            "intended_use": self.intended_use,
+            "data": self.data(),
+            "results": results(self.run.metrics, self.quantities),
+            "circumstances": circumstances(self, self.run.seconds),
+            "command": command_line(self.script, self.run.command),
+        }
 
     def derived(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return what an evaluation gives besides its metrics, whose names begin with `name`."""
@@ -139,24 +185,13 @@ def whole_model(trainer: Trainer) -> PreTrainedModel:
     return found
 
 
-def description(
-    trainer: Trainer, *, sizes: Mapping[str, str], base: str | None, batch: str, script: str, adapters: str = ""
-) -> str:
-    """Say which model was trained, from what, for how long and by which recipe.
-
-    Args:
-        trainer: After training.
-        sizes: What to name of the model's configuration: its key by what the card calls it.
-        base: The weights that the run began with, or None from scratch.
-        batch: What one step sees, and all steps: "1,024 images, 10,240 in all".
-        script: The recipe's, from the repository's root.
-        adapters: What is trained in place of the base's weights: " with …".
-    """
-    architecture = _architecture(whole_model(trainer), sizes)
-    start = "Trained from scratch" if base is None else f"Trained further from `{Path(base).name}`{adapters}"
+def _description(trainer: _TemplateTrainer) -> str:
+    """Say which model was trained, from what, for how long and by which recipe."""
+    architecture, base = _architecture(whole_model(trainer), trainer.sizes), trainer.run.model_args.model_name_or_path
+    start = "Trained from scratch" if base is None else f"Trained further from `{Path(base).name}`{trainer.adapters()}"
     return (
-        f"{architecture}. {start} for {trainer.state.global_step:,} steps of {batch}, with "
-        f"`--optim {OptimizerNames(trainer.args.optim).value}`, by the recipe `{Path(script).parent}` of the "
+        f"{architecture}. {start} for {trainer.state.global_step:,} steps of {trainer.batch()}, with "
+        f"`--optim {OptimizerNames(trainer.args.optim).value}`, by the recipe `{Path(trainer.script).parent}` of the "
         "`hf_schatten` repository."
     )
 
