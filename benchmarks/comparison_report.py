@@ -74,7 +74,7 @@ _HEADER = (
     "optimizer's time",
 )
 _LEGEND = (
-    f"metric: mean ± standard error over the seeds. steps to reference: steps until the mean curve reaches "
+    "metric: mean ± standard error over the seeds. steps to reference: steps until the mean curve reaches "
     f"{REFERENCE}'s metric at the end, relative to all steps; – is never. time, optimizer's time: of a training step, "
     f"due ones included, and of the optimizer in it, relative to {REFERENCE}'s (means over the steps, medians over "
     "the seeds; CPU seconds where the training ran on a CPU)."

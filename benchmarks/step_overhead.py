@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_muon import MuonAndAdamW
 
 from hf_schatten import create_schatten_optimizer
+from hf_schatten.options import OPTION_VALUES
 
 
 class Training:
@@ -135,7 +136,12 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--device", default="cpu", help="default %(default)s")
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 256, 512, 768], help="default 128 256 512 768")
-    parser.add_argument("--compute-dtype", default="auto", help="of this optimizer's products (default %(default)s)")
+    parser.add_argument(
+        "--compute-dtype",
+        choices=OPTION_VALUES["compute_dtype"],
+        default="auto",
+        help="of this optimizer's products (default %(default)s)",
+    )
     parser.add_argument("--layers", type=int, default=4, help="default %(default)s")
     parser.add_argument("--sequences", type=int, default=8, help="in a step (default %(default)s)")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence (default %(default)s)")

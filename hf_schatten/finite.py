@@ -34,7 +34,7 @@ def _are_finite(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return for each gradient whether every element is a finite number, bool scalars on its device."""
     extremes: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        # NaN wins in both. On a CPU, a norm of infinite order takes twenty times as long.
+        # NaN wins in both. On a CPU, a norm of infinite order is slower.
         least, largest = gradient.aminmax() if gradient.numel() else gradient.new_zeros(2)  # a process without rows
         extremes.setdefault(gradient.device, []).extend((least, largest))
     # Looked at together: an operation for each would take longer than the look.
