@@ -23,7 +23,7 @@ from typing import Any, get_args
 import torch
 from bench import print_table
 from interleaved_timing import Ratio, time_ratio
-from random_gpt2 import Setting, random_gpt2
+from random_gpt2 import Setting, loss_of, random_gpt2
 from torch.profiler import ProfilerActivity, profile
 
 from hf_schatten import SchattenOptions, SchattenP, create_schatten_optimizer
@@ -66,7 +66,7 @@ class Training:
         """Take the steps of a run."""
         for _ in range(self._steps):
             for tokens in self._batches:
-                (self._model(input_ids=tokens, labels=tokens).loss / len(self._batches)).backward()
+                (loss_of(self._model, tokens) / len(self._batches)).backward()
             self._optimizer.step()
             self._optimizer.zero_grad()
 

@@ -140,7 +140,7 @@ def _capture(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
 
 
 def _text(run: TrainingRun) -> Dataset:
-    documents = corpus.load_stdlib(_VALIDATION_FRACTION)["train"]
+    documents = corpus.load_python(corpus.source_root(corpus.STDLIB), _VALIDATION_FRACTION)["train"]
     total = len(documents)
     return documents.select([row * total // run.documents for row in range(run.documents)])
 

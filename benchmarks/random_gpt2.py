@@ -42,3 +42,11 @@ def random_gpt2(setting: Setting) -> tuple[GPT2LMHeadModel, Tensor]:
     )
     model = GPT2LMHeadModel(config).to(torch.device(setting.device))  # type: ignore[arg-type] # a wrapped method
     return model, torch.randint(setting.vocabulary, (setting.sequences, setting.length)).to(setting.device)
+
+
+def loss_of(model: GPT2LMHeadModel, tokens: Tensor) -> Tensor:
+    """Return the loss, on an accelerator as ``Trainer`` computes it with ``bf16=True``."""
+    with torch.autocast(tokens.device.type, torch.bfloat16, enabled=tokens.device.type != "cpu"):
+        loss = model(input_ids=tokens, labels=tokens).loss
+    assert loss is not None
+    return loss

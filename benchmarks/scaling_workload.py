@@ -161,7 +161,7 @@ class Workload:
         shape = matrix.wide_shape
         if shape not in self._apply_costs:
             step, factor = torch.zeros(shape, device=self.device), torch.ones((), device=self.device)
-            self._apply_costs[shape] = count(lambda: matrix.apply(step, factor), self.device)
+            self._apply_costs[shape] = count(lambda: matrix.apply(step, factor, factor), self.device)
         return self._apply_costs[shape]
 
     @cached_property

@@ -1,10 +1,10 @@
 """What a training step costs with this optimizer over what it costs with torch's Muon, by model size.
 
 GPT-2s with random weights and tokens take steps with both optimizers in turn, in one process: forward, backward,
-update. The baseline is `torch_muon.py`: ``torch.optim.Muon`` on the matrices that ``schatten_p`` would route, unsplit
-and in bfloat16 as it computes, and AdamW for the rest; ``--compute-dtype bfloat16`` lets this optimizer do so too.
-Products are counted as well. Nothing here asserts a time. What the estimates of p add:
-`adaptation_overhead.py`.
+update; on a GPU with ``bf16`` autocast. The baseline is `torch_muon.py`: ``torch.optim.Muon`` on the matrices that
+``schatten_p`` would route, unsplit and in bfloat16 as it computes, and AdamW for the rest; ``--compute-dtype
+bfloat16`` lets this optimizer do so too. Products are counted as well. Nothing here asserts a time. What the
+estimates of p add: `adaptation_overhead.py`.
 
 Usage:
     python benchmarks/step_overhead.py                    # widths 128 to 768, ten minutes
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from bench import print_table
 from interleaved_timing import Ratio, time_ratio
-from random_gpt2 import Setting, random_gpt2
+from random_gpt2 import Setting, loss_of, random_gpt2
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 from torch_muon import MuonAndAdamW
@@ -46,7 +46,7 @@ class Training:
     def differentiate(self) -> None:
         """Compute the gradients."""
         self.optimizer.zero_grad()
-        self.model(input_ids=self._tokens, labels=self._tokens).loss.backward()
+        loss_of(self.model, self._tokens).backward()
 
     def step(self) -> None:
         """Take a whole step."""

@@ -61,7 +61,7 @@ def criterion_of(gradient_decay: float, input_decay: float) -> tuple[Array, Arra
     """
     index = torch.arange(1, 65, dtype=torch.float64)
     sample = Sample(torch.diag(index**-gradient_decay), None, Factor(torch.diag(index**-input_decay)))
-    statistics = CRITERIA["holder"].statistics(sample, Estimator.named("exact"))
+    statistics = CRITERIA["holder"].statistics([sample], Estimator.named("exact"))[0]
     objective = objective_curve("holder", statistics, 0.0, 1.0)
     chosen = float(maximising_exponent(objective, 0.0, 1.0))
     return np.linspace(0, 1, len(objective)), objective.numpy(), chosen

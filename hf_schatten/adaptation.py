@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,8 @@ from .criterion import (
     Estimator,
     Factor,
     Sample,
-    curvature_curve,
-    gradient_curve,
+    curvature_curves,
+    gradient_curves,
     maximising_exponent,
     objective_curve,
 )
@@ -203,7 +204,8 @@ class Adaptation:
         measure = partial(
             _measure,
             nothing,
-            statistics=lambda sample: criterion.statistics(sample, estimator),
+            statistics=lambda some: criterion.statistics(some, estimator),
+            at_once=1 if criterion.needs_momentum else len(matrices),
             illustrated=_evenly_spaced(self.illustrated, len(matrices)),
         )
         if self._worker is None:
@@ -236,11 +238,11 @@ class Adaptation:
         measured = _Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), device)
         row_of = {matrix.name: row for row, matrix in enumerate(matrices)}
         measured.statistics.fill_(torch.nan)  # what nobody measures
-        for row, matrix in enumerate(matrices):
-            if matrix.name in curvature:
-                measured.statistics[row, 1] = curvature_curve(*curvature[matrix.name], estimator)
+        known = [matrix.name for matrix in matrices if matrix.name in curvature]
+        for name, curve in zip(known, curvature_curves([curvature[n] for n in known], estimator), strict=True):
+            measured.statistics[row_of[name], 1] = curve
         for matrix, gradient in owned_gradients(matrices, self._options.buffer_mib):
-            measured.statistics[row_of[matrix.name], 0] = gradient_curve(gradient, estimator)
+            measured.statistics[row_of[matrix.name], 0] = gradient_curves([gradient], estimator)[0]
         valid = measured.statistics.isfinite().all(dim=-1)
         return replace(measured, statistics=measured.statistics.nan_to_num(0.0), valid=valid)
 
@@ -389,20 +391,27 @@ def _measure(
     nothing: _Measurement,
     samples: Iterable[Sample | None],
     *,
-    statistics: Callable[[Sample], Tensor],
+    statistics: Callable[[Sequence[Sample]], Tensor],
+    at_once: int,
     illustrated: Collection[int],
 ) -> _Measurement:
-    """Return the statistics of every sample; what is missing, zero or not finite is not measured."""
-    rows, spectra = nothing.statistics, {}
-    for index, sample in enumerate(samples):
-        if sample is None or not sample.is_finite():
-            rows[index] = torch.nan
-            continue
-        rows[index] = statistics(sample)
-        if index in illustrated:
-            spectra[index] = _spectrum(sample.gradient), _spectrum(sample.inputs.rows)
-    measured = rows.isfinite().flatten(1).all(dim=1)
-    return replace(nothing, valid=measured[:, None].expand_as(nothing.valid), spectra=spectra)
+    """Return the statistics of every sample; what is missing, zero or not finite is not measured.
+
+    ``at_once`` samples are in memory together.
+    """
+    rows, spectra = nothing.statistics.fill_(torch.nan), {}
+    numbered = ((index, sample) for index, sample in enumerate(samples) if sample is not None)
+    while some := list(islice(numbered, at_once)):
+        finite = torch.stack([sample.is_finite() for _, sample in some]).tolist()  # one wait for the device
+        measured = [pair for pair, usable in zip(some, finite, strict=True) if usable]
+        if measured:
+            for (index, _), curves in zip(measured, statistics([sample for _, sample in measured]), strict=True):
+                rows[index] = curves
+        for index, sample in measured:
+            if index in illustrated:
+                spectra[index] = _spectrum(sample.gradient), _spectrum(sample.inputs.rows)
+    known = rows.isfinite().flatten(1).all(dim=1)
+    return replace(nothing, valid=known[:, None].expand_as(nothing.valid), spectra=spectra)
 
 
 def _spectrum(X: Tensor) -> Tensor:

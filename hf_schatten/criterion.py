@@ -22,7 +22,7 @@ fixed nodes in s: small, independent of the matrix's size, and linear to average
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -40,6 +40,9 @@ from .options import CriterionName
 NODES = 63
 CURVES = 3  # the most that a criterion has; the others leave the rest at zero
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
+
+# Of equally shaped matrices whose norms an accelerator estimates together: one by one, launches would take most of it.
+_TOGETHER_BYTES = 256 << 20
 
 
 class Factor:
@@ -72,14 +75,23 @@ class Factor:
             factors: how many factors the curvature has: the order of the norm is k times as many.
         """
         if factors not in self._curves:
-            s = exponent_nodes().to(self.rows.device)
-            inverse_orders = (1 - s) / (2 * (1 + s)) / factors
-            if self._log_spectrum is None:
-                curve = log_norms(self.rows, inverse_orders)
-            else:
-                curve = log_schatten_norm(self._log_spectrum, inverse_orders)
-            self._curves[factors] = curve - curve[-1]
+            self.compute([self], log_norms, factors)
         return self._curves[factors]
+
+    @staticmethod
+    def compute(those: Iterable[Factor], log_norms: LogNormEstimator, factors: int = 1) -> None:
+        """Compute the curves of several, all on one device, that :meth:`curve` then returns."""
+        missing = list({id(each): each for each in those if factors not in each._curves}.values())
+        if not missing:
+            return
+        s = exponent_nodes().to(missing[0].rows.device)
+        inverse_orders = (1 - s) / (2 * (1 + s)) / factors
+        unknown = [each for each in missing if each._log_spectrum is None]
+        estimates = iter(_norm_curves([each.rows for each in unknown], log_norms, inverse_orders))
+        for each in missing:
+            known = each._log_spectrum
+            curve = next(estimates) if known is None else log_schatten_norm(known, inverse_orders)
+            each._curves[factors] = curve - curve[-1]
 
 
 @dataclass(frozen=True)
@@ -98,11 +110,11 @@ class Sample:
     inputs: Factor
     outputs: Factor | None = None
 
-    def is_finite(self) -> bool:
-        """Return whether all of it is finite; waits for the device."""
+    def is_finite(self) -> Tensor:
+        """Return whether all of it is finite, a bool scalar on its device."""
         rows = [factor.rows for factor in (self.inputs, self.outputs) if factor is not None]
         tensors = [self.gradient, self.momentum, *rows]
-        return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+        return torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).all()
 
     def copied(self) -> Sample:
         """Return a sample whose gradient nobody else writes to."""
@@ -135,8 +147,8 @@ class Criterion:
         curves: how many curves it has.
         needs_momentum: whether its samples need the momentum.
         needs_outputs: whether its samples need the outputs' gradients.
-        statistics: from a sample and the estimator of norms to (CURVES, NODES) float64 curves at
-            :func:`exponent_nodes`. Not finite where gradient or input is zero.
+        statistics: from samples, all on one device, and the estimator of norms to (samples, CURVES, NODES) float64
+            curves at :func:`exponent_nodes`. Not finite where gradient or input is zero.
         objective: from curves (..., CURVES, K) at any K exponents to the objective, (..., K), and -inf where its
             logarithm does not exist.
     """
@@ -144,7 +156,7 @@ class Criterion:
     curves: int
     needs_momentum: bool
     needs_outputs: bool
-    statistics: Callable[[Sample, Estimator], Tensor]
+    statistics: Callable[[Sequence[Sample], Estimator], Tensor]
     objective: Callable[[Tensor], Tensor]
 
 
@@ -195,47 +207,75 @@ def exponent_nodes() -> Tensor:
     return center - radius * torch.cos(angles)
 
 
-def gradient_curve(gradient: Tensor, estimator: Estimator) -> Tensor:
-    """Return log ‖G‖_{1+s} of a gradient (m, n) at :func:`exponent_nodes`, (NODES,), relative to s = 1."""
-    s = exponent_nodes().to(gradient.device)
-    curve = estimator.log_norms(gradient, 1 / (1 + s))
-    return curve - curve[-1]
+def gradient_curves(gradients: Sequence[Tensor], estimator: Estimator) -> list[Tensor]:
+    """Return log ‖G‖_{1+s} of gradients (m, n) at :func:`exponent_nodes`, (NODES,) each, relative to s = 1."""
+    if not gradients:
+        return []
+    s = exponent_nodes().to(gradients[0].device)
+    return [curve - curve[-1] for curve in _norm_curves(gradients, estimator.log_norms, 1 / (1 + s))]
 
 
-def curvature_curve(inputs: Factor, outputs: Factor | None, estimator: Estimator) -> Tensor:
-    """Return the logarithm of the curvature's bound at :func:`exponent_nodes`, (NODES,), relative to s = 1.
+def _norm_curves(matrices: Sequence[Tensor], log_norms: LogNormEstimator, inverse_orders: Tensor) -> list[Tensor]:
+    """Return the logarithms of each matrix' norms, (k,); one by one on a CPU, where a stack would be one copy more."""
+    alike: dict[object, list[int]] = {}
+    for number, X in enumerate(matrices):
+        alike.setdefault(number if X.device.type == "cpu" else (X.shape, X.dtype), []).append(number)
+    curves: dict[int, Tensor] = {}
+    for numbers in alike.values():
+        size = max(1, _TOGETHER_BYTES // (matrices[numbers[0]].numel() * torch.float32.itemsize))
+        for start in range(0, len(numbers), size):
+            own = numbers[start : start + size]
+            if len(own) == 1:
+                curves[own[0]] = log_norms(matrices[own[0]], inverse_orders)
+            else:
+                curves.update(
+                    zip(own, log_norms(torch.stack([matrices[i] for i in own]), inverse_orders), strict=True)
+                )
+    return [curves[number] for number in range(len(matrices))]
+
+
+def curvature_curves(curvatures: Sequence[tuple[Factor, Factor | None]], estimator: Estimator) -> list[Tensor]:
+    """Return logarithms of the curvature's bound at :func:`exponent_nodes`, (NODES,) each, relative to s = 1.
 
     Args:
-        inputs: A.
-        outputs: D; None for a curvature without it.
+        curvatures: inputs A and outputs D of each matrix, all on one device; None for a curvature without D.
         estimator: of norms.
     """
-    if outputs is None:
-        return inputs.curve(estimator.log_norms)
-    return inputs.curve(estimator.log_norms, 2) + outputs.curve(estimator.log_norms, 2)
+    Factor.compute([A for A, D in curvatures if D is None], estimator.log_norms)
+    Factor.compute([factor for A, D in curvatures if D is not None for factor in (A, D)], estimator.log_norms, 2)
+    return [
+        A.curve(estimator.log_norms)
+        if D is None
+        else A.curve(estimator.log_norms, 2) + D.curve(estimator.log_norms, 2)
+        for A, D in curvatures
+    ]
 
 
-def _bound_statistics(sample: Sample, estimator: Estimator) -> Tensor:
+def _bound_statistics(samples: Sequence[Sample], estimator: Estimator) -> Tensor:
     """Log-norms of gradient and curvature, relative to their value at s = 1.
 
     So the scale of gradient and input, which does not move the maximum, cannot dominate an average.
     """
-    return _curves(
-        gradient_curve(sample.gradient, estimator), curvature_curve(sample.inputs, sample.outputs, estimator)
-    )
+    gradients = gradient_curves([sample.gradient for sample in samples], estimator)
+    curvatures = curvature_curves([(sample.inputs, sample.outputs) for sample in samples], estimator)
+    return torch.stack([_curves(*curves) for curves in zip(gradients, curvatures, strict=True)])
 
 
-def _alignment_statistics(sample: Sample, estimator: Estimator) -> Tensor:
+def _alignment_statistics(samples: Sequence[Sample], estimator: Estimator) -> Tensor:
     """⟨G, O_s⟩ / ‖G‖_F, the input's log-norm, and s/(1 + s) · log Σ σ^{1+s}."""
-    s, direction = _direction(sample, estimator)
-    bound = s / (1 + s) * direction.log_power_sum
-    return _curves(direction.gain, sample.inputs.curve(estimator.log_norms), bound)
+    Factor.compute([sample.inputs for sample in samples], estimator.log_norms)
+    curves = []
+    for sample in samples:
+        s, direction = _direction(sample, estimator)
+        bound = s / (1 + s) * direction.log_power_sum
+        curves.append(_curves(direction.gain, sample.inputs.curve(estimator.log_norms), bound))
+    return torch.stack(curves)
 
 
-def _decrease_statistics(sample: Sample, estimator: Estimator) -> Tensor:
+def _decrease_statistics(samples: Sequence[Sample], estimator: Estimator) -> Tensor:
     """⟨G, O_s⟩ / ‖G‖_F and tr(O_s Γ O_sᵀ) / tr Γ."""
-    _, direction = _direction(sample, estimator)
-    return _curves(direction.gain, direction.energy)
+    directions = [_direction(sample, estimator)[1] for sample in samples]
+    return torch.stack([_curves(direction.gain, direction.energy) for direction in directions])
 
 
 def _direction(sample: Sample, estimator: Estimator) -> tuple[Tensor, DirectionCurves]:

@@ -32,13 +32,18 @@ def usable_gradients(groups: Iterable[Group]) -> Usable:
 
 def _are_finite(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return for each gradient whether every element is a finite number, bool scalars on its device."""
-    extremes: dict[torch.device, list[Tensor]] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        # NaN wins in both. On a CPU, a norm of infinite order is slower.
-        least, largest = gradient.aminmax() if gradient.numel() else gradient.new_zeros(2)  # a process without rows
-        extremes.setdefault(gradient.device, []).extend((least, largest))
+        by_device.setdefault(gradient.device, []).append(gradient)
     # Looked at together: an operation for each would take longer than the look.
-    finite = {
-        device: iter(torch.stack(found).isfinite().view(-1, 2).all(-1).unbind()) for device, found in extremes.items()
-    }
+    finite = {device: iter(_extremes(found).isfinite().all(-1).unbind()) for device, found in by_device.items()}
     return [next(finite[gradient.device]) for gradient in gradients]
+
+
+def _extremes(gradients: Sequence[Tensor]) -> Tensor:
+    """Return numbers of each gradient, (gradients, 1 or 2), that are finite where all its elements are."""
+    sized = [gradient if gradient.numel() else gradient.new_zeros(1) for gradient in gradients]  # FSDP: without rows
+    # NaN wins in both. A norm of infinite order is one operation for all on an accelerator, and slower on a CPU.
+    if gradients[0].device.type == "cpu":
+        return torch.stack([extreme for gradient in sized for extreme in gradient.aminmax()]).view(-1, 2)
+    return torch.stack(torch._foreach_norm(sized, torch.inf))[:, None]

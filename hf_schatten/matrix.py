@@ -129,27 +129,30 @@ class Matrix:
         return torch.lerp(self.momentum, gradient, 1 - self.group["momentum"], out=out)
 
     def write_momentum(self, wide: Tensor) -> None:
-        """Write the bias-corrected (look-ahead) momentum into ``wide``; the bias is that of one step more."""
-        beta, nesterov = self.group["momentum"], self.group["nesterov"]
-        if nesterov and self.average is None:
+        """Write the (look-ahead) momentum into ``wide``, still with the bias of a start at zero."""
+        if self.group["nesterov"] and self.average is None:
             self.look_ahead(out=self._stored(wide))
         else:
             self._stored(wide).copy_(self.momentum)
-        wide.div_(self._bias_correction(beta, nesterov))
 
-    def write_root_of_second_moment(self, wide: Tensor) -> None:
-        """Write ``√V + ε`` with the bias-corrected second moment V into ``wide``."""
-        group, root = self.group, self._stored(wide)
-        second_moment = SECOND_MOMENTS[group["precondition"]]
-        second_moment.write(self.state, layout_of(group), self.parameter.shape, self.index, out=root)
-        root.div_(self._bias_correction(group["betas"][1])).sqrt_().add_(group["eps"])
+    def write_second_moment(self, wide: Tensor) -> None:
+        """Write the second moment into ``wide``, still with the bias of a start at zero."""
+        second_moment = SECOND_MOMENTS[self.group["precondition"]]
+        layout, shape = layout_of(self.group), self.parameter.shape
+        second_moment.write(self.state, layout, shape, self.index, out=self._stored(wide))
 
-    def apply(self, wide: Tensor, factor: Tensor) -> None:
-        """Decay the weights and take the step ``factor * wide``, unless the gradient is not usable."""
+    def apply(self, wide: Tensor, factor: Tensor, keep: Tensor) -> None:
+        """Decay the weights and take the step ``factor * wide``.
+
+        Args:
+            wide: of :attr:`wide_shape`.
+            factor: a scalar; 0 where the gradient is not usable.
+            keep: 1, or 0 where the gradient is not usable: a scalar.
+        """
         weights = self._part(self.parameter)
-        keep = torch.ones_like(factor) if self.usable is None else self.usable.to(factor.dtype)
-        weights.addcmul_(weights, keep.to(weights.dtype), value=-self.learning_rate * self.group["weight_decay"])
-        weights.addcmul_(self._stored(wide).reshape(weights.shape), factor * keep, value=-self.learning_rate)
+        if self.group["weight_decay"]:
+            weights.addcmul_(weights, keep, value=-self.learning_rate * self.group["weight_decay"])
+        weights.addcmul_(self._stored(wide).reshape(weights.shape), factor, value=-self.learning_rate)
 
     def write_step(self, wide: Tensor, whole: Tensor) -> None:
         """Write the step of this matrix to its place in that of the whole parameter."""
@@ -162,11 +165,6 @@ class Matrix:
         keep = self.usable.to(weights.dtype)
         weights.addcmul_(weights, keep, value=-self.learning_rate * self.group["weight_decay"])
         weights.addcmul_(step, keep, value=-self.learning_rate)
-
-    def _bias_correction(self, beta: float, ahead: bool = False) -> Tensor:
-        """Return what an average that began at zero is divided by, a float64 scalar."""
-        averaged = self.state[STEP].item() + ahead - self.state[SKIPPED]
-        return 1 - beta ** averaged.clamp_min(1)
 
     @property
     def _stored_shape(self) -> tuple[int, int]:

@@ -441,12 +441,15 @@ class SchattenP(Optimizer):
                 "that of the spectral power. Use step_rule='pinned'."
             )
 
-    def _advance_moments(self, group: dict[str, Any], parameters: Iterable[Tensor], usable: Usable) -> None:
+    def _advance_moments(self, group: dict[str, Any], parameters: Sequence[Tensor], usable: Usable) -> None:
         second_moment = SECOND_MOMENTS.get(group["precondition"])
+        if not parameters:
+            return
+        unusable = torch.stack([usable[parameter] for parameter in parameters]).logical_not_().double()
+        torch._foreach_add_([self.state[parameter][SKIPPED] for parameter in parameters], unusable.unbind())
         for parameter in parameters:
             state, momentum = self.state[parameter], local(self.state[parameter][MOMENTUM])
             state[STEP].add_(1)
-            state[SKIPPED].add_(~usable[parameter])
             gradient = local(parameter.grad).to(momentum.dtype)  # type: ignore[arg-type]
             momentum.lerp_(if_usable(usable[parameter], gradient, momentum), 1 - group["momentum"])
             if second_moment is not None:
@@ -475,7 +478,9 @@ class SchattenP(Optimizer):
             whole = torch.ones((), dtype=matrix.momentum.dtype, device=step.device)
             if self.policy is not None:
                 self.policy.observe([matrix], step[None].to(whole.dtype), whole[None])
-            matrix.apply(step, whole)
+            assert matrix.usable is not None
+            keep = matrix.usable.to(whole.dtype)
+            matrix.apply(step, keep, keep)
 
     def _peers(self) -> Peers:
         """Return the processes with which this one shares the updates; all call it together for the first time."""

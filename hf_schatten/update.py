@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .coupling import WeightFunction, dual_norms, lengths_alone, lengths_coupled, unit_factors
-from .matrix import Matrix
+from .matrix import SKIPPED, STEP, Matrix
 from .preconditioning import root_exponent
 from .scaling import OwnNorms, update_norm
 
@@ -51,6 +51,8 @@ class Update(NamedTuple):
         momenta = batch[0].momentum.new_empty(len(batch), *batch[0].wide_shape)
         for matrix, slot in zip(batch, momenta, strict=True):
             matrix.write_momentum(slot)
+        # The bias of a look-ahead is that of one step more.
+        momenta.div_(_bias_corrections(batch, momenta, [(m.group["momentum"], m.group["nesterov"]) for m in batch]))
         p = torch.stack([matrix.p for matrix in batch])  # (B,)
         preconditioners = _preconditioners(batch, momenta, p)  # (B, m, n) or None
         if preconditioners is not None:
@@ -75,9 +77,12 @@ class Update(NamedTuple):
         return lengths.to(dual) * unit_factors(dual, self.exponents)
 
     def apply(self, factors: Tensor) -> None:
-        """Decay the weights and step by the directions times ``factors`` (B,)."""
-        for matrix, direction, factor in zip(self.batch, self.directions, factors, strict=True):
-            matrix.apply(direction, factor)
+        """Decay the weights and step by the directions times ``factors`` (B,), where the gradients are usable."""
+        usable = torch.stack([matrix.usable for matrix in self.batch])  # type: ignore[misc] # known within a step
+        keeps = usable.to(factors.dtype)
+        columns = (factors * keeps).unbind(), keeps.unbind()
+        for matrix, direction, factor, keep in zip(self.batch, self.directions, *columns, strict=True):
+            matrix.apply(direction, factor, keep)
 
 
 def batches(matrices: Iterable[Matrix], workspace_mib: int) -> Iterator[list[Matrix]]:
@@ -105,18 +110,58 @@ def factors_alone(update: Update) -> Tensor:
 
 def _scaled_norms(update: Update, norms: Tensor) -> Tensor:
     """Return the Frobenius norms that directions of these norms are scaled to, both (B,)."""
-    schatten = None if update.products is None else update.dual_norms() ** update.exponents
-    alike: dict[Any, list[int]] = {}  # numbers of the matrices by what the rule depends on
-    for number, matrix in enumerate(update.batch):
-        group = matrix.group
-        alike.setdefault((group["scale"], matrix.shape, group["betas"][0], group["lr_ratio"]), []).append(number)
-    scaled = torch.empty_like(norms)
-    for (rule, (m, n), beta1, lr_ratio), numbers in alike.items():
-        index = slice(None) if len(alike) == 1 else numbers
-        own = OwnNorms(norms[index], None if schatten is None else schatten[index])
-        s = update.exponents[index]
-        scaled[index] = update_norm(rule, m, n, s, own, beta1=beta1, lr_ratio=lr_ratio)
-    return scaled
+
+    def scaled(kind: Any, s: Tensor, *own: Tensor) -> Tensor:
+        rule, (m, n), beta1, lr_ratio = kind
+        return update_norm(rule, m, n, s, OwnNorms(*own), beta1=beta1, lr_ratio=lr_ratio)
+
+    groups = [(matrix.shape, matrix.group) for matrix in update.batch]
+    kinds = [(group["scale"], shape, group["betas"][0], group["lr_ratio"]) for shape, group in groups]
+    columns = [update.exponents, norms]
+    if update.products is not None:
+        columns.append(update.dual_norms() ** update.exponents)
+    return _by_kind(scaled, kinds, columns)
+
+
+def _bias_corrections(batch: list[Matrix], like: Tensor, averages: Sequence[tuple[float, bool]]) -> Tensor:
+    """Return what averages that began at zero are divided by, (B, 1, 1).
+
+    Args:
+        batch: the matrices.
+        like: has the dtype.
+        averages: decay of each average, and whether it has seen one gradient more than steps were taken.
+    """
+    kinds = [(decay, m.state[STEP].item() + ahead) for m, (decay, ahead) in zip(batch, averages, strict=True)]
+
+    def correction(kind: tuple[float, float], skipped: Tensor) -> Tensor:
+        decay, steps = kind
+        return 1 - decay ** (steps - skipped).clamp_min(1)
+
+    skipped = torch.stack([matrix.state[SKIPPED] for matrix in batch])  # (B,) float64
+    return _by_kind(correction, kinds, [skipped]).to(like.dtype)[:, None, None]
+
+
+def _by_kind(function: Callable[..., Tensor], kinds: Sequence[Any], columns: Sequence[Tensor]) -> Tensor:
+    """Compute a number for each matrix, those of one kind together; no index travels to the device, nothing waits.
+
+    Args:
+        function: from a kind and columns (k,) to numbers (k,).
+        kinds: of the B matrices.
+        columns: (B,) each.
+    """
+    numbers: dict[Any, list[int]] = {}
+    for number, kind in enumerate(kinds):
+        numbers.setdefault(kind, []).append(number)
+    if len(numbers) == 1:
+        return function(kinds[0], *columns)
+    found = dict(
+        pair
+        for kind, own in numbers.items()
+        for pair in zip(
+            own, function(kind, *(torch.stack([column[i] for i in own]) for column in columns)), strict=True
+        )
+    )
+    return torch.stack([found[number] for number in range(len(kinds))])
 
 
 def lengths_together(matrices: Sequence[Matrix], duals: Tensor, order: float, weight_of: WeightFunction) -> Tensor:
@@ -152,6 +197,10 @@ def _preconditioners(batch: list[Matrix], like: Tensor, p: Tensor) -> Tensor | N
         return None
     preconditioners = torch.empty_like(like)
     for matrix, slot in zip(batch, preconditioners, strict=True):
-        matrix.write_root_of_second_moment(slot)
+        matrix.write_second_moment(slot)
+    decays = [(matrix.group["betas"][1], False) for matrix in batch]
+    preconditioners.div_(_bias_corrections(batch, like, decays)).sqrt_()
+    for matrix, slot in zip(batch, preconditioners, strict=True):
+        slot.add_(matrix.group["eps"])
     exponents = root_exponent(batch[0].group["precondition_exponent"], p.reciprocal().to(like.dtype))  # (B,)
     return preconditioners.pow_(exponents[:, None, None])

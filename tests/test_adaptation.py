@@ -56,7 +56,7 @@ def test_p_follows_the_moving_average_of_the_holder_statistics():
         p = run.step(index)["0.weight"]
         if index + 1 in (1, 2, 4, 6):
             sample = Sample(run.gradients[index], None, Factor(run.batches[index]))
-            average = 0.7 * average + 0.3 * CRITERIA["holder"].statistics(sample, EXACT)
+            average = 0.7 * average + 0.3 * CRITERIA["holder"].statistics([sample], EXACT)[0]
             expected = 1 / maximising_exponent(objective_curve("holder", average, 1 / 50, 1.0), 1 / 50, 1.0)
         torch.testing.assert_close(p, expected.item(), atol=1e-4, rtol=1e-5)
 
@@ -211,7 +211,7 @@ def test_the_mean_of_a_group_is_that_of_its_objectives():
     p = run.step(0)["0.weight"]
     gradients = [run.gradients[0], run.last_gradient]
     samples = [Sample(G, None, Factor(A)) for G, A in zip(gradients, inputs, strict=True)]
-    statistics = [CRITERIA["holder"].statistics(sample, EXACT) for sample in samples]
+    statistics = [CRITERIA["holder"].statistics([sample], EXACT)[0] for sample in samples]
     curves = [objective_curve("holder", curve, 0.02, 1.0) for curve in statistics]
     expected = 1 / maximising_exponent((curves[0] + curves[1]) / 2, 0.02, 1.0)
     torch.testing.assert_close(p, expected.item(), atol=1e-4, rtol=1e-5)
@@ -270,7 +270,7 @@ def test_a_slow_worker_delays_no_step_and_its_p_is_used_from_the_step_after_it_a
     assert run.optimizer.policy.estimates == 1
     assert 9.0 not in measured.values()
     sample = Sample(run.gradients[0], None, Factor(run.batches[0]))
-    statistics = CRITERIA["holder"].statistics(sample, EXACT)
+    statistics = CRITERIA["holder"].statistics([sample], EXACT)[0]
     expected = maximising_exponent(objective_curve("holder", statistics, -0.2, 1.0), -0.2, 1.0)
     torch.testing.assert_close(1 / measured["0.weight"], expected.item(), atol=1e-6, rtol=1e-5)
     run.optimizer.policy._pending.result(timeout=30)  # step 6's

@@ -45,6 +45,13 @@ class ModelArguments:
 class DataTrainingArguments:
     """Which text: by default the Python standard library's own source."""
 
+    python_source: str = field(
+        default=corpus.STDLIB,
+        metadata={
+            "help": f"Python files to train on: {corpus.STDLIB}, {corpus.PACKAGES} (all that are installed beside the "
+            "Python that runs this), or a folder. Other text goes before."
+        },
+    )
     dataset_name: str | None = field(default=None, metadata={"help": "A data set of the Hub, or a local folder."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "Its configuration."})
     text_column: str = field(default="text", metadata={"help": "The column that holds the text."})
@@ -74,7 +81,7 @@ class DataTrainingArguments:
     @property
     def source(self) -> str:
         """Name of the text, for logs and the model card."""
-        return self.dataset_name or self.train_file or corpus.STDLIB_NAME
+        return self.dataset_name or self.train_file or corpus.source_name(self.python_source)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:

@@ -45,7 +45,7 @@ def load_documents(args: DataTrainingArguments) -> DatasetDict:
         return load_hub_dataset(args.dataset_name, args.dataset_config_name, columns, args.validation_fraction)
     if args.train_file:
         return load_files(args.train_file, args.validation_file, columns, args.validation_fraction)
-    return corpus.load_stdlib(args.validation_fraction)
+    return corpus.load_python(corpus.source_root(args.python_source), args.validation_fraction)
 
 
 def load_tokenizer(args: ModelArguments, train_documents: Dataset) -> PreTrainedTokenizerBase:

@@ -61,7 +61,7 @@ def test_p_is_shared_and_follows_every_ranks_inputs(tmp_path, rank_without_sampl
 
     sampled = [rank for rank in range(RANKS) if rank != rank_without_samples]
     samples = [Sample(first["gradient"], None, Factor(data(rank)[-1])) for rank in range(RANKS)]
-    curves = [CRITERIA["holder"].statistics(sample, EXACT) for sample in samples]
+    curves = [CRITERIA["holder"].statistics([sample], EXACT)[0] for sample in samples]
     s = 1 / first["p"]["0.weight"]
     expected = exponent(torch.stack([curves[rank] for rank in sampled]).mean(0))
     torch.testing.assert_close(torch.tensor(s, dtype=torch.float64), expected, atol=1e-6, rtol=0.0)

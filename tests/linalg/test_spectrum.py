@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from hf_schatten.linalg import krylov_spectrum
+from hf_schatten.linalg.krylov_spectrum import orthonormalised_by_cholesky
 from hf_schatten.linalg.spectrum import (
     LOG_NORM_ESTIMATORS,
     LogNormEstimatorName,
@@ -200,3 +202,30 @@ def test_the_argument_is_not_written_to(name):
     copy = X.clone()
     LOG_NORM_ESTIMATORS[name](X, INVERSE_ORDERS)
     torch.testing.assert_close(X, copy, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("rank", [16, 5, 0])
+def test_orthonormalisation_by_cholesky(rank):
+    """What an accelerator uses: the same space as a QR decomposition's, whatever the condition; zero where it ends."""
+    torch.manual_seed(0)
+    scales = torch.logspace(0, -6, 16)
+    block = torch.randn(3, 200, rank) @ torch.randn(3, rank, 16) * scales
+    Q = orthonormalised_by_cholesky(block).double()
+    values = torch.linalg.svdvals(Q)
+    torch.testing.assert_close(values[:, :rank], torch.ones(3, rank).double(), atol=1e-5, rtol=0.0)
+    assert (values[:, rank:] < 1.0 + 1e-5).all()
+    assert Q.isfinite().all()
+    if rank == 16:
+        expected = torch.linalg.qr(block.double()).Q
+        torch.testing.assert_close(Q @ Q.mT, expected @ expected.mT, atol=1e-5, rtol=0.0)
+
+
+@pytest.mark.parametrize("estimator", ["lanczos", "lowrank"])
+@pytest.mark.parametrize("rank", [500, 100, 3])
+def test_estimates_do_not_depend_on_how_blocks_are_orthonormalised(estimator, rank, monkeypatch):
+    torch.manual_seed(0)
+    X = (torch.randn(500, rank) * torch.logspace(0, -2, rank)) @ torch.randn(rank, 600)
+    orders = torch.linspace(0, 4 / 3, 9, dtype=torch.float64)
+    expected = LOG_NORM_ESTIMATORS[estimator](X, orders)
+    monkeypatch.setattr(krylov_spectrum, "_orthonormal", orthonormalised_by_cholesky)
+    torch.testing.assert_close(LOG_NORM_ESTIMATORS[estimator](X, orders), expected, atol=1e-3, rtol=0.0)

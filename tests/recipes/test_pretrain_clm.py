@@ -95,7 +95,7 @@ def test_json_file(tmp_path):
     assert (model.vocab_size, training.max_steps) == (512, 7)
 
 
-@pytest.mark.parametrize("name", ["gpt2_stdlib.yaml", "gpt2_fineweb.yaml"])
+@pytest.mark.parametrize("name", ["gpt2_stdlib.yaml", "gpt2_packages.yaml", "gpt2_fineweb.yaml"])
 def test_shipped_files_are_valid(recipe, name):
     _, _, training = arguments.parse_arguments([str(recipe / name), "--use_cpu"])
     assert training.optim == "schatten_p"
@@ -146,32 +146,32 @@ def test_bad_flags(flags, message):
 
 
 def test_stdlib_files_are_ordered_and_library_code_only(library):
-    names = [path.relative_to(library).as_posix() for path in corpus.stdlib_files(library)]
+    names = [path.relative_to(library).as_posix() for path in corpus.python_files(library)]
     assert names == sorted(names)
     assert len(names) == 60
     assert all(name.startswith(("module_", "package/part_")) for name in names)
 
 
 def test_the_running_python_has_a_library():
-    files = corpus.stdlib_files(Path(os.__file__).parent)
+    files = corpus.python_files(Path(os.__file__).parent)
     assert Path(os.__file__) in files
     assert sum(path.stat().st_size for path in files) > 4_000_000
 
 
 def test_stdlib_split_is_disjoint_complete_and_repeatable(library):
-    first, second = (corpus.load_stdlib(0.2, library) for _ in range(2))
+    first, second = (corpus.load_python(library, 0.2) for _ in range(2))
     train, held_out = text_of(first["train"]), text_of(first["validation"])
     assert set(train).isdisjoint(held_out)
-    assert sorted(train + held_out) == sorted(path.read_text() for path in corpus.stdlib_files(library))
+    assert sorted(train + held_out) == sorted(path.read_text() for path in corpus.python_files(library))
     assert text_of(second["train"]) == train
     assert text_of(second["validation"]) == held_out
 
 
 def test_a_changed_file_is_read_again(library):
-    before = text_of(corpus.load_stdlib(0.2, library)["train"])
+    before = text_of(corpus.load_python(library, 0.2)["train"])
     path = library / before[0].partition("\n")[0].removeprefix("# ")
     path.write_text("changed = True\n")
-    assert text_of(corpus.load_stdlib(0.2, library)["train"])[0] == "changed = True\n"
+    assert text_of(corpus.load_python(library, 0.2)["train"])[0] == "changed = True\n"
 
 
 def test_held_out_share():
@@ -181,13 +181,28 @@ def test_held_out_share():
 
 def test_coding_line_is_obeyed(library):
     (library / "module_0.py").write_bytes("# -*- coding: latin-1 -*-\nname = 'é'\n".encode("latin-1"))
-    loaded = corpus.load_stdlib(0.2, library)
+    loaded = corpus.load_python(library, 0.2)
     assert any("'é'" in text for split in loaded.values() for text in split["text"])
+
+
+def test_a_file_that_is_no_text_is_left_out(library, caplog):
+    (library / "module_0.py").write_bytes(b"name = '\xff'\n")
+    loaded = corpus.load_python(library, 0.2)
+    assert [text for split in loaded.values() for text in split["text"]].count("") == 1
+    assert "module_0.py is left out" in caplog.text
+
+
+def test_sources_of_python():
+    assert corpus.source_root("stdlib") == Path(os.__file__).parent
+    assert (corpus.source_root("packages") / "transformers").is_dir()
+    assert corpus.source_name("/somewhere/my_project") == "Python source in my_project"
+    with pytest.raises(InputError, match=r"nowhere: no such folder\. Give one, or stdlib or packages"):
+        corpus.source_root("nowhere")
 
 
 def test_stdlib_without_files(tmp_path):
     with pytest.raises(InputError, match="falls into the train split"):
-        corpus.load_stdlib(0.1, tmp_path)
+        corpus.load_python(tmp_path, 0.1)
 
 
 def test_text_file_holds_paragraphs(tmp_path):
