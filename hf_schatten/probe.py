@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -34,7 +35,6 @@ class RowSample:
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
         self._pieces: list[tuple[Tensor, Tensor]] = []  # stream indices on the host, rows
-        self._kept = torch.empty(0, dtype=torch.int64)  # stream indices of the sample
         self._seen = 0
         self._threshold = _WORD
 
@@ -50,12 +50,8 @@ class RowSample:
         """
         start = self._seen
         self._seen += count
-        index = self._chosen(torch.arange(start, self._seen))
-        self._kept = torch.cat([self._kept, index])
-        while len(self._kept) > self._capacity:
-            self._threshold = self._threshold * 7 // 8
-            self._kept = self._chosen(self._kept)
-        index = self._chosen(index)
+        self._threshold = _threshold(self._seen, self._capacity, self._threshold)
+        index = _chosen(self._threshold, start, self._seen)
 
         def keep() -> None:
             self._pieces = [self._thinned(*piece) for piece in self._pieces]
@@ -69,19 +65,39 @@ class RowSample:
             return None
         index, rows = (torch.cat(column) for column in zip(*self._pieces, strict=True))
         order = index.argsort()
-        kept = order[self._hash(index[order]) < self._threshold]
+        kept = order[_hash(index[order]) < self._threshold]
         return rows[kept.to(rows.device)]
 
     def _thinned(self, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = self._hash(index) < self._threshold
+        chosen = _hash(index) < self._threshold
         return (index, rows) if chosen.all() else (index[chosen], rows[chosen.to(rows.device)])
 
-    def _chosen(self, index: Tensor) -> Tensor:
-        return index[self._hash(index) < self._threshold]
 
-    @staticmethod
-    def _hash(index: Tensor) -> Tensor:
-        return (index * _GOLDEN) % _WORD
+def _hash(index: Tensor) -> Tensor:
+    return (index * _GOLDEN) % _WORD
+
+
+# All layers that see the same tokens choose the same rows: the choice is remembered.
+@lru_cache(maxsize=64)
+def _threshold(seen: int, capacity: int, threshold: int) -> int:
+    """Lower the threshold until at most ``capacity`` of the first ``seen`` rows lie below it."""
+    kept = _below(threshold, 0, seen)
+    while len(kept) > capacity:
+        threshold = threshold * 7 // 8
+        kept = kept[_hash(kept) < threshold]
+    return threshold
+
+
+@lru_cache(maxsize=16)
+def _chosen(threshold: int, start: int, stop: int) -> Tensor:
+    """Return what :func:`_below` does, not to be written to."""
+    return _below(threshold, start, stop)
+
+
+def _below(threshold: int, start: int, stop: int) -> Tensor:
+    """Return the stream indices in [start, stop) that lie below the threshold, on the host."""
+    index = torch.arange(start, stop)
+    return index[_hash(index) < threshold]
 
 
 class GramSum:
