@@ -149,6 +149,8 @@ class Outcome:
         optimizer_seconds: The part of ``seconds`` that was inside the optimizer's step.
         optimizer_cpu_seconds: The part of ``cpu_seconds`` that was.
         device: Where it trained: ``cpu``, ``cuda``, …
+        machine: The device by name, and the versions of what it trained with.
+        date: The day, as 2026-11-23.
     """
 
     candidate: str
@@ -162,6 +164,8 @@ class Outcome:
     optimizer_seconds: list[float] = field(repr=False)
     optimizer_cpu_seconds: list[float] = field(repr=False)
     device: str = "cpu"
+    machine: str = "unknown machine"
+    date: str = "unknown date"
 
     @classmethod
     def load(cls, path: Path) -> Outcome:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import platform
 import statistics
 from collections.abc import Iterable, Sequence
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import transformers
 from comparison import Outcome, Standing
 from comparison_stability import learned_exponents, stability_sections
 from matplotlib.axes import Axes
@@ -48,7 +44,7 @@ def write_report(standings: Sequence[Standing], folder: Path, title: str) -> Pat
     arguments = " ".join(Path(text).name for text in task.arguments)
     parts = [
         f"# {title}: optimizers compared",
-        f"`{task.script.name} {arguments}`, {task.metric} at the end. {_machine(standings)}",
+        f"`{task.script.name} {arguments}`, {task.metric} at the end. {_origin(standings)}",
         "## At the best learning rate",
         _table(_HEADER, (_row(standing, reference) for standing in standings)),
         _LEGEND,
@@ -246,12 +242,12 @@ def _rounded(value: Any) -> float | str:
     return float(f"{number:.5g}") if math.isfinite(number) else str(number)
 
 
-def _machine(standings: Sequence[Standing]) -> str:
-    devices = sorted({outcome.device for standing in standings for outcome in standing.outcomes})
-    return (
-        f"{', '.join(devices)} ({platform.machine()}), Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, {date.today().isoformat()}."
-    )
+def _origin(standings: Sequence[Standing]) -> str:
+    """Say where and when the outcomes were measured."""
+    outcomes = [outcome for standing in standings for outcome in standing.outcomes]
+    dates = sorted({outcome.date for outcome in outcomes})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"{'; '.join(sorted({outcome.machine for outcome in outcomes}))}; {when}."
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -8,14 +8,17 @@ The script needs nothing but a Trainer. ``--optim schatten_p`` and ``--optim tor
 
 import json
 import os
+import platform
 import runpy
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch_muon
+import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
 
@@ -104,7 +107,15 @@ def main(arguments: list[str]) -> None:
     if Recorder.newest is None:
         sys.exit(f"{script} made no Trainer, so there is nothing to compare.")
     newest = Recorder.newest
-    path.write_text(json.dumps({"logs": newest.logs, "device": newest.device, **newest.times}) + "\n", "utf-8")
+    origin = {"device": newest.device, "machine": _machine(newest.device), "date": date.today().isoformat()}
+    measured = {"logs": newest.logs, **origin, **newest.times}
+    path.write_text(json.dumps(measured) + "\n", "utf-8")
+
+
+def _machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{device} ({platform.machine()})"
+    python = f"Python {platform.python_version()}"
+    return f"{name}, {python}, torch {torch.__version__}, transformers {transformers.__version__}"
 
 
 if __name__ == "__main__":

@@ -181,14 +181,13 @@ class _Step(NamedTuple):
     c: Tensor
     w: Tensor
 
-    def polynomial(self, gram: Tensor, gram_squared: Tensor, *, weighted: bool = False) -> Tensor:
-        """``a I + b A + c A²`` of A = gram (B, m, m), times w if asked; overwrites ``gram_squared``.
+    def polynomial(self, gram: Tensor, gram_squared: Tensor) -> Tensor:
+        """``a I + b A + c A²`` of A = gram (B, m, m); overwrites ``gram_squared``.
 
         The sum is formed in the coefficients' dtype and rounded to A's once, at the end.
         """
-        a, b, c = (self.a * self.w, self.b * self.w, self.c * self.w) if weighted else self[:3]
-        total = gram_squared.to(c.dtype).mul_(c).addcmul_(gram, b)
-        total.diagonal(dim1=-2, dim2=-1).add_(a.squeeze(-1))
+        total = gram_squared.to(self.c.dtype).mul_(self.c).addcmul_(gram, self.b)
+        total.diagonal(dim1=-2, dim2=-1).add_(self.a.squeeze(-1))
         return total.to(gram.dtype)
 
 
@@ -201,8 +200,8 @@ def _transferred(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch
     chain = [_Step(*step) for step in zip(a, b, c, w[1:], strict=True)]
 
     largest = _largest_element(X, rows.dtype)
-    unit = X / largest  # (B, m, n), elements in [-1, 1]: no Gram matrix overflows
-    iterate = unit.to(compute_dtype)
+    iterate = torch.empty_like(X, dtype=compute_dtype, memory_format=torch.contiguous_format)
+    torch.div(X, largest, out=iterate)  # elements in [-1, 1]: no Gram matrix overflows
     gram = symmetric_product(iterate, iterate.mT)  # (B, m, m)
     s4 = _frobenius(gram, rows.dtype)  # squared Schatten-4 norm
     gram_squared = symmetric_product(gram.div_(s4), gram)
@@ -211,25 +210,24 @@ def _transferred(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch
     gram.div_(s8)
     gram_squared.div_(s8.square())
     norm = s4.sqrt() * s8.sqrt()  # of a zero matrix: s4 * s8 would underflow
-    unit.div_(norm)
-    iterate = unit.to(compute_dtype)  # X₀
+    divisor = (largest * norm).clamp(torch.finfo(norm.dtype).tiny)
+    torch.div(X, divisor, out=iterate)  # X₀
 
-    total = unit * w[0]
+    scale = torch.ones_like(norm) if s is None else largest**s * norm**s
+    # Where products are in half precision, X₀ is not read from there; scale / divisor may overflow.
+    total = iterate * (w[0] * scale) if iterate.dtype == scale.dtype else (X / divisor).mul_(w[0] * scale)
     direct = _steps_on_iterate(X, steps, compute_dtype)
     spare = torch.empty_like(iterate)  # fresh memory for every product would cost several per cent on a CPU
-    for k, step in enumerate(chain[:direct]):
-        last = k == steps - 1
-        polynomial = step.polynomial(gram, gram_squared, weighted=last)
-        iterate, spare = torch.bmm(polynomial, iterate, out=spare), iterate  # X_{k+1}
-        if last:
-            total.add_(iterate)
-        else:
-            total.addcmul_(iterate, step.w)
+    for k, step in enumerate(chain[:direct], start=1):
+        polynomial = step.polynomial(gram, gram_squared)
+        iterate, spare = torch.bmm(polynomial, iterate, out=spare), iterate  # X_k
+        total.addcmul_(iterate, step.w * scale)
+        if k < steps:
             symmetric_product(iterate, iterate.mT, out=gram)
             symmetric_product(gram, gram, out=gram_squared)
     if direct < steps:
-        total.add_(_sum_in_gram_space(gram, gram_squared, chain[direct:]) @ iterate)
-    return total if s is None else total.mul_(largest**s * norm**s)
+        total.addcmul_(_sum_in_gram_space(gram, gram_squared, chain[direct:]) @ iterate, scale)
+    return total
 
 
 def _steps_on_iterate(X: Tensor, steps: int, compute_dtype: torch.dtype) -> int:
@@ -256,5 +254,7 @@ def _sum_in_gram_space(gram: Tensor, gram_squared: Tensor, chain: list[_Step]) -
         total = Q * step.w if total is None else total.addcmul_(Q, step.w)
         gram = symmetric_product(symmetric_product(P, gram), P)
         gram_squared = symmetric_product(gram, gram)
-    P = last.polynomial(gram, gram_squared, weighted=True)
-    return P if Q is None or total is None else total.add_(symmetric_product(P, Q)).to(gram.dtype)
+    P = last.polynomial(gram, gram_squared)
+    if Q is None or total is None:
+        return (P * last.w).to(gram.dtype)
+    return total.addcmul_(symmetric_product(P, Q), last.w).to(gram.dtype)
