@@ -186,8 +186,8 @@ class Workload:
 
     @property
     def spectra(self) -> int:
-        """How many spectra a due step estimates: of each matrix' gradient and of each layer's input."""
-        return len(self.matrices) + len(self._inputs)
+        """How many spectra a due step estimates: of each matrix' gradient and outputs, and of each layer's inputs."""
+        return 2 * len(self.matrices) + len(self._inputs)
 
     def memory(self, optimizer: str, ranks: int) -> float:
         """Bytes of weights, gradients, DDP's buckets and the optimizer's state: all but activations and buffers.

@@ -182,13 +182,16 @@ class _Step(NamedTuple):
     w: Tensor
 
     def polynomial(self, gram: Tensor, gram_squared: Tensor) -> Tensor:
-        """``a I + b A + c A²`` of A = gram (B, m, m); overwrites ``gram_squared``.
+        """``a I + b A + c A²`` of A = gram (B, m, m), in the memory of ``gram_squared``.
 
         The sum is formed in the coefficients' dtype and rounded to A's once, at the end.
         """
-        total = gram_squared.to(self.c.dtype).mul_(self.c).addcmul_(gram, self.b)
+        on_cpu = gram.device.type == "cpu"  # where operations on two dtypes are slow
+        total = gram_squared.to(self.c.dtype).mul_(self.c) if on_cpu else gram_squared * self.c
         total.diagonal(dim1=-2, dim2=-1).add_(self.a.squeeze(-1))
-        return total.to(gram.dtype)
+        if on_cpu:
+            return gram_squared.copy_(total.addcmul_(gram, self.b))
+        return torch.addcmul(total, gram, self.b, out=gram_squared)
 
 
 @torch.no_grad()
