@@ -247,7 +247,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = io.StringIO()
     with redirect_stdout(text):
         print("# Weak scaling, modelled\n")
-        print("A model: no step on a GPU or on several machines has been measured. Every rank keeps its tokens.")
+        print("A model: no step on several machines has been measured. Every rank keeps its tokens.")
         print(f"`python benchmarks/scaling_model.py`: {setting}.\n")
         print(f"## Machine: {machine.name}\n")
         print_machine(machine)
