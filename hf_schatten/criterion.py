@@ -228,9 +228,8 @@ def _norm_curves(matrices: Sequence[Tensor], log_norms: LogNormEstimator, invers
             if len(own) == 1:
                 curves[own[0]] = log_norms(matrices[own[0]], inverse_orders)
             else:
-                curves.update(
-                    zip(own, log_norms(torch.stack([matrices[i] for i in own]), inverse_orders), strict=True)
-                )
+                stack = torch.stack([matrices[number] for number in own])
+                curves.update(zip(own, log_norms(stack, inverse_orders), strict=True))
     return [curves[number] for number in range(len(matrices))]
 
 
@@ -241,14 +240,10 @@ def curvature_curves(curvatures: Sequence[tuple[Factor, Factor | None]], estimat
         curvatures: inputs A and outputs D of each matrix, all on one device; None for a curvature without D.
         estimator: of norms.
     """
-    Factor.compute([A for A, D in curvatures if D is None], estimator.log_norms)
-    Factor.compute([factor for A, D in curvatures if D is not None for factor in (A, D)], estimator.log_norms, 2)
-    return [
-        A.curve(estimator.log_norms)
-        if D is None
-        else A.curve(estimator.log_norms, 2) + D.curve(estimator.log_norms, 2)
-        for A, D in curvatures
-    ]
+    norms = estimator.log_norms
+    Factor.compute([A for A, D in curvatures if D is None], norms)
+    Factor.compute([factor for A, D in curvatures if D is not None for factor in (A, D)], norms, 2)
+    return [A.curve(norms) if D is None else A.curve(norms, 2) + D.curve(norms, 2) for A, D in curvatures]
 
 
 def _bound_statistics(samples: Sequence[Sample], estimator: Estimator) -> Tensor:

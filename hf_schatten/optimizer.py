@@ -443,10 +443,12 @@ class SchattenP(Optimizer):
 
     def _advance_moments(self, group: dict[str, Any], parameters: Sequence[Tensor], usable: Usable) -> None:
         second_moment = SECOND_MOMENTS.get(group["precondition"])
-        if not parameters:
-            return
-        unusable = torch.stack([usable[parameter] for parameter in parameters]).logical_not_().double()
-        torch._foreach_add_([self.state[parameter][SKIPPED] for parameter in parameters], unusable.unbind())
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for parameter in parameters:
+            by_device.setdefault(parameter.device, []).append(parameter)
+        for own in by_device.values():
+            unusable = torch.stack([usable[parameter] for parameter in own]).logical_not_().double()
+            torch._foreach_add_([self.state[parameter][SKIPPED] for parameter in own], unusable.unbind())
         for parameter in parameters:
             state, momentum = self.state[parameter], local(self.state[parameter][MOMENTUM])
             state[STEP].add_(1)
