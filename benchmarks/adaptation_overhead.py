@@ -1,9 +1,9 @@
 """What adapting p costs: time and peak memory of the same training with and without it.
 
 Runs of a GPT-2 with random weights and tokens alternate in one process: p fixed, p adaptive with one step of the run
-due, p fixed, … The time that adaptation adds to a run is that of one due step and of hooks on the others; it is scaled
-to one due step in ``--interval`` steps. Peak memory is the largest sum of the sizes of living tensors, over steps that
-are all due. Nothing here asserts a time.
+due, p fixed, …; on a GPU with ``bf16`` autocast. The time that adaptation adds to a run is that of one due step and of
+hooks on the others; it is scaled to one due step in ``--interval`` steps. Peak memory is the largest sum of the sizes
+of living tensors, over steps that are all due. Nothing here asserts a time.
 
 Usage:
     python benchmarks/adaptation_overhead.py                               # 12 million parameters, about 10 minutes

@@ -80,7 +80,13 @@ class Factor:
 
     @staticmethod
     def compute(those: Iterable[Factor], log_norms: LogNormEstimator, factors: int = 1) -> None:
-        """Compute the curves of several, all on one device, that :meth:`curve` then returns."""
+        """Compute the curves of several, which :meth:`curve` then returns; on an accelerator together.
+
+        Args:
+            those: all on one device; what has its curve already is passed over.
+            log_norms: as in :meth:`curve`.
+            factors: as in :meth:`curve`.
+        """
         missing = list({id(each): each for each in those if factors not in each._curves}.values())
         if not missing:
             return

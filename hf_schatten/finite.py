@@ -30,6 +30,21 @@ def usable_gradients(groups: Iterable[Group]) -> Usable:
     return usable
 
 
+def count_unusable(usable: Sequence[Tensor], counters: Sequence[Tensor]) -> None:
+    """Add 1 to the counters of gradients that are not usable; nothing waits for the device.
+
+    Args:
+        usable: bool scalars.
+        counters: a float64 scalar for each, on its device.
+    """
+    by_device: dict[torch.device, list[int]] = {}
+    for number, counter in enumerate(counters):
+        by_device.setdefault(counter.device, []).append(number)
+    for numbers in by_device.values():
+        added = torch.stack([usable[number] for number in numbers]).logical_not_().double()
+        torch._foreach_add_([counters[number] for number in numbers], added.unbind())
+
+
 def _are_finite(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return for each gradient whether every element is a finite number, bool scalars on its device."""
     by_device: dict[torch.device, list[Tensor]] = {}

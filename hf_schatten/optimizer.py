@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from .adamw import adamw_step, new_adamw_state
 from .coupling import COUPLING_WEIGHTS, WeightFunction
 from .distributed import ALONE, Peers, UnsupportedEngineError
-from .finite import Usable, usable_gradients
+from .finite import Usable, count_unusable, usable_gradients
 from .layout import matrix_name
 from .linalg.targets import POWER, TargetFunction, target_of
 from .matrix import (
@@ -443,12 +443,7 @@ class SchattenP(Optimizer):
 
     def _advance_moments(self, group: dict[str, Any], parameters: Sequence[Tensor], usable: Usable) -> None:
         second_moment = SECOND_MOMENTS.get(group["precondition"])
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for parameter in parameters:
-            by_device.setdefault(parameter.device, []).append(parameter)
-        for own in by_device.values():
-            unusable = torch.stack([usable[parameter] for parameter in own]).logical_not_().double()
-            torch._foreach_add_([self.state[parameter][SKIPPED] for parameter in own], unusable.unbind())
+        count_unusable([usable[parameter] for parameter in parameters], [self.state[p][SKIPPED] for p in parameters])
         for parameter in parameters:
             state, momentum = self.state[parameter], local(self.state[parameter][MOMENTUM])
             state[STEP].add_(1)

@@ -47,7 +47,7 @@ def source_root(source: str) -> Path:
 
 def source_name(source: str) -> str:
     """Name the text of `--python_source` for logs and cards."""
-    return _LIBRARIES[source][0] if source in _LIBRARIES else f"Python source in {Path(source).name}"
+    return _LIBRARIES[source][0] if source in _LIBRARIES else f"Python source in {Path(source).resolve().name}"
 
 
 def load_python(root: Path, validation_fraction: float) -> DatasetDict:
