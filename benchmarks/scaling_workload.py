@@ -103,7 +103,7 @@ class Workload:
         with torch.device(device):
             self.model: nn.Module = AutoModelForCausalLM.from_config(plan.config).to(plan.dtype)
         self.optimizer: SchattenP = create_schatten_optimizer(self.model, p=2.0, verbose=False)
-        self.optimizer.create_matrix_state()
+        self.optimizer.create_state()
         usable = torch.ones((), dtype=torch.bool, device=device)
         self.matrices = [replace(matrix, usable=usable) for matrix in self.optimizer.matrices()]
         self._batch_costs: dict[Any, tuple[Cost, Cost]] = {}

@@ -50,7 +50,7 @@ class Matrix:
         group: the parameter's group.
         state: the parameter's state, empty before the first step.
         usable: whether the parameter's gradient is finite, a bool scalar on its device; None outside a step.
-        average: (look-ahead) momentum of the whole parameter where the state has a shard of it, else None.
+        average: (look-ahead) momentum, (r, c) as stored, where the state has a shard of the parameter's; else None.
     """
 
     name: str
@@ -65,12 +65,17 @@ class Matrix:
     @property
     def input_name(self) -> str:
         """The name of its inputs, which the parts of a fused projection share."""
-        return matrix_name(self.parameter_name, layout_of(self.group).expert(self.parameter.shape, self.index))
+        return matrix_name(self.parameter_name, self.expert)
+
+    @property
+    def expert(self) -> str:
+        """The name of the expert that it belongs to, "" where the parameter has no experts."""
+        return layout_of(self.group).expert(self.parameter.shape, self.index)
 
     @property
     def momentum(self) -> Tensor:
         """The moving average of the gradient, (r, c) as stored."""
-        return self._matrix(self.state[MOMENTUM] if self.average is None else self.average)
+        return self._matrix(self.state[MOMENTUM]) if self.average is None else self.average
 
     @property
     def gradient(self) -> Tensor | None:
@@ -154,9 +159,17 @@ class Matrix:
             weights.addcmul_(weights, keep, value=-self.learning_rate * self.group["weight_decay"])
         weights.addcmul_(self._stored(wide).reshape(weights.shape), factor, value=-self.learning_rate)
 
+    def of_expert(self, tensor: Tensor) -> Tensor:
+        """Return this matrix, (r, c) as stored.
+
+        Args:
+            tensor: of the parameter's shape, but with this matrix' expert alone where there are experts.
+        """
+        return layout_of(self.group).matrix(tensor, self._section)
+
     def write_step(self, wide: Tensor, whole: Tensor) -> None:
-        """Write the step of this matrix to its place in that of the whole parameter."""
-        place = self._part(whole)
+        """Write the step of this matrix to its place in a tensor as of :meth:`of_expert`."""
+        place = layout_of(self.group).part(whole, self._section)
         place.copy_(self._stored(wide).reshape(place.shape))
 
     def apply_to_shard(self, weights: Tensor, step: Tensor) -> None:
@@ -165,6 +178,11 @@ class Matrix:
         keep = self.usable.to(weights.dtype)
         weights.addcmul_(weights, keep, value=-self.learning_rate * self.group["weight_decay"])
         weights.addcmul_(step, keep, value=-self.learning_rate)
+
+    @property
+    def _section(self) -> int:
+        """Its number among the matrices of its expert."""
+        return self.index % (len(self.group["sections"]) or 1)
 
     @property
     def _stored_shape(self) -> tuple[int, int]:

@@ -246,7 +246,7 @@ class SchattenP(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self.create_matrix_state()
+        self.create_state()
         if self.policy is not None:
             self.policy.before_update(self)
         usable = usable_gradients(self.param_groups)
@@ -255,9 +255,6 @@ class SchattenP(Optimizer):
             if group["spectral"]:
                 self._advance_moments(group, parameters, usable)
             elif parameters:
-                for parameter in parameters:
-                    if parameter not in self.state:
-                        self.state[parameter] = _new_state(parameter, group)
                 adamw_step(group, parameters, self.state, usable)
         with_gradient = [
             replace(matrix, usable=usable[matrix.parameter])
@@ -375,18 +372,20 @@ class SchattenP(Optimizer):
             self.policy.remove()
             self.policy = None
 
-    def create_matrix_state(self) -> None:
-        """Create the state of every matrix that has none, also of one without a gradient so far.
+    def create_state(self) -> None:
+        """Create the state of every parameter that has none, also of one without a gradient so far.
+
+        A checkpoint that lacks a parameter's state is of another model, and sharded ones are loaded into what exists.
 
         Raises:
             UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
         """
         for group in self.param_groups:
-            if group["spectral"]:
-                for name, parameter in named_parameters(group):
-                    if parameter not in self.state:
+            for name, parameter in named_parameters(group):
+                if parameter not in self.state:
+                    if group["spectral"]:
                         self._require_matrix(name, parameter, group)
-                        self.state[parameter] = _new_state(parameter, group)
+                    self.state[parameter] = _new_state(parameter, group)
 
     def _require_matrix(self, name: str, parameter: Tensor, group: Group) -> None:
         if is_sharded(parameter):

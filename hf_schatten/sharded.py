@@ -1,16 +1,16 @@
 """Matrices whose parameters are sharded over processes (FSDP version 2): whole on one process, in shards on all.
 
-Each parameter has an owner, chosen by the cost of its update. Every process sends its shard of the momentum to the
-owner and gets its shard of the step back, in rounds of bounded size: a parameter's elements cross the network twice a
-step, where gathering it on every process would move them once for each process. Momentum and everything else that has
-the parameter's shape stays sharded as the parameter is.
+What cannot be divided further, a parameter or one expert of a stack of them, has an owner, chosen by the cost of its
+update. Every process sends its rows of the momentum to the owner and gets its rows of the step back, in rounds of
+bounded size: an element crosses the network twice a step, where gathering parameters on every process would move it
+once for each process. Momentum and everything else that has the parameter's shape stays sharded as the parameter is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from .distributed import Peers, UnsupportedEngineError
-from .matrix import MOMENTUM, Matrix, if_usable, layout_of
+from .matrix import MOMENTUM, Matrix, if_usable
 from .work_sharing import Steps, assign, take, update_cost
 
 
@@ -63,26 +63,78 @@ def shards_of(name: str, parameter: Tensor) -> Peers:
     return Peers(mesh.get_group(by_rows[0]), mesh.size(by_rows[0]), mesh.get_local_rank(by_rows[0]))
 
 
+class Slab(NamedTuple):
+    """Rows of a sharded parameter that are whole on one process, its owner.
+
+    Attributes:
+        parameter: the parameter.
+        start: the first row: of a stack of experts, the expert.
+        rows: how many: all of the parameter's, or one expert.
+        matrices: the matrices in question that lie there.
+    """
+
+    parameter: Tensor
+    start: int
+    rows: int
+    matrices: list[Matrix]
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the slab, which is the parameter's but for the number of rows."""
+        return torch.Size((self.rows, *self.parameter.shape[1:]))
+
+    def here(self, tensor: Tensor, peers: Peers) -> Tensor:
+        """Return those of its rows that this process has, a view; there may be none.
+
+        Args:
+            tensor: this process' part of a tensor of the parameter's shape.
+            peers: who shares the parameter.
+        """
+        first = min(peers.rank * self._share(peers.size), self.parameter.shape[0])
+        start = min(max(self.start - first, 0), tensor.shape[0])
+        return tensor.narrow(0, start, self.rows_of(peers.rank, peers.size))
+
+    def rows_of(self, rank: int, count: int) -> int:
+        """Return how many of its rows a process has, of ``count`` that share the parameter."""
+        share = self._share(count)
+        return max(0, min((rank + 1) * share, self.start + self.rows) - max(rank * share, self.start))
+
+    def numel_of(self, rank: int, count: int) -> int:
+        """Return how many elements of it a process has."""
+        return self.rows_of(rank, count) * self.shape[1:].numel()
+
+    def _share(self, count: int) -> int:
+        """Rows of the parameter on a process: as many on all, and fewer or none on the last ones."""
+        return -(-self.parameter.shape[0] // count)
+
+
+_Owned = Sequence[tuple[Slab, int]]  # slabs and their owners, in the same order on every process
+
+
 def update_sharded(matrices: Iterable[Matrix], steps_of: Steps, buffer_mib: int) -> None:
-    """Update matrices of sharded parameters: whole on the owner of each parameter, and back in shards.
+    """Update matrices of sharded parameters: whole on their owners, and back in shards.
 
     Args:
         matrices: those that take a step, in the same order on every process.
         steps_of: computes the steps of matrices whose ``average`` is whole.
         buffer_mib: as in :func:`_rounds`.
     """
-    for peers, by_parameter, owned in _rounds(matrices, buffer_mib):
-        averages = gather_to_owners(peers, owned, [_look_ahead(by_parameter[parameter][0]) for parameter, _ in owned])
-        mine = [parameter for parameter, owner in owned if owner == peers.rank]
-        here = {
-            parameter: [replace(matrix, average=average) for matrix in by_parameter[parameter]]
-            for parameter, average in zip(mine, averages, strict=True)
-        }
-        steps = steps_of([matrix for of_parameter in here.values() for matrix in of_parameter])
-        wholes = [_joined(here[parameter], steps) for parameter in mine]
-        rows = scatter_from_owners(peers, owned, wholes, owned[0][0].dtype)
-        for (parameter, _), step in zip(owned, rows, strict=True):
-            by_parameter[parameter][0].apply_to_shard(local(parameter), step)
+    for peers, owned in _rounds(matrices, buffer_mib):
+        look_ahead = {slab.parameter: _look_ahead(slab.matrices[0]) for slab, _ in owned}
+        averages = gather_to_owners(peers, owned, [slab.here(look_ahead[slab.parameter], peers) for slab, _ in owned])
+        mine = [slab for slab, owner in owned if owner == peers.rank]
+        whole_here = [
+            [replace(matrix, average=matrix.of_expert(average)) for matrix in slab.matrices]
+            for slab, average in zip(mine, averages, strict=True)
+        ]
+        steps = steps_of([matrix for of_slab in whole_here for matrix in of_slab])
+        joined = [
+            _joined(of_slab, steps, torch.empty_like(average))
+            for of_slab, average in zip(whole_here, averages, strict=True)
+        ]
+        rows = scatter_from_owners(peers, owned, joined, owned[0][0].parameter.dtype)
+        for (slab, _), step in zip(owned, rows, strict=True):
+            slab.matrices[0].apply_to_shard(slab.here(local(slab.parameter), peers), step)
 
 
 def owned_gradients(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tuple[Matrix, Tensor]]:
@@ -97,35 +149,32 @@ def owned_gradients(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tup
     with_gradient = [matrix for matrix in matrices if matrix.parameter.grad is not None]
     for matrix in with_gradient:
         if not is_sharded(matrix.parameter):
-            yield from _finite_gradients([matrix], matrix.parameter.grad)  # type: ignore[arg-type]
+            yield from _if_finite(matrix, matrix.gradient)
     sharded = [matrix for matrix in with_gradient if is_sharded(matrix.parameter)]
-    for peers, by_parameter, owned in _rounds(sharded, buffer_mib):
-        parts = [local(parameter.grad) for parameter, _ in owned]  # type: ignore[arg-type]
+    for peers, owned in _rounds(sharded, buffer_mib):
+        parts = [slab.here(local(slab.parameter.grad), peers) for slab, _ in owned]  # type: ignore[arg-type]
         gradients = gather_to_owners(peers, owned, parts)
-        mine = [parameter for parameter, owner in owned if owner == peers.rank]
-        for parameter, gradient in zip(mine, gradients, strict=True):
-            yield from _finite_gradients(by_parameter[parameter], gradient)
+        mine = [slab for slab, owner in owned if owner == peers.rank]
+        for slab, gradient in zip(mine, gradients, strict=True):
+            for matrix in slab.matrices:
+                yield from _if_finite(matrix, matrix.of_expert(gradient))
 
 
-def _finite_gradients(matrices: Iterable[Matrix], gradient: Tensor) -> Iterator[tuple[Matrix, Tensor]]:
-    """Yield matrices of one parameter with their parts of its gradient, (out, in), that are finite."""
-    for matrix in matrices:
-        own = layout_of(matrix.group).matrix(gradient, matrix.index)
-        if own.isfinite().all():
-            yield matrix, own.mT if matrix.group["transposed"] else own
+def _if_finite(matrix: Matrix, gradient: Tensor | None) -> Iterator[tuple[Matrix, Tensor]]:
+    """Yield a matrix with its gradient (r, c), as (out, in), if that is finite."""
+    if gradient is not None and gradient.isfinite().all():
+        yield matrix, gradient.mT if matrix.group["transposed"] else gradient
 
 
-def _rounds(
-    matrices: Iterable[Matrix], buffer_mib: int
-) -> Iterator[tuple[Peers, dict[Tensor, list[Matrix]], list[tuple[Tensor, int]]]]:
-    """Yield rounds: who shares the parameters, the matrices of each, and the parameters with their owners.
+def _rounds(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tuple[Peers, _Owned]]:
+    """Yield rounds: who shares the parameters, and what of them is whole where.
 
-    Large parameters come first; those of a round have dtype, device and processes in common.
+    What is large comes first; parameters of a round have dtype, device and processes in common.
 
     Args:
         matrices: in the same order on every process.
-        buffer_mib: most memory, in MiB, of the whole parameters of one owner in a round, in float32; a parameter that
-            needs more travels alone.
+        buffer_mib: most memory, in MiB, of what one owner has whole in a round, in float32; a slab that needs more
+            travels alone.
     """
     kinds: dict[Any, dict[Tensor, list[Matrix]]] = {}
     for matrix in matrices:
@@ -133,19 +182,31 @@ def _rounds(
         kind = parameter.dtype, parameter.device, parameter.device_mesh, parameter.placements
         kinds.setdefault(kind, {}).setdefault(parameter, []).append(matrix)
     for by_parameter in kinds.values():
-        parameters = list(by_parameter)
-        peers = shards_of(by_parameter[parameters[0]][0].parameter_name, parameters[0])
-        owners = assign([sum(map(update_cost, by_parameter[each])) for each in parameters], peers.size)
-        queues: list[list[Tensor]] = [[] for _ in range(peers.size)]
-        for each, owner in sorted(zip(parameters, owners, strict=True), key=lambda pair: -pair[0].numel()):
-            queues[owner].append(each)
+        parameter, of_parameter = next(iter(by_parameter.items()))
+        peers = shards_of(of_parameter[0].parameter_name, parameter)
+        slabs = [slab for each, its in by_parameter.items() for slab in _slabs(each, its)]
+        owners = assign([sum(map(update_cost, slab.matrices)) for slab in slabs], peers.size)
+        queues: list[list[Slab]] = [[] for _ in range(peers.size)]
+        for slab, owner in sorted(zip(slabs, owners, strict=True), key=lambda pair: -pair[0].shape.numel()):
+            queues[owner].append(slab)
         while any(queues):
             taken = [take(queue, (buffer_mib << 20) // 4, _elements) for queue in queues]
-            yield peers, by_parameter, [(each, rank) for rank, of_rank in enumerate(taken) for each in of_rank]
+            yield peers, [(slab, rank) for rank, of_rank in enumerate(taken) for slab in of_rank]
 
 
-def _elements(parameters: Sequence[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+def _slabs(parameter: Tensor, matrices: Sequence[Matrix]) -> Iterator[Slab]:
+    """Yield the slabs of a parameter in which any of these matrices lies: one, or one for each expert."""
+    if parameter.ndim != 3:
+        yield Slab(parameter, 0, parameter.shape[0], list(matrices))
+        return
+    for expert in range(parameter.shape[0]):
+        of_expert = [matrix for matrix in matrices if matrix.expert == str(expert)]
+        if of_expert:
+            yield Slab(parameter, expert, 1, of_expert)
+
+
+def _elements(slabs: Sequence[Slab]) -> int:
+    return sum(slab.shape.numel() for slab in slabs)
 
 
 def _look_ahead(matrix: Matrix) -> Tensor:
@@ -158,79 +219,63 @@ def _look_ahead(matrix: Matrix) -> Tensor:
     return torch.lerp(momentum, if_usable(matrix.usable, gradient, momentum), 1 - matrix.group["momentum"])
 
 
-def _joined(matrices: list[Matrix], steps: Mapping[int, Tensor]) -> Tensor:
-    """Return the step of a whole parameter from those of its matrices."""
-    joined = torch.empty_like(matrices[0].average)  # type: ignore[arg-type]
+def _joined(matrices: list[Matrix], steps: Mapping[int, Tensor], out: Tensor) -> Tensor:
+    """Write the steps of all the matrices of a slab into ``out``, of the slab's shape."""
     for matrix in matrices:
-        matrix.write_step(steps[id(matrix)], joined)
-    return joined
+        matrix.write_step(steps[id(matrix)], out)
+    return out
 
 
-def gather_to_owners(peers: Peers, owned: Sequence[tuple[Tensor, int]], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Return the whole of something that has the parameters' shapes, for the parameters that this process owns.
+def gather_to_owners(peers: Peers, owned: _Owned, parts: Sequence[Tensor]) -> list[Tensor]:
+    """Return the whole of something that has the slabs' shapes, for the slabs that this process owns.
 
     Args:
         peers: who shares the parameters.
-        owned: parameters and their owners, in the same order on every process.
-        parts: this process' rows of that, of each parameter.
+        owned: slabs and their owners, in the same order on every process.
+        parts: this process' rows of that, of each slab.
     """
-    sent = [
-        part.flatten()
-        for rank in range(peers.size)
-        for part, (_, owner) in zip(parts, owned, strict=True)
-        if owner == rank
-    ]
-    mine = [parameter for parameter, owner in owned if owner == peers.rank]
-    sizes = [
-        sum(_numel(p, peers.size, peers.rank) for p, owner in owned if owner == rank) for rank in range(peers.size)
-    ]
-    expected = [sum(_numel(p, peers.size, rank) for p in mine) for rank in range(peers.size)]
-    received = parts[0].new_empty(sum(expected))
-    dist.all_to_all_single(received, torch.cat(sent), expected, sizes, group=peers.group)
+    sent: list[list[Tensor]] = [[] for _ in range(peers.size)]
+    for (_, owner), part in zip(owned, parts, strict=True):
+        sent[owner].append(part.flatten())
+    mine = [slab for slab, owner in owned if owner == peers.rank]
+    sizes = [sum(part.numel() for part in to_rank) for to_rank in sent]
+    shares = [[slab.numel_of(rank, peers.size) for slab in mine] for rank in range(peers.size)]
+    received = parts[0].new_empty(sum(map(sum, shares)))
+    packed = torch.cat([part for to_rank in sent for part in to_rank])
+    dist.all_to_all_single(received, packed, list(map(sum, shares)), sizes, group=peers.group)
     pieces: list[list[Tensor]] = [[] for _ in mine]
-    for rank, block in enumerate(received.split(expected)):
-        for of_parameter, piece in zip(pieces, block.split([_numel(p, peers.size, rank) for p in mine]), strict=True):
-            of_parameter.append(piece)
-    return [torch.cat(of_parameter).view(p.shape) for p, of_parameter in zip(mine, pieces, strict=True)]
+    for block, share in zip(received.split(list(map(sum, shares))), shares, strict=True):
+        for of_slab, piece in zip(pieces, block.split(share), strict=True):
+            of_slab.append(piece)
+    return [torch.cat(of_slab).view(slab.shape) for slab, of_slab in zip(mine, pieces, strict=True)]
 
 
-def scatter_from_owners(
-    peers: Peers, owned: Sequence[tuple[Tensor, int]], wholes: Sequence[Tensor], dtype: torch.dtype
-) -> list[Tensor]:
+def scatter_from_owners(peers: Peers, owned: _Owned, wholes: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Return this process' rows of what the owners have: the way back of :func:`gather_to_owners`.
 
     Args:
         peers: who shares the parameters.
-        owned: parameters and their owners, in the same order on every process.
-        wholes: of the parameters that this process owns, in their order.
+        owned: slabs and their owners, in the same order on every process.
+        wholes: of the slabs that this process owns, in their order.
         dtype: in which they travel.
     """
-    mine = [parameter for parameter, owner in owned if owner == peers.rank]
-    rows = [tensor.to(dtype).split(_rows(p, peers.size)) for p, tensor in zip(mine, wholes, strict=True)]
-    sent = [of_parameter[rank].flatten() for rank in range(peers.size) for of_parameter in rows]
-    sizes = [sum(_numel(p, peers.size, rank) for p in mine) for rank in range(peers.size)]
-    expected = [
-        sum(_numel(p, peers.size, peers.rank) for p, owner in owned if owner == rank) for rank in range(peers.size)
+    mine = [slab for slab, owner in owned if owner == peers.rank]
+    ranks = range(peers.size)
+    rows = [
+        tensor.to(dtype).split([slab.rows_of(rank, peers.size) for rank in ranks])
+        for slab, tensor in zip(mine, wholes, strict=True)
     ]
-    device = local(owned[0][0]).device
-    received = torch.empty(sum(expected), dtype=dtype, device=device)
+    sent = [of_slab[rank].flatten() for rank in ranks for of_slab in rows]
+    sizes = [sum(slab.numel_of(rank, peers.size) for slab in mine) for rank in ranks]
+    numbers: list[list[int]] = [[] for _ in ranks]  # of the slabs of each owner
+    for number, (_, owner) in enumerate(owned):
+        numbers[owner].append(number)
+    shares = [[owned[number][0].numel_of(peers.rank, peers.size) for number in of_owner] for of_owner in numbers]
+    device = local(owned[0][0].parameter).device
+    received = torch.empty(sum(map(sum, shares)), dtype=dtype, device=device)
     packed = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
-    dist.all_to_all_single(received, packed, expected, sizes, group=peers.group)
-    parts: list[Tensor | None] = [None] * len(owned)
-    for rank, block in enumerate(received.split(expected)):
-        numbers = [number for number, (_, owner) in enumerate(owned) if owner == rank]
-        pieces = block.split([_numel(owned[number][0], peers.size, peers.rank) for number in numbers])
-        for number, piece in zip(numbers, pieces, strict=True):
-            parts[number] = piece.view(local(owned[number][0]).shape)
-    return [part for part in parts if part is not None]
-
-
-def _rows(parameter: Tensor, count: int) -> list[int]:
-    """Return how many rows each process has: as many as the others, and the last ones fewer or none."""
-    rows = parameter.shape[0]
-    share = -(-rows // count)
-    return [max(0, min(share, rows - rank * share)) for rank in range(count)]
-
-
-def _numel(parameter: Tensor, count: int, rank: int) -> int:
-    return _rows(parameter, count)[rank] * (parameter.numel() // parameter.shape[0])
+    dist.all_to_all_single(received, packed, list(map(sum, shares)), sizes, group=peers.group)
+    found: dict[int, Tensor] = {}
+    for of_owner, block, share in zip(numbers, received.split(list(map(sum, shares))), shares, strict=True):
+        found.update(zip(of_owner, block.split(share), strict=True))
+    return [found[number].view(-1, *slab.shape[1:]) for number, (slab, _) in enumerate(owned)]

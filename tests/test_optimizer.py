@@ -138,7 +138,7 @@ def test_each_matrix_of_a_batch_has_its_own_p():
         alone[p] = W.detach()
     together = {p: nn.Parameter(torch.zeros(16, 16)) for p in alone}
     optimizer = SchattenP(list(together.values()))
-    optimizer.create_matrix_state()
+    optimizer.create_state()
     for p, W in together.items():
         optimizer.state[W]["p"].fill_(p)
         W.grad = gradient.clone()

@@ -23,7 +23,7 @@ def gpt2_of(layers):
 def checkpoint(tmp_path):
     """Return the checkpoint of a two-layer GPT-2 whose matrices have p = 2, 3, 4, … and the last three 200."""
     optimizer = create_schatten_optimizer(gpt2_of(2), verbose=False, p_max=200)
-    optimizer.create_matrix_state()
+    optimizer.create_state()
     matrices = list(optimizer.matrices())
     for number, matrix in enumerate(matrices):
         matrix.p.fill_(200 if number >= len(matrices) - 3 else 2 + number)
@@ -32,7 +32,7 @@ def checkpoint(tmp_path):
 
 
 def first_p(optimizer):
-    optimizer.create_matrix_state()
+    optimizer.create_state()
     return optimizer.learned_p()
 
 
