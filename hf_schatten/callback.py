@@ -89,8 +89,9 @@ class SchattenCallback(TrainerCallback):
         if state.global_step > 0 and not schatten.state:
             raise RuntimeError(
                 f"Training resumes at step {state.global_step}, but the checkpoint's optimizer state was not loaded: "
-                "a plain Trainer reads optimizer.pt only. Resume with hf_schatten.SchattenTrainer, which wrote the "
-                "checkpoint, or start a new run from the model's weights."
+                "a plain Trainer reads optimizer.pt only, which is missing. Resume with hf_schatten.SchattenTrainer "
+                "where there is an optimizer.safetensors, from another checkpoint, or start a new run from the "
+                "model's weights."
             )
 
     def on_step_end(

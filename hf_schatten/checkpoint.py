@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from .layout import matrix_name
 from .matrix import MOMENTUM, P, layout_of
-from .optimizer import STATE_ELSEWHERE, SchattenP
-from .options import SchattenOptions
+from .optimizer import OPTIONS, STATE_ELSEWHERE, SchattenP
+from .options import json_ready
+from .resuming import SCHEDULED, CheckpointError, require_same_parameters, require_same_state
 from .sharded import is_sharded, like, local, whole
 
 logger = logging.getLogger(__name__)
@@ -41,12 +43,6 @@ FORMAT_VERSION = 3
 
 _TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
 _TRAINER_STATE_FILE = "trainer_state.json"
-# The only hyperparameters that a schedule changes; every other one is the present run's.
-_SCHEDULED = ("lr", "initial_lr")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or is not of this model; the message names the file and what is wrong."""
 
 
 def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str], *, write: bool = True) -> None:
@@ -75,7 +71,7 @@ def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str], *, writ
         ],
     }
     _replace(folder / STATE_FILE, lambda path: save_file(tensors, path))
-    text = json.dumps(_json_ready(config), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(json_ready(config), indent=2, allow_nan=False) + "\n"
     _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -100,7 +96,7 @@ def write_learned_p(optimizer: SchattenP, folder: str | os.PathLike[str]) -> Non
     """
     folder = Path(folder)
     if folder.is_dir() and not ((folder / STATE_FILE).exists() or (folder / _TORCH_FILE).exists()):
-        text = json.dumps(_json_ready(optimizer.learned_p()), indent=2, allow_nan=False) + "\n"
+        text = json.dumps(json_ready(optimizer.learned_p()), indent=2, allow_nan=False) + "\n"
         _replace(folder / LEARNED_P_FILE, lambda path: path.write_text(text, encoding="utf-8"))
 
 
@@ -133,9 +129,10 @@ def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None
         )
     config = _read_config(folder / CONFIG_FILE)
     saved = _read_state(folder / STATE_FILE)
-    _require_same_model(optimizer, saved, folder / STATE_FILE)
-    learning_rates = {name: group for group in config["groups"] for name in group["param_names"]}
     names = dict(_named_parameters(optimizer))
+    require_same_parameters(str(folder / STATE_FILE), saved, names)
+    require_same_state(str(folder / STATE_FILE), saved, optimizer.expected_state())
+    learning_rates = {name: group for group in config["groups"] for name in group["param_names"]}
     state_dict = optimizer.state_dict()
     ids = dict(zip(names, (i for group in state_dict["param_groups"] for i in group["params"]), strict=True))
     state_dict["state"] = {
@@ -144,10 +141,29 @@ def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None
     }
     for group in state_dict["param_groups"]:
         then = learning_rates[group["param_names"][0]]
-        group.update({key: then[key] for key in _SCHEDULED if key in then})
-    optimizer.load_state_dict(state_dict)
-    if optimizer.options and config["options"]:
-        _honour_present_options(optimizer, optimizer.options, config["options"])
+        group.update({key: then[key] for key in SCHEDULED if key in then})
+    optimizer.load_state_dict(state_dict | {OPTIONS: config["options"]})
+
+
+@contextmanager
+def naming_damaged_files(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn errors of readers that name no file, such as torch's and safetensors', into errors that name the folder.
+
+    Args:
+        checkpoint: what is read in the context.
+
+    Raises:
+        CheckpointError: when a file is truncated, or of another kind.
+    """
+    try:
+        yield
+    except (SafetensorError, OSError, EOFError, UnpicklingError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamReader" not in str(error):
+            raise
+        raise CheckpointError(
+            f"A file of {checkpoint} is truncated, missing or of another kind ({error}): resume from an earlier "
+            "checkpoint."
+        ) from error
 
 
 def mark_incomplete(folder: str | os.PathLike[str]) -> None:
@@ -227,7 +243,10 @@ def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
     if (folder / LEARNED_P_FILE).is_file():
         content = json.loads((folder / LEARNED_P_FILE).read_text(encoding="utf-8"))
         return {name: float(p) for name, p in content.items()}
-    newest = max((path.parent for path in folder.glob(f"checkpoint-*/{STATE_FILE}")), key=_step_of, default=None)
+    files = (
+        path for name in (STATE_FILE, _TORCH_FILE, LEARNED_P_FILE) for path in folder.glob(f"checkpoint-*/{name}")
+    )
+    newest = max((path.parent for path in files), key=_step_of, default=None)
     hint = f" Did you mean {newest}?" if newest else ""
     raise CheckpointError(f"{folder} has no {STATE_FILE}.{hint}")
 
@@ -266,15 +285,6 @@ def _replace(path: Path, write: Any) -> None:
     os.replace(temporary, path)
 
 
-def _json_ready(value: Any) -> Any:
-    """Return the value with infinities as the strings that options are parsed from: JSON has none."""
-    if isinstance(value, Mapping):
-        return {key: _json_ready(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_json_ready(item) for item in value]
-    return str(value) if isinstance(value, float) and math.isinf(value) else value
-
-
 def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -290,6 +300,8 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"{path} has format_version {found!r}, and this version of hf_schatten reads {FORMAT_VERSION}: "
             "resume with the version that wrote it."
         )
+    if not isinstance(config.get("groups"), list):
+        raise CheckpointError(f"{path} has no list of groups, so it is damaged: resume from an earlier checkpoint.")
     return config
 
 
@@ -311,52 +323,6 @@ def _read_state(path: Path, only: Container[str] | None = None) -> dict[str, dic
             f"{path} is truncated or no safetensors file ({error}): resume from an earlier checkpoint."
         ) from error
     return states
-
-
-def _require_same_model(optimizer: SchattenP, saved: Mapping[str, Mapping[str, Tensor]], path: Path) -> None:
-    present = dict(_named_parameters(optimizer))
-    missing, extra = sorted(present.keys() - saved.keys()), sorted(saved.keys() - present.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"{path} is not of this model: "
-            + "; ".join(
-                f"{len(names)} parameters {what}, such as {names[0]!r}"
-                for names, what in ((missing, "are missing from it"), (extra, "are only in it"))
-                if names
-            )
-            + "."
-        )
-    expected = optimizer.expected_state()
-    for name, state in saved.items():
-        if state.keys() != expected[name].keys():
-            raise CheckpointError(
-                f"{path} holds {sorted(state)} for {name!r}, but its update now needs {sorted(expected[name])}: the "
-                "parameter was routed elsewhere, or its second moment is kept otherwise. Use the options exclude and "
-                "precondition of the run that wrote it."
-            )
-        for key, shape in expected[name].items():
-            if state[key].shape != shape:
-                raise CheckpointError(
-                    f"{path} holds {name}/{key} of shape {tuple(state[key].shape)}, and this model needs "
-                    f"{tuple(shape)}: the checkpoint is of another model."
-                )
-
-
-def _honour_present_options(optimizer: SchattenP, options: SchattenOptions, saved_options: Mapping[str, Any]) -> None:
-    present = _json_ready(asdict(options))
-    changed = {name: value for name, value in present.items() if saved_options.get(name) != value}
-    if changed:
-        logger.warning(
-            "Options changed since the checkpoint was written, and the new values are used: %s.",
-            ", ".join(f"{name} {saved_options.get(name)!r} -> {value!r}" for name, value in changed.items()),
-        )
-    managed = optimizer.policy.matrices if optimizer.policy else ()
-    for matrix in optimizer.matrices():
-        if matrix.name not in managed:
-            matrix.p.fill_(matrix.first_p)
-        if "criterion" in changed:  # whose statistics are of another kind
-            matrix.statistics.zero_()
-            matrix.statistics_weight.zero_()
 
 
 def _learned_p_of_torch_file(path: Path) -> dict[str, float]:

@@ -89,7 +89,7 @@ def create_schatten_optimizer(
         print(transferred, flush=True)
     first_p = partial(_first_p, options=parsed, transferred=transferred.p if transferred else {})
     groups = [
-        *_spectral_groups(matrices, weight_decay, first_p),
+        *_spectral_groups(matrices, weight_decay, parsed.initial_p, first_p),
         *_adamw_group((route for route in others if route.decay), weight_decay),
         *_adamw_group((route for route in others if not route.decay), 0.0),
     ]
@@ -131,13 +131,14 @@ def _matrix_names(route: Route) -> list[str]:
     return [matrix_name(route.name, part) for part in route.layout.part_names(route.parameter.shape)]
 
 
-def _spectral_groups(routes: Iterable[Route], weight_decay: float, first_p: Callable[[str], float]) -> list[Group]:
-    """Return one parameter group for each layout and set of first p."""
+def _spectral_groups(
+    routes: Iterable[Route], weight_decay: float, p: float, first_p: Callable[[str], float]
+) -> list[Group]:
+    """Return one parameter group for each layout; their number does not depend on any p, which a resume may change."""
     groups: dict[Any, Group] = {}
     for route in routes:
-        p = tuple(first_p(name) for name in _matrix_names(route))
         group = groups.setdefault(
-            (route.layout, p),
+            route.layout,
             {
                 "params": [],
                 "weight_decay": weight_decay,
@@ -145,10 +146,13 @@ def _spectral_groups(routes: Iterable[Route], weight_decay: float, first_p: Call
                 "transposed": route.layout.transposed,
                 "sections": route.layout.sections,
                 "blocks": route.layout.blocks,
-                "p": p[0] if len(set(p)) == 1 else p,
+                "p_by_parameter": {},
             },
         )
         group["params"].append((route.name, route.parameter))
+        own = tuple(first_p(name) for name in _matrix_names(route))
+        if set(own) != {p}:
+            group["p_by_parameter"][route.name] = own
     return list(groups.values())
 
 

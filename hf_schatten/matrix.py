@@ -17,10 +17,11 @@ from .preconditioning import SECOND_MOMENTS
 Group = dict[str, Any]
 State = dict[str, Tensor]
 
-# State of a parameter of matrices, by name; p, statistics and their weight have one row for each of its matrices.
+# State of a parameter of matrices, by name; that in PER_MATRIX has one row for each of its matrices.
 # Every key is a tensor that is created at the first step: sharded checkpoints drop what appears later.
 STEP, SKIPPED, MOMENTUM, P = "step", "skipped", "momentum", "p"
 STATISTICS, STATISTICS_WEIGHT = "statistics", "statistics_weight"
+PER_MATRIX = P, STATISTICS, STATISTICS_WEIGHT
 
 
 def if_usable(usable: Tensor, gradient: Tensor, otherwise: Tensor | float) -> Tensor:
@@ -90,7 +91,8 @@ class Matrix:
     @property
     def first_p(self) -> float:
         """The exponent that it starts with."""
-        return initial_p(self.group, len(layout_of(self.group).part_names(self.parameter.shape)))[self.index]
+        count = len(layout_of(self.group).part_names(self.parameter.shape))
+        return initial_p(self.group, self.parameter_name, count)[self.index]
 
     @property
     def statistics(self) -> Tensor:
@@ -210,14 +212,15 @@ def layout_of(group: Mapping[str, Any]) -> Layout:
     return Layout(group["transposed"], group["sections"], group["blocks"])
 
 
-def initial_p(group: Group, count: int) -> list[float]:
-    """Return the p that each of a parameter's ``count`` matrices starts with.
+def initial_p(group: Group, name: str, count: int) -> list[float]:
+    """Return the p that each of the ``count`` matrices of a parameter of this name starts with.
 
     Raises:
         ValueError: when one is out of range, or belongs to no norm where the step is an oracle's, or their number is
             not that of the matrices.
     """
-    values = list(group["p"]) if isinstance(group["p"], Sequence) else [group["p"]] * count
+    first = group["p_by_parameter"].get(name, group["p"])
+    values = list(first) if isinstance(first, Sequence) else [first] * count
     for p in values:
         if exponent_of(p) < 0 and group["step_rule"] != "pinned":
             raise ValueError(
@@ -234,8 +237,8 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
     return torch.promote_types(parameter.dtype, torch.float32)
 
 
-def new_matrix_state(parameter: Tensor, group: Group) -> State:
-    """Return the state of a spectral group's parameter before its first step."""
+def new_matrix_state(name: str, parameter: Tensor, group: Group) -> State:
+    """Return the state of a spectral group's parameter, by name, before its first step."""
     layout = layout_of(group)
     count = len(layout.part_names(parameter.shape))
     second_moment = SECOND_MOMENTS.get(group["precondition"])
@@ -249,7 +252,7 @@ def new_matrix_state(parameter: Tensor, group: Group) -> State:
         SKIPPED: zeros(),
         MOMENTUM: average,
         **(second_moment.new_state(average, layout) if second_moment else {}),
-        P: torch.tensor(initial_p(group, count), dtype=torch.float32, device=parameter.device),
+        P: torch.tensor(initial_p(group, name, count), dtype=torch.float32, device=parameter.device),
         STATISTICS: zeros(count, CURVES, NODES),
         STATISTICS_WEIGHT: zeros(count),
     }

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,10 @@ from .options import (
     ScaleRule,
     SchattenOptions,
     StepRule,
+    json_ready,
 )
 from .preconditioning import SECOND_MOMENTS
+from .resuming import SCHEDULED, by_name, require_same_parameters, require_same_state, say_changed_options
 from .sharded import is_sharded, local, shards_of, update_sharded
 from .update import COMMON_OPTIONS, Update, batches, factors_alone, lengths_together
 from .work_sharing import assign, exchange, rounds_of, sharing_peers, update_cost
@@ -53,11 +55,12 @@ if TYPE_CHECKING:
 
 # Marks a state_dict without state, and says which file has it.
 STATE_ELSEWHERE = "schatten_p_state_file"
+OPTIONS = "schatten_p_options"  # where a state_dict has the options of the run
 
 logger = logging.getLogger(__name__)
 
 # Options of a group that say what its parameters are, and not how they are updated.
-_STRUCTURE = "spectral", "transposed", "sections", "blocks", "p", "param_names"
+_STRUCTURE = "spectral", "transposed", "sections", "blocks", "p", "p_by_parameter", "param_names"
 
 _REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
 
@@ -181,6 +184,7 @@ class SchattenP(Optimizer):
             "blocks": 1,
             "lr": lr,
             "p": p,
+            "p_by_parameter": {},
             "momentum": momentum,
             "nesterov": nesterov,
             "weight_decay": weight_decay,
@@ -211,7 +215,7 @@ class SchattenP(Optimizer):
             self._check_target(group)
             for name, parameter in named_parameters(group):
                 layout_of(group).check(name, parameter.shape)
-                initial_p(group, len(layout_of(group).part_names(parameter.shape)))
+                initial_p(group, name, len(layout_of(group).part_names(parameter.shape)))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -312,7 +316,7 @@ class SchattenP(Optimizer):
         shapes = {}
         for group in self.param_groups:
             for name, parameter in named_parameters(group):
-                state = _new_state(torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), group)
+                state = _new_state(name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), group)
                 shapes[name] = {key: value.shape for key, value in state.items()}
         return shapes
 
@@ -332,33 +336,74 @@ class SchattenP(Optimizer):
         counts = torch.stack(list(states.values())).tolist() if states else []  # one wait for the device
         return {name: int(count) for name, count in zip(states, counts, strict=True) if count}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as ``torch.optim.Optimizer`` does, and the options, which a resume compares."""
+        own = {OPTIONS: json_ready(asdict(self.options))} if self.options else {}
+        return super().state_dict() | own
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as ``torch.optim.Optimizer`` does, but keep the dtype in which each tensor was saved.
 
         Torch casts floating-point state to the parameter's dtype, which rounds the fp32 state of bf16
         parameters. How parameters are read as matrices is the present model's: torch's distributed checkpoints lose
-        nested options of a group.
+        nested options of a group. An optimizer with options keeps them, but for the learning rates, which belong to
+        the schedule; options that differ from the saved ones are logged as a warning.
 
         Raises:
+            CheckpointError: when the state is of another model, or of other updates of its parameters.
             ValueError: when the state is another optimizer's, or is in another file.
         """
         _require_own_state(state_dict)
-        if len(state_dict["param_groups"]) == len(self.param_groups):
-            groups = [
-                saved | {option: present[option] for option in _STRUCTURE if option in present}
-                for saved, present in zip(state_dict["param_groups"], self.param_groups, strict=True)
-            ]
-            state_dict = state_dict | {"param_groups": groups}
-        super().load_state_dict(state_dict)
-        saved_ids = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
+        groups = self._groups_to_load(state_dict)
+        super().load_state_dict(state_dict | {"param_groups": groups})
+        saved_ids = chain.from_iterable(group["params"] for group in groups)
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
         for saved_id, parameter in zip(saved_ids, parameters, strict=True):
             for key, saved in state_dict["state"].get(saved_id, {}).items():
                 loaded = self.state[parameter][key]
                 if isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
                     self.state[parameter][key] = saved.to(device=loaded.device, copy=True)
+        if self.options:
+            self._honour(self.options, state_dict.get(OPTIONS))
         if self.policy is not None:
             self.policy.after_load(self)
+
+    def _groups_to_load(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+        """Return groups of the present structure, with the saved numbers of their parameters.
+
+        Raises:
+            CheckpointError: as :meth:`load_state_dict`.
+        """
+        saved_groups = state_dict["param_groups"]
+        if all("param_names" in group for group in (*saved_groups, *self.param_groups)):
+            ids, names = by_name(saved_groups, "params"), list(by_name(self.param_groups, "params"))
+            require_same_parameters("The optimizer's saved state", ids, names)
+            states = {name: state_dict["state"][ids[name]] for name in names if ids[name] in state_dict["state"]}
+            require_same_state("The optimizer's saved state", states, self.expected_state())
+            group_of = {name: group for group in saved_groups for name in group["param_names"]}
+            pairs = [
+                (group, group_of[group["param_names"][0]] | {"params": [ids[name] for name in group["param_names"]]})
+                for group in self.param_groups
+            ]
+        elif len(saved_groups) == len(self.param_groups):
+            pairs = list(zip(self.param_groups, saved_groups, strict=True))
+        else:
+            return saved_groups  # which torch refuses
+        kept = [key for key in self.defaults if key not in SCHEDULED] if self.options else []
+        return [
+            saved | {key: present[key] for key in (*_STRUCTURE, *kept) if key in present} for present, saved in pairs
+        ]
+
+    def _honour(self, options: SchattenOptions, saved_options: Mapping[str, Any] | None) -> None:
+        """Make a loaded state one of the present options."""
+        changed = say_changed_options(saved_options, options) if saved_options else frozenset()
+        managed = self.policy.matrices if self.policy else ()
+        for matrix in self.matrices():
+            if matrix.state and matrix.name not in managed:
+                matrix.p.fill_(matrix.first_p)
+            if matrix.state and "criterion" in changed:  # whose statistics are of another kind
+                matrix.statistics.zero_()
+                matrix.statistics_weight.zero_()
 
     def follow(self, policy: Policy) -> None:
         """Let this policy change p from now on."""
@@ -385,7 +430,7 @@ class SchattenP(Optimizer):
                 if parameter not in self.state:
                     if group["spectral"]:
                         self._require_matrix(name, parameter, group)
-                    self.state[parameter] = _new_state(parameter, group)
+                    self.state[parameter] = _new_state(name, parameter, group)
 
     def _require_matrix(self, name: str, parameter: Tensor, group: Group) -> None:
         if is_sharded(parameter):
@@ -528,8 +573,8 @@ class SchattenP(Optimizer):
         return lengths[index].split([len(update.batch) for update in updates])
 
 
-def _new_state(parameter: Tensor, group: Group) -> State:
-    return new_matrix_state(parameter, group) if group["spectral"] else new_adamw_state(parameter)
+def _new_state(name: str, parameter: Tensor, group: Group) -> State:
+    return new_matrix_state(name, parameter, group) if group["spectral"] else new_adamw_state(parameter)
 
 
 def _check_names(group: dict[str, Any]) -> None:

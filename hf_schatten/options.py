@@ -363,6 +363,15 @@ class SchattenOptions:
         return cls.from_mapping(values)
 
 
+def json_ready(value: Any) -> Any:
+    """Return the value with infinities as the strings that options are parsed from: JSON has none."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
 def _truth_value(text: str) -> bool:
     return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
 

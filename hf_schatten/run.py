@@ -24,6 +24,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers import trainer as transformers_trainer
 
 from .callback import unwrap_optimizer
+from .checkpoint import naming_damaged_files
 from .options import OPTIMIZER_NAME
 from .registration import is_registered
 from .weights import load_converted_weights
@@ -53,7 +54,7 @@ def main() -> None:
         _refuse(f"{_USAGE}\n\nerror: name a script, or a module after -m; its own options come after it")
     watch = _Watch()
     transformers_trainer.DEFAULT_CALLBACKS.append(watch)  # type: ignore[arg-type] # inferred too narrowly
-    _resume_with_converted_weights()
+    _resume_as_this_package_does()
     sys.argv = target
     try:
         if of_module:
@@ -120,26 +121,34 @@ def _run_module(name: str) -> None:
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def _resume_with_converted_weights() -> None:
-    """Let every Trainer load a checkpoint whose file names the weights otherwise, for which it has no code of its own.
+def _resume_as_this_package_does() -> None:
+    """Let every Trainer load a checkpoint whose file names the weights otherwise, and name one that is damaged.
 
     In the runner only: a program that imports this package keeps transformers' Trainer as it is.
     """
     load = Trainer._load_from_checkpoint
     load_best = Trainer._load_best_model
+    load_optimizer = Trainer._load_optimizer_and_scheduler
 
     @functools.wraps(load)
     def load_from_checkpoint(self: Trainer, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
-            load(self, resume_from_checkpoint, model)
+        with naming_damaged_files(resume_from_checkpoint):
+            if not load_converted_weights(self.model if model is None else model, resume_from_checkpoint):
+                load(self, resume_from_checkpoint, model)
 
     @functools.wraps(load_best)
     def load_best_model(self: Trainer) -> None:
         if not load_converted_weights(self.model, str(self.state.best_model_checkpoint)):
             load_best(self)
 
+    @functools.wraps(load_optimizer)
+    def load_optimizer_and_scheduler(self: Trainer, checkpoint: str | None) -> None:
+        with naming_damaged_files(str(checkpoint)):
+            load_optimizer(self, checkpoint)
+
     Trainer._load_from_checkpoint = load_from_checkpoint  # type: ignore[method-assign]
     Trainer._load_best_model = load_best_model  # type: ignore[method-assign]
+    Trainer._load_optimizer_and_scheduler = load_optimizer_and_scheduler  # type: ignore[method-assign]
 
 
 class _Watch(TrainerCallback):

@@ -184,7 +184,7 @@ def _rounds(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tuple[Peers
     for by_parameter in kinds.values():
         parameter, of_parameter = next(iter(by_parameter.items()))
         peers = shards_of(of_parameter[0].parameter_name, parameter)
-        slabs = [slab for each, its in by_parameter.items() for slab in _slabs(each, its)]
+        slabs = [slab for each, its in by_parameter.items() for slab in _slabs(each, its, peers.size)]
         owners = assign([sum(map(update_cost, slab.matrices)) for slab in slabs], peers.size)
         queues: list[list[Slab]] = [[] for _ in range(peers.size)]
         for slab, owner in sorted(zip(slabs, owners, strict=True), key=lambda pair: -pair[0].shape.numel()):
@@ -194,15 +194,20 @@ def _rounds(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tuple[Peers
             yield peers, [(slab, rank) for rank, of_rank in enumerate(taken) for slab in of_rank]
 
 
-def _slabs(parameter: Tensor, matrices: Sequence[Matrix]) -> Iterator[Slab]:
-    """Yield the slabs of a parameter in which any of these matrices lies: one, or one for each expert."""
+def _slabs(parameter: Tensor, matrices: Sequence[Matrix], count: int) -> Iterator[Slab]:
+    """Yield the slabs of a parameter in which any of these matrices lies: one, or one for each expert.
+
+    Experts of different processes follow one another, so that most are given to the process that has them.
+    """
+    by_expert: dict[str, list[Matrix]] = {}
+    for matrix in matrices:
+        by_expert.setdefault(matrix.expert, []).append(matrix)
     if parameter.ndim != 3:
-        yield Slab(parameter, 0, parameter.shape[0], list(matrices))
+        yield Slab(parameter, 0, parameter.shape[0], by_expert[""])
         return
-    for expert in range(parameter.shape[0]):
-        of_expert = [matrix for matrix in matrices if matrix.expert == str(expert)]
-        if of_expert:
-            yield Slab(parameter, expert, 1, of_expert)
+    share = -(-parameter.shape[0] // count)
+    for expert in sorted(map(int, by_expert), key=lambda expert: (expert % share, expert)):
+        yield Slab(parameter, expert, 1, by_expert[str(expert)])
 
 
 def _elements(slabs: Sequence[Slab]) -> int:

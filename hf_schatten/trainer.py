@@ -22,6 +22,7 @@ from .checkpoint import (
     is_foreign,
     load_optimizer,
     mark_incomplete,
+    naming_damaged_files,
     newest_complete_checkpoint,
     require_same_checkpoint,
     save_optimizer,
@@ -150,8 +151,12 @@ class SchattenTrainerMixin(_Base):
                 f"optim={OptimizerNames(self.args.optim).value!r}: set optim={OPTIMIZER_NAME!r}, or start a new run "
                 "from the model's weights."
             )
-        if checkpoint is None or schatten is None or is_foreign(checkpoint):
+        if checkpoint is None or schatten is None:
             super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        if is_foreign(checkpoint):
+            with naming_damaged_files(checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
             return
         assert self.lr_scheduler is not None  # made with the optimizer
         load_optimizer(schatten, checkpoint)
@@ -164,9 +169,10 @@ class SchattenTrainerMixin(_Base):
             ) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # Under FSDP, the weights are in a file of its own, by the model's names.
-        if self.is_fsdp_enabled or not load_converted_weights(model or self.model, resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with naming_damaged_files(resume_from_checkpoint):
+            # Under FSDP, the weights are in a file of its own, by the model's names.
+            if self.is_fsdp_enabled or not load_converted_weights(model or self.model, resume_from_checkpoint):
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or not load_converted_weights(self.model, str(self.state.best_model_checkpoint)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from .checkpoint import CheckpointError, load_learned_p
 from .options import SchattenOptions
@@ -43,6 +44,11 @@ class Transfer:
             CheckpointError: when the checkpoint cannot be read, or no name is in both.
         """
         source = str(options.p_init)
+        if not Path(source).is_dir():
+            raise CheckpointError(
+                f"p_init={source!r} is no folder: give that of a checkpoint, or a number. A run that is resumed has "
+                "its own p: leave p_init out there."
+            )
         learned = load_learned_p(source)
         matched = {name: learned[name] for name in names if name in learned}
         if not matched:

@@ -1,4 +1,6 @@
-"""Loads a checkpoint's weights where Trainer would not: models whose files name their weights otherwise.
+"""Loads a checkpoint's weights where Trainer would not: after FSDP, and of models whose files name them otherwise.
+
+A checkpoint that FSDP wrote whole has the weights twice, and Trainer reads them back under FSDP only.
 
 Since version 5, ``save_pretrained`` writes some architectures (ViT, mixtures of experts) under the names of their
 files on the Hub, which ``from_pretrained`` converts. Trainer's resume does not convert: it warns of missing keys, and
@@ -20,9 +22,11 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+_FSDP_FILE = "pytorch_model_fsdp.bin"  # of whole weights, which Trainer takes as a sign that they are sharded
+
 
 def load_converted_weights(model: nn.Module | None, checkpoint: str | os.PathLike[str]) -> bool:
-    """Load a checkpoint into the model if its file names weights that the model does not have.
+    """Load a checkpoint into the model if its file names weights that the model does not have, or FSDP wrote it.
 
     Takes the memory of a second copy of the model, on the CPU, while it loads.
 
@@ -41,7 +45,8 @@ def load_converted_weights(model: nn.Module | None, checkpoint: str | os.PathLik
         return False
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):  # whose engine has a loader of its own
         return False
-    if _stored_names(folder) <= model.state_dict().keys():
+    stored = _stored_names(folder)
+    if stored <= model.state_dict().keys() and not (stored and (folder / _FSDP_FILE).is_file()):
         return False
     # In single precision, which holds every half precision: the model then casts each weight to its own.
     loaded: Any = type(model).from_pretrained(

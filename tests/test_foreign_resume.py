@@ -237,3 +237,14 @@ def test_weights_that_are_stored_under_other_names_resume(training_arguments):
         assert torch.equal(best_of_resumed[name], best[name]), name
     for name in last[0]:
         assert torch.equal(last[0][name], last[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("plain", "optimizer.pt"), ("plain", "model.safetensors"), ("schatten", "model.safetensors")]
+)
+def test_a_truncated_file_names_the_checkpoint(kind, name, request, tmp_path):
+    checkpoint = shutil.copytree(request.getfixturevalue(kind), tmp_path / "checkpoint-3")
+    content = (checkpoint / name).read_bytes()
+    (checkpoint / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"A file of .*checkpoint-3 is truncated.*from an earlier checkpoint"):
+        run(SchattenTrainer, tmp_path, checkpoint)

@@ -12,7 +12,7 @@ import pytest
 from scripts import materials
 from torch import distributed as dist
 
-from hf_schatten import run
+from hf_schatten import CheckpointError, run
 
 # What a script or module can find out about how it was started.
 FACTS = """\"\"\"Says how it was started.\"\"\"
@@ -172,7 +172,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Trainer,
 model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=8, n_positions=4, bos_token_id=0))
 own = torch.optim.SGD(model.parameters(), lr=0.1) if arguments.run_name == "own" else None
 row = {"input_ids": torch.tensor([1, 2, 3]), "labels": torch.tensor([1, 2, 3])}
-Trainer(model, arguments, train_dataset=[row] * 4, optimizers=(own, None)).train()
+trainer = Trainer(model, arguments, train_dataset=[row] * 4, optimizers=(own, None))
+trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
 """
 
 
@@ -194,3 +195,15 @@ def test_training_with_another_optimizer_is_said(options, warning, start, tmp_pa
     said = [line for line in capfd.readouterr().err.splitlines() if "hf_schatten.run: warning: " in line]
     assert len(said) == (warning is not None)
     assert all(warning in line for line in said)
+
+
+def test_a_damaged_checkpoint_is_named(start, tmp_path):
+    write({tmp_path / "cwd" / "train.py": TRAINING})
+    arguments = ["train.py", "--use_cpu", "--report_to", "none", "--optim", "schatten_p", "--save_steps", "1"]
+    start(*arguments, "--output_dir", "run", "--max_steps", "1")
+    checkpoint = tmp_path / "cwd" / "run" / "checkpoint-1"
+    for name in ("optimizer.pt", "model.safetensors"):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+        with pytest.raises(CheckpointError, match=r"A file of run/checkpoint-1 is truncated.*from an earlier checkpo"):
+            start(*arguments, "--max_steps", "2", "--resume_from_checkpoint", "run/checkpoint-1")

@@ -13,43 +13,63 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import hf_schatten
 from hf_schatten import UnsupportedEngineError
 
 STEPS, LENGTH, GLOBAL_BATCH = 12, 8, 8
+# With p inside its range, and of the global batch.
+EXACT = {"criterion": "holder", "p_interval": 4, "p_first_step": 2, "p_max": 1000, "sync": "gram"}
 SETTINGS = {
     "fixed p": {"p": 3.0},
-    "adaptive": {"criterion": "holder", "p_interval": 4, "p_first_step": 2, "p_max": 1000, "sync": "gram"},
-    "statistics": {"criterion": "holder", "p_interval": 4, "p_first_step": 2, "p_max": 1000},
+    "adaptive": EXACT,
+    "statistics": EXACT | {"sync": "statistics"},
     "kronecker": {"criterion": "kronecker", "p_interval": 4, "p_first_step": 2, "sync": "gram"},
     "small buffer": {"p": 2.0, "buffer_mib": 1, "width": 260},
     "ball": {"p": 2.0, "step_rule": "ball", "nesterov": False},
     "a NaN": {"p": 2.0, "bad_step": 3},
     "split heads": {"p": 4.0, "split_heads": True},
+    "uneven": EXACT | {"width": 31},
+    "experts": EXACT | {"width": 32, "experts": 5},
+    "many experts": {"p": 2.0, "buffer_mib": 1, "width": 64, "experts": 48},
 }
 
 
-def model_of(width=30):
-    """Return a GPT-2 whose sides two and three processes do not divide evenly."""
+def model_of(width=30, experts=0):
+    """Return a GPT-2, or with experts a Mixtral, each of whose layers is a module of its own for FSDP."""
     torch.manual_seed(0)
-    config = GPT2Config(
-        n_layer=2, n_embd=width, n_head=2, vocab_size=63, n_positions=LENGTH, bos_token_id=0, eos_token_id=0
-    )
+    heads = 1 if experts or width % 2 else 2
+    tokens = {"vocab_size": 63, "bos_token_id": 0, "eos_token_id": 0}
+    if experts:
+        config = MixtralConfig(
+            num_hidden_layers=1,
+            hidden_size=width,
+            intermediate_size=width + 4,  # torch's grouped product wants rows of 16 bytes
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            num_local_experts=experts,
+            num_experts_per_tok=min(experts, 8),
+            max_position_embeddings=LENGTH,
+            **tokens,
+        )
+        model = MixtralForCausalLM(config)
+        return model, model.model.layers
+    config = GPT2Config(n_layer=2, n_embd=width, n_head=heads, n_positions=LENGTH, **tokens)
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, key, 0.0)
-    return GPT2LMHeadModel(config)
+    model = GPT2LMHeadModel(config)
+    return model, model.transformer.h
 
 
-def train(width=30, bad_step=None, mesh=None, **options):
+def train(width=30, experts=0, bad_step=None, mesh=None, **options):
     """Train on one process' share of the global batch; return weights, p, and what was moved."""
-    model = model_of(width)
+    model, layers = model_of(width, experts)
     optimizer = hf_schatten.create_schatten_optimizer(model, 3e-4, verbose=False, eps=1e-6, **options)
     rank, count = (dist.get_rank(), dist.get_world_size()) if mesh is not None else (0, 1)
     if mesh is not None:
-        for block in model.transformer.h:
-            fully_shard(block, mesh=mesh)
+        for layer in layers:
+            fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         present = dict(model.named_parameters())
         for group in optimizer.param_groups:  # as accelerate does
@@ -80,7 +100,8 @@ def train(width=30, bad_step=None, mesh=None, **options):
             optimizer.zero_grad()
     finally:
         dist.all_to_all_single = original
-    state = optimizer.state[next(iter(optimizer.matrices())).parameter]
+    parameters = [matrix.parameter for matrix in optimizer.matrices()]
+    state = optimizer.state[parameters[0]]
     return {
         "weights": {
             name: (W.full_tensor() if isinstance(W, DTensor) else W).detach().clone()
@@ -91,6 +112,7 @@ def train(width=30, bad_step=None, mesh=None, **options):
         "skipped": optimizer.skipped_steps(),
         "moved": moved,
         "computed": sum(computed),
+        "rows": [W.to_local().shape[0] if isinstance(W, DTensor) else W.shape[0] for W in parameters],
         "momentum is sharded": isinstance(state["momentum"], DTensor),
     }
 
@@ -184,6 +206,23 @@ def test_buffers_are_bounded(pair):
     assert max(pair[0]["small buffer"]["moved"]) <= 2 * max(largest, 1 << 20)
 
 
+def test_experts_stay_where_they_are_and_buffers_of_stacks_are_bounded(alone, pair):
+    """The stack of 48 experts' ``gate_up_proj`` has 1.7 MB, of which each process has a half."""
+    for result in pair:
+        assert max(result["many experts"]["moved"]) <= 2 << 20
+        assert result["many experts"]["computed"] <= 0.6 * alone["many experts"]["computed"]
+    experts = 48 * 3 * 64 * 68
+    assert sum(sum(result["many experts"]["moved"]) for result in pair) <= STEPS * 2 * 4 * 1.2 * experts
+
+
+def test_shards_are_uneven(pair):
+    """Sides of 31, 93 and 124 rows, and 5 experts."""
+    rows = [result["uneven"]["rows"] for result in pair]
+    assert {16, 62} <= set(rows[0])
+    assert 15 in rows[1]
+    assert [max(result["experts"]["rows"][-1:]) for result in pair] == [3, 2]
+
+
 def test_a_step_that_is_not_finite_is_skipped_everywhere(alone, pair):
     assert pair[0]["a NaN"]["skipped"] == alone["a NaN"]["skipped"]
     assert set(pair[1]["a NaN"]["skipped"].values()) == {1}
@@ -197,8 +236,8 @@ def test_what_is_not_supported_is_refused_by_name(pair):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "replicas"), [(3, 1), (4, 2)])
-def test_three_processes_and_replicas_of_shards(count, replicas, alone, tmp_path):
+@pytest.mark.parametrize(("count", "replicas"), [(3, 1), (4, 1), (4, 2)])
+def test_more_processes_some_without_rows_and_replicas_of_shards(count, replicas, alone, tmp_path):
     results = together(train_sharded, count, tmp_path, replicas)
     for name in results[0].keys() - {"refused", "statistics"}:
         if count == 3 and name == "adaptive":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,16 @@ def train_and_resume(folder: str) -> dict[str, Any]:
     return results
 
 
+def assert_near(found, expected):
+    """Compare p and weights."""
+    assert found["p"].keys() == expected["p"].keys()
+    for key, p in expected["p"].items():
+        assert abs(1 / found["p"][key] - 1 / p) <= 1e-6
+    for key, weights in expected["weights"].items():
+        if not key.endswith("c_attn.bias"):  # a key's has no gradient but rounding, which AdamW makes large
+            assert (found["weights"][key] - weights).norm() <= 1e-5 * weights.norm().clamp_min(1e-3), key
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Return the folder of the runs, and what each of two processes got."""
@@ -123,12 +134,15 @@ def test_it_trains_as_one_process_does(runs, tmp_path):
     _, results = runs
     alone = make(tmp_path, "alone", save_strategy="no")
     alone.train()
-    expected, found = outcome(alone), results[0]["whole"]["straight"]
-    for key, p in expected["p"].items():
-        assert abs(1 / found["p"][key] - 1 / p) <= 1e-6
-    for key, weights in expected["weights"].items():
-        if not key.endswith("c_attn.bias"):  # a key's has no gradient but rounding, which AdamW makes large
-            assert (found["weights"][key] - weights).norm() <= 1e-5 * weights.norm().clamp_min(1e-3), key
+    assert_near(outcome(alone), results[0]["whole"]["straight"])
+
+
+def test_one_process_without_fsdp_resumes_it(runs, tmp_path):
+    folder, results = runs
+    shutil.copytree(folder / "whole, straight" / f"checkpoint-{STEPS // 2}", tmp_path / f"checkpoint-{STEPS // 2}")
+    resumed = make(tmp_path, "alone", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{STEPS // 2}"))
+    assert_near(outcome(resumed), results[0]["whole"]["straight"])
 
 
 @pytest.mark.parametrize("name", KINDS)

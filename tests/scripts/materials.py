@@ -48,7 +48,7 @@ def restore_after_runner(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
     monkeypatch.setattr(transformers_trainer, "DEFAULT_CALLBACKS", list(transformers_trainer.DEFAULT_CALLBACKS))
-    for method in ("_load_from_checkpoint", "_load_best_model"):
+    for method in ("_load_from_checkpoint", "_load_best_model", "_load_optimizer_and_scheduler"):
         monkeypatch.setattr(Trainer, method, getattr(Trainer, method))
 
 

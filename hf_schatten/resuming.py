@@ -1,0 +1,105 @@
+"""What a saved state must be, and what of it counts: the parameters of this model, and the options of this run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .matrix import PER_MATRIX
+from .options import SchattenOptions, json_ready
+
+logger = logging.getLogger(__name__)
+
+# The only hyperparameters that a schedule changes; every other one is the present run's.
+SCHEDULED = ("lr", "initial_lr")
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, or is not of this model; the message names the file and what is wrong."""
+
+
+def require_same_parameters(source: str, saved: Collection[str], present: Collection[str]) -> None:
+    """Raise unless a saved state has the parameters of the present model.
+
+    Args:
+        source: what has it, for the message.
+        saved: names of its parameters.
+        present: names of the model's.
+
+    Raises:
+        CheckpointError: with the names that differ.
+    """
+    missing, extra = sorted(set(present) - set(saved)), sorted(set(saved) - set(present))
+    differences = ", and ".join(
+        f"parameters {where} ({len(names)}, such as {names[0]!r})"
+        for names, where in ((missing, "are missing from it"), (extra, "are only in it"))
+        if names
+    )
+    if differences:
+        raise CheckpointError(
+            f"{source} is not of this model: {differences}. Resume with the model that was trained, or start a new "
+            "run from its weights."
+        )
+
+
+def require_same_state(
+    source: str, saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, torch.Size]]
+) -> None:
+    """Raise unless saved states are those that the present updates of their parameters go on from.
+
+    Args:
+        source: what has them, for the message.
+        saved: by parameter name and state name.
+        expected: the shapes that they need.
+
+    Raises:
+        CheckpointError: with the parameter, and the option that may have changed.
+    """
+    for name, state in saved.items():
+        if state.keys() != expected[name].keys():
+            raise CheckpointError(
+                f"{source} holds {sorted(state)} for {name!r}, but its update now needs {sorted(expected[name])}: the "
+                "parameter was routed elsewhere, or its second moment is kept otherwise. Use the options exclude and "
+                "precondition of the run that wrote it."
+            )
+        for key, shape in expected[name].items():
+            found = state[key].shape if isinstance(state[key], Tensor) else torch.Size()
+            if found == shape:
+                continue
+            if key in PER_MATRIX and found[1:] == shape[1:]:
+                raise CheckpointError(
+                    f"{source} holds {name}/{key} of shape {tuple(found)}, and this model needs {tuple(shape)}: the "
+                    "parameter consisted of another number of matrices. Use the options split_fused, split_heads and "
+                    "fused_parts of the run that wrote it."
+                )
+            raise CheckpointError(
+                f"{source} holds {name}/{key} of shape {tuple(found)}, and this model needs {tuple(shape)}: the "
+                "checkpoint is of another model. Resume with the model that was trained."
+            )
+
+
+def say_changed_options(saved: Mapping[str, Any], present: SchattenOptions) -> frozenset[str]:
+    """Return the names of the options that differ from a checkpoint's, and log them as a warning.
+
+    Args:
+        saved: as :func:`hf_schatten.options.json_ready` gives them.
+        present: of this run, which are used.
+    """
+    options: Mapping[str, Any] = json_ready(asdict(present))
+    changed = {name: value for name, value in options.items() if saved.get(name) != value}
+    if changed:
+        logger.warning(
+            "Options changed since the checkpoint was written, and the new values are used: %s.",
+            ", ".join(f"{name} {saved.get(name)!r} -> {value!r}" for name, value in changed.items()),
+        )
+    return frozenset(changed)
+
+
+def by_name(groups: Iterable[Mapping[str, Any]], key: str) -> dict[str, Any]:
+    """Return by parameter name what groups with ``param_names`` list under a key, in the same order."""
+    return {name: item for group in groups for name, item in zip(group["param_names"], group[key], strict=True)}
