@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
+from collectives import METHODS, counted
 from processes import together
 from small_gpt2 import (
     GLOBAL_BATCH,
@@ -34,8 +34,29 @@ SETTINGS: dict[str, tuple[int, str]] = {
     "kronecker": (8, "criterion=kronecker,sync=gram"),  # whose p are at the end of the range here
     "kronecker, 4 micro-batches": (2, "criterion=kronecker,sync=gram"),
     "kronecker, statistics": (8, "criterion=kronecker,sync=statistics"),
+    "gram, in a worker": (8, "criterion=holder,sync=gram,p_async=true"),
+    "statistics, in a worker": (8, "criterion=holder,sync=statistics,p_async=true"),
 }
-EXACT = [name for name, (_, options) in SETTINGS.items() if "gram" in options]
+EXACT = [name for name, (_, options) in SETTINGS.items() if "gram" in options and "p_async" not in options]
+DUE = (10, 20, 30)
+# Bytes that processes add up: of curves, and of Gram matrices of each layer's four inputs and six matrices' outputs.
+CURVES = 1024 * MATRICES
+INPUTS = 8 * 2 * (3 * 32**2 + 128**2)
+OUTPUTS = 8 * 2 * (5 * 32**2 + 128**2)
+GATHER = "all_gather_single" if "all_gather_single" in METHODS else "_allgather_base"  # torch renames it
+UPDATES = 4 * 2 * 12 * 32**2  # of all matrices in float32: each process sends a half of them
+REDUCTIONS = {  # of each due step
+    "gram": [[INPUTS]] * 3,
+    "gram, 4 micro-batches": [[INPUTS]] * 3,
+    "statistics": [[CURVES]] * 3,
+    "statistics, 4 micro-batches": [[CURVES]] * 3,
+    "kronecker": [[INPUTS + OUTPUTS]] * 3,
+    "kronecker, 4 micro-batches": [[INPUTS + OUTPUTS]] * 3,
+    "kronecker, statistics": [[CURVES]] * 3,
+    # Curves of the last due step's worker, whose Gram matrices that step has added up.
+    "gram, in a worker": [[INPUTS], [CURVES, INPUTS], [CURVES, INPUTS]],
+    "statistics, in a worker": [[], [CURVES], [CURVES]],
+}
 
 
 def train(folder: Path, name: str) -> dict[str, Any]:
@@ -52,20 +73,9 @@ def train(folder: Path, name: str) -> dict[str, Any]:
         ),
         train_dataset=sequences(STEPS * GLOBAL_BATCH),
     )
-    reductions = []
-    original = dist.all_reduce
-
-    def count(tensor, *args, **kwargs):
-        # Trainer reduces a few numbers of its own; DistributedDataParallel does not come through here.
-        reductions.append((trainer.state.global_step + 1, tensor.numel() * tensor.element_size()))
-        return original(tensor, *args, **kwargs)
-
-    dist.all_reduce = count
-    try:
+    with counted(lambda: trainer.state.global_step + 1) as collectives:
         result = trained(trainer)
-    finally:
-        dist.all_reduce = original
-    return result | {"reductions": [pair for pair in reductions if pair[1] > 256]}
+    return result | {"collectives": collectives}
 
 
 def train_all(folder: Path) -> dict[str, dict[str, Any]]:
@@ -111,15 +121,13 @@ def test_the_mean_of_statistics_is_near_that_of_the_global_batch(alone, pair):
         assert error.median() <= 0.02
 
 
-@pytest.mark.parametrize("name", ["statistics", "kronecker, statistics"])
-def test_spectra_meet_in_one_reduction_of_a_kibibyte_a_matrix_on_due_steps_alone(name, pair):
-    reductions = pair[0][name]["reductions"]
-    assert [step for step, _ in reductions] == [10, 20, 30]
-    assert all(size <= 1024 * MATRICES for _, size in reductions)
-
-
-def test_gram_matrices_meet_in_one_reduction(pair):
-    inputs = 8 * 2 * (3 * 32**2 + 128**2)  # of each layer's four inputs
-    outputs = 8 * 2 * (5 * 32**2 + 128**2)  # of each layer's six matrices
-    for name, size in (("gram", inputs), ("kronecker", inputs + outputs)):
-        assert pair[0][name]["reductions"] == [(10, size), (20, size), (30, size)]
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_step_exchanges_updates_and_on_due_steps_what_p_is_chosen_from_and_nothing_else(name, alone, pair):
+    reductions = dict(zip(DUE, REDUCTIONS[name], strict=True))
+    expected = []
+    for step in range(1, STEPS + 1):
+        expected += [(step, "allreduce", size) for size in reductions.get(step, [])]
+        expected.append((step, GATHER, UPDATES))
+    for result in pair:
+        assert result[name]["collectives"] == expected
+    assert not alone[name]["collectives"]
