@@ -176,13 +176,16 @@ class Workload:
         """A step of fused AdamW for all parameters."""
         return self._fused_adamw(self.parameters)
 
-    def statistics_bytes(self, criterion: CriterionName = "holder") -> int:
+    def statistics_bytes(self, criterion: CriterionName = "kronecker") -> int:
         """Bytes that a due step's all-reduce adds up: each matrix' curves, and whether a rank has measured them."""
         return 8 * CRITERIA[criterion].curves * (NODES + 1) * len(self.matrices)
 
-    def gram_bytes(self) -> int:
-        """The same with ``sync=gram``: n² float64 numbers for each layer of n inputs."""
-        return 8 * sum(n * n for n in self._inputs.values())
+    def gram_bytes(self, criterion: CriterionName = "kronecker") -> int:
+        """The same with ``sync=gram``: n² float64 numbers for each layer of n inputs, m² for a matrix of m outputs."""
+        sides = [*self._inputs.values()]
+        if CRITERIA[criterion].needs_outputs:
+            sides += [matrix.shape[0] for matrix in self.matrices]
+        return 8 * sum(side * side for side in sides)
 
     @property
     def spectra(self) -> int:

@@ -80,7 +80,8 @@ class SchattenOptions:
         probe_rows: most input rows (tokens) sampled per layer on a due step. Default 1024.
         sync: what processes exchange on a due step: ``statistics`` (default), the mean of their curves, about 1 KiB a
             matrix, which is an approximation where inputs differ; or ``gram``, the Gram matrices of all input rows
-            (none left out, on one process too), with which p is that of the global batch, 8 n² bytes for n inputs.
+            (none left out, on one process too), with which p is that of the global batch: 8 n² bytes for a layer of n
+            inputs, and with the criterion ``kronecker`` 8 m² for a matrix of m outputs.
         p_start: first p of ``p="schedule"``. Default 4.
         p_end: last p of ``p="schedule"``. Default ``inf``.
         p_steps: steps of ``p="schedule"``; a Trainer's whole training where it is none. Default none.

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_schatten import create_schatten_optimizer
 from hf_schatten.distributed import Peers
+from hf_schatten.options import SchattenOptions
 from hf_schatten.work_sharing import _ALL_GATHER
 
 ROOT = Path(__file__).parents[2]
@@ -413,6 +414,7 @@ def test_worked_example_of_the_page():
             "both receiving buffers": sum(sorted(travel.buffer for travel in rounds)[-2:]),
             "statistics, sent on one step in 100": 2 * 15 / 16 * 1024 * len(workload.matrices),
             "Gram matrices instead": 2 * 15 / 16 * workload.gram_bytes(),
+            "with `criterion=holder`": 2 * 15 / 16 * workload.gram_bytes("holder"),
         }
         for label, value in expected.items():
             assert number_of(rows[label][column]) == pytest.approx(value, rel=0.005, abs=0), label
@@ -424,7 +426,9 @@ def test_worked_example_of_the_page():
         ):
             assert number_of(text) == pytest.approx(value, rel=0.005, abs=0)
     inputs = 12 * (3 * 768**2 + 3072**2)
-    assert Workload(PLANS["gpt2"]()).gram_bytes() == 8 * inputs
+    outputs = 12 * (5 * 768**2 + 3072**2)
+    assert Workload(PLANS["gpt2"]()).gram_bytes() == 8 * (inputs + outputs)
+    assert Workload(PLANS["gpt2"]()).gram_bytes("holder") == 8 * inputs
 
 
 def test_bytes_of_the_page_are_those_that_processes_really_exchange(monkeypatch: pytest.MonkeyPatch, tiny):
@@ -448,13 +452,34 @@ def test_bytes_of_the_page_are_those_that_processes_really_exchange(monkeypatch:
     assert sum(gathered) == shared(tiny, H100, Setting(), 2).update_bytes > 0
 
 
-@pytest.mark.parametrize("criterion", ["holder", "alignment"])
-def test_statistics_of_the_model_are_those_that_are_added_up(criterion, monkeypatch: pytest.MonkeyPatch):
-    workload, added = Workload(PLANS["tiny"](), "cpu"), []
-    monkeypatch.setattr("hf_schatten.distributed.sum_over_processes", lambda values: added.append(values) or values)
-    optimizer = create_schatten_optimizer(workload.model, verbose=False, criterion=criterion, p_first_step=1)
+def added_up(workload, monkeypatch, function, **options):
+    """Return the bytes of the tensors that a function which adds up over processes is given on a due step."""
+    added = []
+    monkeypatch.setattr(function, lambda values: added.append(values.numel() * values.itemsize) or values)
+    optimizer = create_schatten_optimizer(workload.model, verbose=False, p_first_step=1, **options)
     tokens = torch.arange(8)[None]
     workload.model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    (values,) = added
-    assert values.numel() * values.itemsize == workload.statistics_bytes(criterion)
+    return added
+
+
+@pytest.mark.parametrize("criterion", ["kronecker", "holder", "alignment"])
+def test_statistics_of_the_model_are_those_that_are_added_up(criterion, monkeypatch: pytest.MonkeyPatch):
+    workload = Workload(PLANS["tiny"](), "cpu")
+    added = added_up(workload, monkeypatch, "hf_schatten.distributed.sum_over_processes", criterion=criterion)
+    assert added == [workload.statistics_bytes(criterion)]
+
+
+@pytest.mark.parametrize("criterion", ["kronecker", "holder"])
+def test_gram_matrices_of_the_model_are_those_that_are_added_up(criterion, monkeypatch: pytest.MonkeyPatch):
+    workload, options = Workload(PLANS["tiny"](), "cpu"), {"criterion": criterion, "sync": "gram"}
+    added = added_up(workload, monkeypatch, "hf_schatten.adaptation.sum_over_processes", **options)
+    assert added == [workload.gram_bytes(criterion)]
+
+
+def test_the_model_takes_the_default_criterion():
+    workload, default = Workload(PLANS["tiny"]()), SchattenOptions().criterion
+    assert (workload.statistics_bytes(), workload.gram_bytes()) == (
+        workload.statistics_bytes(default),
+        workload.gram_bytes(default),
+    )
