@@ -8,7 +8,7 @@ from scaling_machines import Cost, Machine, all_gather_bytes, all_reduce_bytes, 
 from scaling_pipelines import exchange, gradients_exposed
 from scaling_workload import Workload, elements, update_costs
 
-from hf_schatten.work_sharing import Round, assign, fits, rounds_of, sharing_processes
+from hf_schatten.work_sharing import Round, assign, fits, rounds_of, sharing_groups
 
 BUCKET_BYTES = 25 << 20  # of DDP
 _BACKWARD = 2 / 3  # of the training's operations
@@ -35,7 +35,7 @@ class Step:
 
     Attributes:
         ranks: Of the run.
-        sharing: Ranks that share the updates of matrices with each other.
+        sharing: Ranks that share the updates of matrices with each other, in the smallest of the groups.
         training: Forward and backward.
         gradients: The gradients' all-reduce, where nothing hides it.
         optimizer: Computation of the optimizer.
@@ -139,19 +139,20 @@ class Travel:
     buffer: int
 
 
-def travels(workload: Workload, machine: Machine, setting: Setting, sharing: int) -> list[Travel]:
-    """Return the rounds in which ``sharing`` ranks exchange their updates."""
+def travels(workload: Workload, machine: Machine, setting: Setting, sharing: int, receivers: int = 0) -> list[Travel]:
+    """Return the rounds in which ``sharing`` ranks exchange their updates, and send them to some receivers too."""
+    group = sharing + receivers
     owners = assign(update_costs(workload.matrices), sharing)
     found = []
     for current in rounds_of(workload.matrices, owners, sharing, setting.buffer_mib):
         sizes = [workload.itemsize * sum(map(elements, matrices)) for matrices in current]
         largest = max(sizes)
         if fits(current, setting.buffer_mib):
-            seconds, sent = machine.all_gather_seconds(sharing, largest), all_gather_bytes(sharing, largest)
-            found.append(Travel(current, seconds, sent, sharing * largest))
+            seconds, sent = machine.all_gather_seconds(group, largest), all_gather_bytes(group, largest)
+            found.append(Travel(current, seconds, sent, group * largest))
         else:
-            seconds = sum(machine.broadcast_seconds(sharing, size) for size in sizes if size)
-            found.append(Travel(current, seconds, broadcast_bytes(sharing, sum(sizes)), largest))
+            seconds = sum(machine.broadcast_seconds(group, size) for size in sizes if size)
+            found.append(Travel(current, seconds, broadcast_bytes(group, sum(sizes)), largest))
     return found
 
 
@@ -175,10 +176,11 @@ def _with_optimizer(workload: Workload, machine: Machine, ranks: int, cost: Cost
 def _sharing(workload: Workload, machine: Machine, setting: Setting, ranks: int, most: int) -> Step:
     """A step in which groups of ranks share the updates, at most so many in each."""
     alone = replicated(workload, machine, setting, ranks)
-    sharing = sharing_processes(workload.matrices, ranks, most)
-    if sharing == 1:
+    groups = sharing_groups(workload.matrices, ranks, most)
+    if groups == ranks:
         return alone
-    rounds = travels(workload, machine, setting, sharing)
+    sharing = ranks // groups
+    rounds = travels(workload, machine, setting, sharing, math.ceil(ranks / groups) - sharing)
     computing = [
         [machine.seconds(workload.updates(sent)) if sent else 0.0 for sent in travel.matrices] for travel in rounds
     ]

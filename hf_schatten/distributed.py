@@ -21,12 +21,14 @@ class Peers(NamedTuple):
     Attributes:
         group: their process group, None where there is one of them.
         size: how many they are.
-        rank: the number of this process among them.
+        rank: the number of this process among them, or ``size`` where it is a receiver.
+        receivers: how many processes more their group has, which share no work and receive what the others send.
     """
 
     group: Any
     size: int
     rank: int
+    receivers: int = 0
 
 
 ALONE = Peers(None, 1, 0)

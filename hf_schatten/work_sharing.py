@@ -6,12 +6,14 @@ the process that has the least so far. Updates travel in rounds: in each, every 
 buffer that receives those of all processes has a bounded size. While a round travels, the next one is computed.
 
 Many processes share within groups of neighbours, each of which computes all matrices: a large group would save little
-more, and wait longer for what it exchanges.
+more, and wait longer for what it exchanges. Where groups differ in size, the one process more of the larger ones only
+receives: every group computes the same batches, without which the bits of its weights could differ from another's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -48,28 +50,32 @@ def assign(costs: Sequence[int], processes: int) -> list[int]:
     return owners
 
 
-def sharing_processes(matrices: Sequence[Matrix], processes: int, most: int) -> int:
-    """Return how many processes share the updates of matrices with each other.
+def sharing_groups(matrices: Sequence[Matrix], processes: int, most: int) -> int:
+    """Return in how many groups processes share the updates of matrices.
 
-    The largest divisor of their number with which the matrices go round: what is sent is at most half padding of what
-    it must be.
+    In as few as possible, with which the matrices go round: what is sent is at most half padding of what it must be.
+    But in groups of one size, which fit into nodes, where there are less than twice as many of them.
 
     Args:
         matrices: all of them.
         processes: those that train together.
-        most: at most so many.
+        most: at most so many in a group.
     """
     costs = [update_cost(matrix) for matrix in matrices]
     sizes = [_elements([matrix]) for matrix in matrices]
-    for count in range(min(processes, most), 1, -1):
-        if processes % count:
-            continue
-        sent = [0] * count
-        for owner, size in zip(assign(costs, count), sizes, strict=True):
-            sent[owner] += size
-        if count * max(sent) <= _MOST_SENT * sum(sizes):
-            return count
-    return 1
+
+    def go_round(groups: int) -> bool:
+        size, largest = processes // groups, -(-processes // groups)
+        if largest > most:
+            return False
+        sent = [0] * size
+        for owner, elements in zip(assign(costs, size), sizes, strict=True):
+            sent[owner] += elements
+        return largest * max(sent) <= _MOST_SENT * sum(sizes)
+
+    fewest = next(groups for groups in range(1, processes + 1) if go_round(groups))
+    of_one_size = (groups for groups in range(fewest, 2 * fewest) if processes % groups == 0 and go_round(groups))
+    return next(of_one_size, fewest)
 
 
 def sharing_peers(matrices: Sequence[Matrix], most: int) -> Peers:
@@ -78,14 +84,17 @@ def sharing_peers(matrices: Sequence[Matrix], most: int) -> Peers:
     All processes must call it at the same time, since it may create process groups.
 
     Args:
-        matrices: as in :func:`sharing_processes`.
-        most: as in :func:`sharing_processes`.
+        matrices: as in :func:`sharing_groups`.
+        most: as in :func:`sharing_groups`.
     """
-    size = sharing_processes(matrices, process_count(), most)
-    if size == 1:
+    processes, rank = process_count(), process_rank()
+    count = sharing_groups(matrices, processes, most)
+    if count == processes:
         return ALONE
-    group = dist.group.WORLD if size == process_count() else dist.new_subgroups(size)[0]
-    return Peers(group, size, process_rank() % size)
+    groups = [list(range(*ends)) for ends in pairwise(number * processes // count for number in range(count + 1))]
+    group = dist.group.WORLD if count == 1 else dist.new_subgroups_by_enumeration(groups)[0]
+    own, size = next(ranks for ranks in groups if rank in ranks), processes // count
+    return Peers(group, size, own.index(rank), len(own) - size)
 
 
 def rounds_of(matrices: Sequence[Matrix], owners: Sequence[int], processes: int, buffer_mib: int) -> Iterator[Round]:
@@ -139,10 +148,11 @@ def exchange(
     under_way: _Transfer | None = None
     for current in rounds:
         like = next(matrix.parameter for matrices in current for matrix in matrices)
-        steps = steps_of(current[peers.rank])
+        own = current[peers.rank] if peers.rank < peers.size else []
+        steps = steps_of(own)
         together = fits(current, buffer_mib)
-        sent = like.new_zeros(max(map(_elements, current)) if together else _elements(current[peers.rank]))
-        for matrix, slot in zip(current[peers.rank], _slots(sent, current[peers.rank]), strict=True):
+        sent = like.new_zeros(max(map(_elements, current)) if together else _elements(own))
+        for matrix, slot in zip(own, _slots(sent, own), strict=True):
             slot.copy_(steps[id(matrix)])
         del steps
         transfers = _gather(current, sent, peers) if together else _broadcasts(current, sent, peers)
@@ -159,9 +169,9 @@ _Transfer = tuple[Any, Round, Sequence[Tensor]]  # what to wait for; matrices, a
 
 def _gather(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfer]:
     """Send the parts of a round all at once, filled up to one size."""
-    received = sent.new_empty(peers.size * sent.numel())
-    work = getattr(dist, _ALL_GATHER)(received, sent, group=peers.group, async_op=True)
-    yield work, current, received.view(peers.size, -1).unbind()
+    received = sent.new_empty(peers.size + peers.receivers, sent.numel())
+    work = getattr(dist, _ALL_GATHER)(received.view(-1), sent, group=peers.group, async_op=True)
+    yield work, current, received[: peers.size].unbind()
 
 
 def _broadcasts(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfer]:

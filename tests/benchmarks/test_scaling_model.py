@@ -259,6 +259,15 @@ def test_what_a_rank_sends_stays_bounded_where_ranks_outnumber_matrices(wide):
     assert shared(wide, H100, Setting(), 2).sharing == 2
 
 
+def test_a_prime_number_of_ranks_shares_in_groups_of_two_sizes(wide):
+    """17 ranks: 8 and 9, of which one receives only, and receives as much from each of the others."""
+    step, eight = (shared(wide, H100, Setting(share_processes=9), ranks) for ranks in (17, 8))
+    assert step.sharing == eight.sharing == 8
+    assert step.optimizer == pytest.approx(eight.optimizer, rel=1e-9, abs=1e-12)
+    assert step.update_bytes == pytest.approx(8 / 7 * eight.update_bytes, rel=1e-9, abs=0)
+    assert step.buffers == pytest.approx(9 / 8 * eight.buffers, rel=1e-9, abs=0)
+
+
 def test_buffers_stay_within_their_bound(wide):
     """Matrices of 64 KiB: at most 16 parts of one matrix each go into 1 MiB together."""
     together, one_by_one = (travels(wide, H100, Setting(buffer_mib=1), ranks) for ranks in (16, 24))

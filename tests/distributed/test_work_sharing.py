@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_schatten
-from hf_schatten.work_sharing import _ALL_GATHER, assign, rounds_of, sharing_processes, update_cost
+from hf_schatten.work_sharing import _ALL_GATHER, assign, rounds_of, sharing_groups, update_cost
 
 STEPS = 3
 SETTINGS = {
@@ -157,6 +157,22 @@ def test_four_processes_share_in_pairs(alone, tmp_path):
         assert work[0] <= (1 / 2 + 0.1) * work[1]
 
 
+def train_in_two_and_three() -> dict[str, dict[str, Any]]:
+    return {name: train(**SETTINGS[name], share_processes=3) for name in IN_PAIRS}
+
+
+@pytest.mark.slow
+def test_five_processes_share_in_groups_of_two_and_three(alone, tmp_path):
+    results = together(train_in_two_and_three, 5, tmp_path)
+    assert_same_weights({name: alone[name] for name in IN_PAIRS}, results)
+    assert [result["pinned"]["peers"] for result in results] == [{2}] * 2 + [{3}] * 3
+    whole = alone["one by one"]["flops"]
+    work = [result["one by one"]["flops"] / whole for result in results]
+    assert work[4] == 0  # it receives only
+    assert work[:2] == work[2:4]
+    assert max(work) <= 1 / 2 + 0.1
+
+
 def test_a_skipped_matrix_deadlocks_nobody(alone, pair):
     assert pair[0]["a NaN"]["skipped"] == pair[1]["a NaN"]["skipped"] == alone["a NaN"]["skipped"] != {}
 
@@ -190,23 +206,42 @@ def matrices_of(config):
     return list(hf_schatten.create_schatten_optimizer(model, p=2, verbose=False).matrices())
 
 
-@pytest.mark.parametrize(("processes", "sharing"), [(8, 8), (24, 24), (1024, 32)])
-def test_so_many_processes_share_that_padding_is_little(processes, sharing):
-    matrices = matrices_of(GPT2Config(n_layer=12, n_embd=768))
-    assert sharing_processes(matrices, processes, most=1024) == sharing
+GPT2_SMALL = GPT2Config(n_layer=12, n_embd=768)
+
+
+@pytest.mark.parametrize(("processes", "groups"), [(8, 1), (24, 1), (1024, 32)])
+def test_so_many_processes_share_that_padding_is_little(processes, groups):
+    matrices = matrices_of(GPT2_SMALL)
+    assert sharing_groups(matrices, processes, most=1024) == groups
     largest = max(math.prod(matrix.wide_shape) for matrix in matrices)
-    assert sharing * largest <= 1.5 * sum(math.prod(matrix.wide_shape) for matrix in matrices)
+    assert processes // groups * largest <= 1.5 * sum(math.prod(matrix.wide_shape) for matrix in matrices)
 
 
-@pytest.mark.parametrize(("processes", "most", "sharing"), [(16, 8, 8), (16, 6, 4), (7, 4, 1), (2, 1, 1)])
-def test_no_more_processes_share_than_asked_for(processes, most, sharing):
-    assert sharing_processes(matrices_of(GPT2Config(n_layer=12, n_embd=768)), processes, most) == sharing
+@pytest.mark.parametrize(
+    ("processes", "most", "groups"),
+    [(16, 8, 2), (16, 6, 4), (7, 4, 2), (2, 1, 2), (17, 16, 2), (21, 16, 3), (25, 16, 2), (34, 16, 3), (64, 16, 4)],
+)
+def test_no_more_processes_share_than_asked_for(processes, most, groups):
+    """Groups of one size, where they are more than half as large as those of two sizes."""
+    assert sharing_groups(matrices_of(GPT2_SMALL), processes, most) == groups
+
+
+def test_any_number_of_processes_shares_the_work():
+    matrices = matrices_of(GPT2_SMALL)
+    costs = [update_cost(matrix) for matrix in matrices]
+    for processes in range(2, 65):
+        groups = sharing_groups(matrices, processes, 16)
+        size, largest = processes // groups, math.ceil(processes / groups)
+        assert min(processes, 7) <= size <= largest <= 16, processes
+        owners = assign(costs, size)
+        loads = [sum(cost for cost, owner in zip(costs, owners, strict=True) if owner == rank) for rank in range(size)]
+        assert max(loads) <= (1 / largest + 0.1) * sum(costs), processes
 
 
 def test_one_matrix_is_computed_by_all():
     """Its update would cross the network to save nothing."""
     optimizer = hf_schatten.SchattenP([torch.nn.Parameter(torch.zeros(4, 8))], p=2)
-    assert sharing_processes(list(optimizer.matrices()), 4, 4) == 1
+    assert sharing_groups(list(optimizer.matrices()), 4, 4) == 4
 
 
 def test_rounds_hold_every_matrix_once_within_the_buffer():
