@@ -182,6 +182,12 @@ def test_ddp_cpu_trains_on_two_processes(folder):
 
 
 @pytest.mark.slow
+def test_ddp_trains_on_two_processes(folder):
+    end(start(folder, FOLDER / "ddp.yaml", "--num_processes", "2", "--mixed_precision", "no"))
+    assert_trained(folder, 2)
+
+
+@pytest.mark.slow
 def test_single_trains_on_one_process(folder):
     output = end(start(folder, FOLDER / "single.yaml"))
     assert_trained(folder, 1)
