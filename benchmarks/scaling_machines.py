@@ -59,7 +59,7 @@ class Machine:
         name: For tables.
         node_ranks: Ranks in a node.
         peak: Matrix products, operations a second.
-        training_efficiency: Share of the peak that forward and backward reach.
+        training_efficiency: Share of the peak that the products of forward and backward reach.
         update_efficiency: Share of the peak that the optimizer's products reach.
         memory_rate: Bytes a second that element-wise work reaches.
         memory: Bytes of a rank's memory.
@@ -70,6 +70,7 @@ class Machine:
         collective_seconds: To launch one collective.
         overlaps: Whether a rank computes while a collective travels.
         spectrum_seconds: To estimate the norms of one gradient or input on a due step.
+        layer_seconds: Of forward and backward of a layer, beside its products.
         sources: Where each number is from, by attribute.
     """
 
@@ -87,6 +88,7 @@ class Machine:
     collective_seconds: float
     overlaps: bool
     spectrum_seconds: float
+    layer_seconds: float = 0.0
     sources: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def seconds(self, cost: Cost) -> float:
@@ -157,12 +159,13 @@ def with_network(machine: Machine, gigabits: float) -> Machine:
 
 _NCCL = "NCCL's cost model, src/graph/tuning.cc: protocol Simple"
 _ASSUMED = "assumed"
+_FITTED = "fitted to two steps of one with Muon, not compiled: step_overhead.py, scaling_gpu.py"
 
 H100 = Machine(
     name="nodes of 8 H100 SXM",
     node_ranks=8,
     peak=989e12,
-    training_efficiency=0.4,
+    training_efficiency=0.258,
     update_efficiency=0.5,
     memory_rate=0.8 * 3.35e12,
     memory=80e9,
@@ -173,9 +176,11 @@ H100 = Machine(
     collective_seconds=8.4e-6,
     overlaps=True,
     spectrum_seconds=4.1e-3,
+    layer_seconds=4.16e-3,
     sources={
         "peak": "NVIDIA H100 data sheet: bfloat16, dense",
-        "training_efficiency": _ASSUMED,
+        "training_efficiency": _FITTED,
+        "layer_seconds": _FITTED,
         "update_efficiency": _ASSUMED,
         "memory_rate": "NVIDIA H100 data sheet: 3.35 TB/s; 0.8 of it assumed",
         "memory": "NVIDIA H100 data sheet",

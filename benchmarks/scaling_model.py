@@ -1,8 +1,9 @@
 """Weak scaling of a training step to 1,024 ranks: compute, communication, overlap, and the bytes that travel.
 
 A model, not a measurement. The work is counted by running the optimizers on tensors without memory, the rounds of
-updates are those of `hf_schatten.work_sharing`, and the machine is a table of data-sheet numbers and assumptions, each
-with its source. ``--calibrate`` measures this machine and two real processes on it, and compares the model with them.
+updates are those of `hf_schatten.work_sharing`, and the machine is a table of data-sheet numbers, assumptions, and two
+numbers that are fitted to steps of one GPU (`scaling_gpu.py`), each with its source. ``--calibrate`` measures this
+machine and two real processes on it, and compares the model with them.
 
 Usage:
     python benchmarks/scaling_model.py               # tables, picture; a minute
@@ -24,6 +25,7 @@ from bench import print_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scaling_calibration import CALIBRATED, QUICK, calibrate, print_calibration
+from scaling_gpu import compare, print_comparison, trained
 from scaling_machines import H100, Machine, all_reduce_bytes, with_network
 from scaling_simulation import VARIANTS, Setting, Step, crossover
 from scaling_workload import PLANS, Workload
@@ -38,6 +40,7 @@ CHANGES: tuple[dict[str, float], ...] = (
     {"spectrum_seconds": 0.0},
     {"spectrum_seconds": 20e-3},
     {"training_efficiency": 0.5},
+    {"layer_seconds": 0.0, "training_efficiency": 0.4},  # compiled, perhaps
     {"update_efficiency": 0.7},
     {"memory_rate": 0.6 * 3.35e12},
 )
@@ -261,6 +264,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         crossovers = print_crossovers(workloads, machine, setting, ranks)
         print("\n## How much the assumptions matter: time of shared work\n")
         sensitivity = print_sensitivity(workloads, machine, setting, ranks)
+        one_gpu = [] if options.quick else compare(trained(), machine)
+        if one_gpu:
+            print("\n## One H100, measured and predicted\n")
+            print_comparison(one_gpu)
         if calibration is not None:
             print("\n## Calibration on this machine\n")
             print_calibration(calibration)
@@ -279,6 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "steps": steps,
         "crossovers": crossovers,
         "sensitivity": sensitivity,
+        "one_gpu": one_gpu,
         "calibration": calibration,
     }
     file.write_text(json.dumps(written, indent=1, allow_nan=False) + "\n", "utf-8")

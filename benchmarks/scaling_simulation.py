@@ -11,7 +11,7 @@ from scaling_workload import Workload, elements, update_costs
 from hf_schatten.work_sharing import Round, assign, fits, rounds_of, sharing_groups
 
 BUCKET_BYTES = 25 << 20  # of DDP
-_BACKWARD = 2 / 3  # of the training's operations
+_BACKWARD = 2 / 3  # of the training
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,8 @@ def travels(workload: Workload, machine: Machine, setting: Setting, sharing: int
 
 
 def _with_training(workload: Workload, machine: Machine, ranks: int) -> Step:
-    training = workload.training_flops / (machine.peak * machine.training_efficiency)
+    products = workload.training_flops / (machine.peak * machine.training_efficiency)
+    training = products + workload.layers * machine.layer_seconds
     size = workload.itemsize * workload.parameters
     buckets = math.ceil(size / BUCKET_BYTES)
     travelling = [machine.all_reduce_seconds(ranks, size / buckets)] * buckets

@@ -114,6 +114,11 @@ class Workload:
         """Number of the model's parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters())
 
+    @property
+    def layers(self) -> int:
+        """Number of the model's blocks."""
+        return int(self.plan.config.num_hidden_layers)
+
     @cached_property
     def matrix_elements(self) -> int:
         """Number of those in matrices."""
@@ -129,7 +134,7 @@ class Workload:
         """Operations of forward and backward: 6 for each weight and token, and causal attention."""
         config, tokens = self.plan.config, self.plan.sequences * self.plan.length
         weights = self.matrix_elements + config.vocab_size * config.hidden_size
-        attention = 12 * config.num_hidden_layers * config.hidden_size * self.plan.length * _CAUSAL
+        attention = 12 * self.layers * config.hidden_size * self.plan.length * _CAUSAL
         return (6.0 * weights + attention) * tokens
 
     @cached_property

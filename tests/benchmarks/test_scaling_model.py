@@ -10,6 +10,7 @@ import pytest
 import scaling_model as script
 import torch
 from scaling_calibration import QUICK, fit_line
+from scaling_gpu import Trained, compare, fit, trained
 from scaling_machines import H100, Cost, Link, Machine, all_gather_bytes, all_reduce_bytes, with_network
 from scaling_pipelines import exchange, gradients_exposed
 from scaling_simulation import (
@@ -17,6 +18,7 @@ from scaling_simulation import (
     Setting,
     Step,
     crossover,
+    muon,
     replicated,
     shared,
     shared_in_node,
@@ -303,6 +305,31 @@ def test_crossover():
     assert crossover(ranks, steps, alone) == 8
     assert crossover(ranks, alone, alone) is None
     assert crossover(ranks, [Step(1, 11.0, 0.0)] * 4, alone) == 1
+
+
+# One GPU
+
+
+def test_fit_finds_the_machine_that_has_made_the_steps(tiny, wide, plain):
+    machine = replace(plain, training_efficiency=0.25, layer_seconds=3.0)
+    steps = [Trained(workload, muon(workload, machine, Setting(), 1).seconds, math.nan) for workload in (tiny, wide)]
+    assert fit(steps, plain) == pytest.approx((0.25, 3.0), rel=1e-6, abs=0)
+
+
+def test_the_machine_is_what_measured_steps_determine_and_predicts_those_that_it_is_not_fitted_to():
+    steps = trained()
+    assert fit(steps, H100) == pytest.approx((H100.training_efficiency, H100.layer_seconds), rel=0.002, abs=0)
+    rows = compare(steps, H100)
+    stored = json.loads((ROOT / "benchmarks/results/scaling_model.json").read_text("utf-8"))["one_gpu"]
+    for row, kept in zip(rows, stored, strict=True):
+        assert 0.95 <= row["predicted"] / row["measured"] <= 1.05, row
+        assert kept == row | {"predicted": pytest.approx(row["predicted"], rel=1e-9, abs=0)}
+    page = (ROOT / "docs/multi_node.md").read_text("utf-8")
+    cells = [row[1:3] for row in rows_of(page, "one H100, ms")]
+    expected = [[1e3 * row["measured"], 1e3 * row["predicted"]] for row in rows]
+    assert [[number_of(cell) for cell in pair] for pair in cells] == [
+        pytest.approx(pair, abs=0.0501) for pair in expected
+    ]
 
 
 # The script, its results and its page
