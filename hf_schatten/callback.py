@@ -144,10 +144,13 @@ class SchattenCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Draw the pictures, and leave the model alone."""
+        """Draw the pictures, warn of steps that were skipped since the last warning, and leave the model alone."""
         self._draw(args, state, optimizer)
         schatten = unwrap_optimizer(optimizer)
-        if schatten is not None and schatten.policy is not None:
+        if schatten is None:
+            return
+        schatten.report_skipped()
+        if schatten.policy is not None:
             schatten.policy.pause()
 
     def on_save(

@@ -272,7 +272,7 @@ class SchattenP(Optimizer):
             self.policy.after_update(self)
         self._calls += 1
         if self._calls % _REPORT_INTERVAL == 0:
-            self._report_skipped()
+            self.report_skipped()
         return loss
 
     def __getstate__(self) -> dict[str, Any]:
@@ -335,6 +335,32 @@ class SchattenP(Optimizer):
         }
         counts = torch.stack(list(states.values())).tolist() if states else []  # one wait for the device
         return {name: int(count) for name, count in zip(states, counts, strict=True) if count}
+
+    def report_skipped(self) -> None:
+        """Warn of the steps that matrices have skipped, where there are more than at the last warning.
+
+        :meth:`step` calls it every 100 steps, and a Trainer at the end of training. Waits for the device.
+        """
+        skipped = self.skipped_steps()
+        if sum(skipped.values()) <= self._reported_skips:
+            return
+        self._reported_skips = sum(skipped.values())
+        most = max(skipped.values())
+        with_most = [name for name, count in skipped.items() if count == most]
+        if len(with_most) == 1:
+            logger.warning(
+                "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were "
+                "skipped: of %s, %d steps in all. Lower the learning rate, or look for the layer that overflows.",
+                *(len(skipped), with_most[0], most),
+            )
+        else:
+            logger.warning(
+                "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were "
+                "skipped: %d of them skipped %d steps. A Trainer, and any clipping by the norm of all gradients, "
+                "makes all of them NaN where one is, so that this names no layer. Lower the learning rate, or find "
+                "the layer with --debug underflow_overflow.",
+                *(len(skipped), len(with_most), most),
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as ``torch.optim.Optimizer`` does, and the options, which a resume compares."""
@@ -446,17 +472,6 @@ class SchattenP(Optimizer):
                 f"A matrix has become a tensor of shape {tuple(parameter.shape)}: the training engine (DeepSpeed ZeRO "
                 "or FSDP version 1) hands the optimizer flat pieces. Use DDP or FSDP version 2, or "
                 "optim='adamw_torch' with this engine."
-            )
-
-    def _report_skipped(self) -> None:
-        skipped = self.skipped_steps()
-        if sum(skipped.values()) > self._reported_skips:
-            self._reported_skips = sum(skipped.values())
-            name, count = max(skipped.items(), key=lambda item: item[1])
-            logger.warning(
-                "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were "
-                "skipped: of %s, %d steps in all. Lower the learning rate, or look for the layer that overflows.",
-                *(len(skipped), name, count),
             )
 
     def _check_coupling(self) -> None:

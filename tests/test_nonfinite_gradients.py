@@ -116,22 +116,62 @@ def test_skipped_steps_are_reported_once_in_an_interval(caplog):
     assert "of first, 1 steps" in record.getMessage()
 
 
-def test_a_trainer_survives_them_and_logs_how_many(gpt2, training_arguments, token_dataset):
-    """Trainer's clipping spreads one NaN over every gradient, so that all matrices skip the step."""
-    arguments = training_arguments(optim_args="p_interval=2,p_first_step=2", max_steps=6)
-    trainer = Trainer(gpt2, arguments, train_dataset=token_dataset)
-    weight, calls = gpt2.transformer.h[0].mlp.c_fc.weight, []
+def test_only_the_matrix_that_skipped_more_than_all_others_is_named(caplog):
+    _, optimizer, step = training()
+    with caplog.at_level(logging.WARNING, logger="hf_schatten"):
+        step(0, first=math.nan, second=math.nan)
+        optimizer.report_skipped()
+        step(1, second=math.nan)
+        optimizer.report_skipped()
+        step(2)
+        optimizer.report_skipped()  # nothing new
+    alike, apart = (record.getMessage() for record in caplog.records)
+    assert "2 of them skipped 1 steps." in alike
+    assert "first" not in alike
+    assert "look for the layer" not in alike
+    assert "of second, 2 steps in all" in apart
 
-    def spoil(gradient):
-        calls.append(1)
-        return gradient * math.nan if len(calls) == 4 else gradient  # on a step that estimates p
 
-    weight.register_hook(spoil)
-    trainer.train()
-    assert all(parameter.isfinite().all() for parameter in gpt2.parameters())
+@pytest.fixture
+def spoiled_trainer(gpt2, training_arguments, token_dataset, caplog):
+    """Return a function that trains six steps, with one spoiled gradient, and returns the Trainer and its warnings."""
+
+    def train(bad, **arguments):
+        arguments = training_arguments(optim_args="p_interval=2,p_first_step=2", max_steps=6, **arguments)
+        trainer, calls = Trainer(gpt2, arguments, train_dataset=token_dataset), []
+
+        def spoil(gradient):
+            calls.append(1)
+            return torch.full_like(gradient, bad) if len(calls) == 4 else gradient  # on a step that estimates p
+
+        gpt2.transformer.h[0].mlp.c_fc.weight.register_hook(spoil)
+        with caplog.at_level(logging.WARNING, logger="hf_schatten"):
+            trainer.train()
+        assert all(parameter.isfinite().all() for parameter in gpt2.parameters())
+        return trainer, [record.getMessage() for record in caplog.records if record.name == "hf_schatten.optimizer"]
+
+    return train
+
+
+@pytest.mark.parametrize(("bad", "max_grad_norm"), [(math.nan, 1.0), (math.nan, 0.0), (math.inf, 0.0)])
+def test_a_trainer_spreads_one_over_all_matrices_and_warns_at_the_end(spoiled_trainer, bad, max_grad_norm):
+    trainer, (warning,) = spoiled_trainer(bad, max_grad_norm=max_grad_norm)
     skipped = trainer.optimizer.optimizer.skipped_steps()
     assert set(skipped.values()) == {1}
     assert len(skipped) == 8  # every routed parameter
+    assert "The gradients of 8 of the matrices" in warning
+    assert "names no layer" in warning
+
+
+def test_clipping_leaves_an_infinite_gradient_to_its_matrix(spoiled_trainer):
+    trainer, (warning,) = spoiled_trainer(math.inf)
+    name = "transformer.h.0.mlp.c_fc.weight"
+    assert trainer.optimizer.optimizer.skipped_steps() == {name: 1}
+    assert f"of {name}, 1 steps in all" in warning
+
+
+def test_a_trainer_logs_how_many(spoiled_trainer):
+    trainer, _ = spoiled_trainer(math.nan)
     history = trainer.state.log_history
     logged = {entry["step"]: entry.get("schatten_skipped_steps") for entry in history if "loss" in entry}
     assert logged == {1: None, 2: None, 3: None, 4: 1, 5: 1, 6: 1}
