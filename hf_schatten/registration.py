@@ -114,7 +114,8 @@ def _refuse_unsupported_arguments(args: TrainingArguments) -> None:
         UnsupportedEngineError: for DeepSpeed and FSDP version 1.
     """
     flattening = args.fsdp and int((args.fsdp_plugin_args or {}).get("fsdp_version", 1)) == 1
-    for engine, asked_for in (("DeepSpeed", args.deepspeed), ("FSDP version 1", flattening)):
+    deepspeed = args.deepspeed or args.deepspeed_plugin  # the latter alone where accelerate launch asks for it
+    for engine, asked_for in (("DeepSpeed", deepspeed), ("FSDP version 1", flattening)):
         if asked_for:
             raise UnsupportedEngineError(
                 f"optim='schatten_p' does not support {engine}, which hands the optimizer pieces of the matrices. "

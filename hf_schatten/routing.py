@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
+from .distributed import UnsupportedEngineError
 from .layout import Layout, matches
 from .projections import WHOLE, Cut, cut_of, parse_fused_parts
 
@@ -112,6 +113,7 @@ def route_parameters(
 
     Raises:
         RoutingError: when no matrix is routed, a pattern matches nothing, or parts do not divide the outputs.
+        UnsupportedEngineError: when no matrix is routed because DeepSpeed ZeRO has emptied the parameters.
     """
     model = extract_model_from_parallel(model)
     backbone = {id(module) for module in _backbone(model).modules()}
@@ -139,6 +141,7 @@ def route_parameters(
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
     require_matches("fused_parts", patterns, [route.name for route in routing.to("schatten_p")])
     if not routing.to("schatten_p"):
+        _refuse_emptied(model)
         raise RoutingError(_nothing_routed(model, routing))
     return routing
 
@@ -247,6 +250,15 @@ def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) 
         if not any(matches(pattern, name) for name in names):
             shown = ", ".join(names[:3])
             raise RoutingError(f"{option} has {pattern!r}, which matches nothing; names look like {shown}.")
+
+
+def _refuse_emptied(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if not parameter.numel():
+            raise UnsupportedEngineError(
+                f"{name!r} of {type(model).__name__} has no elements, as under stage 3 of DeepSpeed ZeRO, which keeps "
+                "the parameters elsewhere. Use DDP or FSDP version 2, or optim='adamw_torch' with this engine."
+            )
 
 
 def _nothing_routed(model: nn.Module, routing: Routing) -> str:

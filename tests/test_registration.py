@@ -132,6 +132,7 @@ def test_the_factory_gets_the_arguments_of_the_command_line(gpt2, training_argum
     [
         ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "FSDP version 1"),
         ({"deepspeed": "x"}, "DeepSpeed"),
+        ({"deepspeed_plugin": "x"}, "DeepSpeed"),  # of accelerate launch
     ],
 )
 def test_sharding_engines_are_refused_by_name(gpt2, training_arguments, argument, engine):

@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from hf_schatten import RoutingError, route_parameters
+from hf_schatten import RoutingError, UnsupportedEngineError, create_schatten_optimizer, route_parameters
 
 
 def names(routing, destination):
@@ -188,6 +188,24 @@ def test_a_frozen_model_is_an_error_of_its_own(llama):
     llama.requires_grad_(False)
     with pytest.raises(RoutingError, match="All parameters of LlamaForCausalLM are frozen"):
         route_parameters(llama)
+
+
+def test_parameters_without_elements_are_deepspeeds(llama):
+    """Stage 3 of ZeRO leaves a tensor of shape (0,) of every parameter."""
+    for parameter in llama.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    with pytest.raises(UnsupportedEngineError, match=r"'model\.embed_tokens\.weight' .* stage 3 of DeepSpeed ZeRO"):
+        route_parameters(llama)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "engine"), [("FullyShardedDataParallel", "FSDP version 1"), ("DeepSpeedEngine", "DeepSpeed")]
+)
+def test_a_model_in_an_engines_wrapper_is_refused(wrapper, engine):
+    wrapped = type(wrapper, (nn.Sequential,), {})(nn.Linear(4, 4))
+    for model in (wrapped, nn.Sequential(nn.Linear(4, 4), wrapped)):  # FSDP 1 wraps layers too
+        with pytest.raises(UnsupportedEngineError, match=f"and {engine} hands the optimizer flat pieces"):
+            create_schatten_optimizer(model)
 
 
 def test_the_table_counts_every_parameter_once(gpt2):
