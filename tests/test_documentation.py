@@ -193,7 +193,10 @@ def check_python(words, parse):
     """Check the arguments of ``python``: a script or a module, and what that takes."""
     if words[:2] == ["-m", "hf_schatten.run"]:
         check_trained(words[2:], parse)
-    elif words[0] == "-m":
+        return
+    if ("--optim", "schatten_p") in pairwise(words):
+        assert imports_the_package(words), f"put hf_schatten.run before {words[0]}"
+    if words[0] == "-m":
         if words[1] != "pip":
             assert importlib.util.find_spec(words[1]) is not None
             parse(words[1], words[2:])
@@ -201,6 +204,13 @@ def check_python(words, parse):
         check_trained(words, parse)
     else:
         check_script(words, parse)
+
+
+def imports_the_package(words):
+    """Whether a script does, or takes the recipes' parts, which do; the reader's knows nothing of the package."""
+    script = ROOT / words[0]
+    imported = re.compile(r"^(import|from) (hf_schatten|recipe_parts)\b", flags=re.MULTILINE)
+    return script.is_file() and imported.search(script.read_text(encoding="utf-8"))
 
 
 def check_script(words, parse):
@@ -260,10 +270,11 @@ def check_torchrun(words, parse):
 
 def check_pip(words, parse):
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert words[:2] == ["install", "-e"]
-    place, _, named = words[2].partition("[")
-    assert place in (".", "path/to/this/folder")
-    assert set(filter(None, named.rstrip("]").split(","))) <= set(extras)
+    assert words[0] in ("install", "wheel")
+    for word in words[1:]:
+        place, _, named = word.partition("[")
+        assert place in ("-e", "--no-deps", ".", "path/to/this/folder") or importlib.util.find_spec(place)
+        assert set(filter(None, named.rstrip("]").split(","))) <= set(extras)
 
 
 def check_pre_commit(words, parse):
@@ -308,11 +319,15 @@ def test_commands_name_what_exists_and_take_their_options(page, parse):
         "python -m hf_schatten.report erasure --stepps 3",
         "python -m hf_schatten.run train.py --output_dir run --optim schatten_q",
         "python -m hf_schatten.run train.py --output_dir run --optim_args p_intervall=3",
+        "python train.py --output_dir run --optim schatten_p",
+        "accelerate launch train.py --output_dir run --optim schatten_p",
+        "python -m trl.scripts.sft --output_dir run --dataset_name data --optim schatten_p",
         "make trian",
         'make train ARGS="--learning_rates 1"',
         "accelerate launch --num_procs 2 -m hf_schatten.run train.py --output_dir run --optims x",
         "torchrun --nproc_per_nodes 2 -m hf_schatten.run train.py --output_dir run",
         "pip install -e '.[devel]'",
+        "pip install trll",
     ],
 )
 def test_wrong_commands_are_found(command, parse):
