@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 from .linalg.coefficient_table import STEPS, exponent_of
 from .linalg.spectrum import LogNormEstimatorName
@@ -41,6 +41,15 @@ OPTION_VALUES: dict[str, tuple[str, ...]] = {
     "precondition_exponent": get_args(PreconditionExponent),
     "compute_dtype": get_args(ComputeDtype),
 }
+
+# What the caller sets for AdamW and the matrices alike: names under which it may be given as an option, the argument
+# of create_schatten_optimizer, and the flags of TrainingArguments.
+_OF_THE_CALLER = (
+    (("lr", "learning_rate"), "lr", "--learning_rate"),
+    (("weight_decay", "wd"), "weight_decay", "--weight_decay"),
+    (("betas", "beta1", "beta2", "adam_beta1", "adam_beta2"), "betas", "--adam_beta1 and --adam_beta2"),
+    (("eps", "epsilon", "adam_epsilon"), "eps", "--adam_epsilon"),
+)
 
 
 class OptionError(ValueError):
@@ -330,14 +339,13 @@ class SchattenOptions:
             values: option name to value, for example ``{"p": "adaptive", "p_interval": "50"}``.
 
         Raises:
-            OptionError: on an unknown name (with the nearest valid name and the list) or a malformed value.
+            OptionError: on an unknown name (with where it belongs, or the nearest valid name and the list) or a
+                malformed value.
         """
         known = {field.name for field in fields(cls)}
         for name in values:
             if name not in known:
-                nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-                raise OptionError(f"Unknown option {name!r}.{hint} The options are: {', '.join(sorted(known))}.")
+                _refuse_unknown(name, known)
         return cls(**{name: _parse(name, value) for name, value in values.items()})
 
     @classmethod
@@ -348,10 +356,15 @@ class SchattenOptions:
             text: comma-separated ``name=value`` pairs; blanks are ignored; None or "" gives the defaults.
 
         Raises:
-            OptionError: when a pair has no ``=``, a name occurs twice, or as :meth:`from_mapping` says.
+            OptionError: when a pair has no ``=``, options are not separated by commas, a name occurs twice, or as
+                :meth:`from_mapping` says.
         """
         values: dict[str, str] = {}
-        for pair in filter(None, (text or "").replace(" ", "").split(",")):
+        for given in (text or "").split(","):
+            pair = given.replace(" ", "")
+            if not pair:
+                continue
+            _require_one_option(given)
             name, separator, value = pair.partition("=")
             if not (name and separator and value):
                 raise OptionError(
@@ -371,6 +384,29 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [json_ready(item) for item in value]
     return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def _refuse_unknown(name: str, known: set[str]) -> NoReturn:
+    for names, argument, flags in _OF_THE_CALLER:
+        if name in names:
+            raise OptionError(
+                f"{name!r} is no option of schatten_p: set {flags} of TrainingArguments, or the argument {argument} "
+                "of create_schatten_optimizer."
+            )
+    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+    raise OptionError(f"Unknown option {name!r}.{hint} The options are: {', '.join(sorted(known))}.")
+
+
+def _require_one_option(pair: str) -> None:
+    """Raise where a second option follows after a semicolon or a blank."""
+    known = {field.name for field in fields(SchattenOptions)}
+    for second in re.finditer(r"[;\s]\s*(\w+)\s*=", pair.partition("=")[2]):
+        if second[1] in known:
+            raise OptionError(
+                f"optim_args has {pair.strip()!r}: separate options by commas, as before {second[1]!r}; semicolons "
+                "join the patterns of one option."
+            )
 
 
 def _truth_value(text: str) -> bool:

@@ -29,6 +29,11 @@ def test_the_range_of_the_estimate_may_reach_beyond_muon():
     assert (options.p_min, options.p_max, options.initial_p) == (2.0, -5.0, math.inf)
 
 
+def test_a_path_may_look_like_options():
+    for path in ("runs/p=4/checkpoint-500", "runs/a;b=4"):
+        assert SchattenOptions.from_optim_args(f"p_init={path}").p_init == path
+
+
 def test_overrides_are_pairs_of_pattern_and_p():
     for text in ("*.c_proj:inf;*.h.0.*:-10", "*.c_proj:inf,*.h.0.*:-10"):
         assert SchattenOptions.from_mapping({"p_overrides": text}).overrides == {
@@ -85,6 +90,18 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
             "p_intervall=50",
             "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: buffer_mib, ",
         ),
+        ("lr=1e-3", "'lr' is no option of schatten_p: set --learning_rate of TrainingArguments, or the argument lr"),
+        ("learning_rate=1e-3", "set --learning_rate of TrainingArguments"),
+        ("weight_decay=0.1", "set --weight_decay of TrainingArguments"),
+        ("p=inf,betas=0.9", "set --adam_beta1 and --adam_beta2 of TrainingArguments, or the argument betas of"),
+        ("adam_beta2=0.95", "set --adam_beta1 and --adam_beta2 of TrainingArguments"),
+        ("eps=1e-6", "set --adam_epsilon of TrainingArguments, or the argument eps of"),
+        (
+            "p=adaptive;p_interval=5",
+            "'p=adaptive;p_interval=5': separate options by commas, as before 'p_interval'; semicolons join the",
+        ),
+        ("exclude=*.gate;*.mlp.*; p = 4", "separate options by commas, as before 'p'"),
+        ("nesterov=false p_interval=5", "'nesterov=false p_interval=5': separate options by commas"),
         ("zzz=1", "Unknown option 'zzz'. The options are: "),
         ("p_interval", "'p_interval', which is no name=value pair"),
         ("p_interval=", "'p_interval=', which is no name=value pair"),
