@@ -192,14 +192,14 @@ class SchattenProgressCallback(ProgressCallback):
 
     def __init__(self, max_str_len: int = 100) -> None:
         super().__init__(max_str_len)
-        self._shown_estimates: int | None = None
+        self._shown_estimates = 0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Open the bar."""
         super().on_train_begin(args, state, control, **kwargs)
-        self._shown_estimates = None
+        self._shown_estimates = 0
 
     def on_step_end(
         self,
@@ -209,7 +209,7 @@ class SchattenProgressCallback(ProgressCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Advance the bar, and show the median p of the first step and of every estimate, logged or not."""
+        """Advance the bar, and show the median p of every estimate, logged or not; after a resume, of the last one."""
         super().on_step_end(args, state, control, optimizer=optimizer, **kwargs)
         schatten = unwrap_optimizer(optimizer)
         if self.training_bar is None or schatten is None or not isinstance(schatten.policy, Adaptation):
