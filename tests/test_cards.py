@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 import pytest
 from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_schatten import SchattenCallback, SchattenOptions, SchattenTrainer, SchattenTrainerMixin, load_learned_p
@@ -196,6 +197,35 @@ def test_a_resume_through_the_mixin_is_bitwise(gpt2, token_dataset, training_arg
     resumed = OwnCardWithSchatten(model=gpt2, args=arguments, train_dataset=token_dataset)
     resumed.train(resume_from_checkpoint=f"{arguments.output_dir}/checkpoint-5")
     assert all(value.equal(straight[name]) for name, value in gpt2.state_dict().items())
+
+
+def test_the_section_says_how_to_resume(gpt2, token_dataset, training_arguments):
+    other_weights = type(gpt2)(gpt2.config)
+    arguments = {"optim_args": "p=3", "save_strategy": "steps", "save_steps": 2}
+    trained = SchattenTrainer(gpt2, training_arguments(max_steps=2, **arguments), train_dataset=token_dataset)
+    trained.train()
+    trained.create_model_card()
+    section = section_of((Path(trained.args.output_dir) / "README.md").read_text())
+    program = section.partition("### Resume\n")[2].partition("```python\n")[2].partition("```")[0]
+    longer = training_arguments(max_steps=3, **arguments)
+    reader = {"model": other_weights, "arguments": longer, "dataset": token_dataset}
+    exec(program, reader)
+    resumed = reader["trainer"]
+    assert resumed.optimizer.optimizer.steps_taken() == 3
+    assert resumed.state.log_history[:2] == trained.state.log_history[:2]  # the checkpoint's
+
+
+def test_a_peft_card_keeps_section_and_tags_over_later_saves(gpt2, token_dataset, training_arguments):
+    """PEFT writes the tags anew at every save, from those of the base model."""
+    model = get_peft_model(gpt2, LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
+    arguments = training_arguments(optim_args="p=3", max_steps=1)
+    trainer = SchattenTrainer(model, arguments, train_dataset=token_dataset)
+    trainer.train()
+    trainer.create_model_card()
+    trainer.save_model()
+    card = ModelCard.load(Path(arguments.output_dir) / "README.md")
+    assert {"schatten-p", "lora"} <= set(card.data.tags)
+    assert "p = 3 for all 8 matrices." in section_of(card.text)
 
 
 def test_a_trainer_that_only_loads_keeps_the_section(gpt2, token_dataset, training_arguments):

@@ -13,14 +13,18 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertModel,
+    Blip2VisionConfig,
+    Blip2VisionModel,
     GptOssConfig,
     GptOssForCausalLM,
+    LayoutLMv2Config,
     T5Config,
     T5Model,
 )
 from transformers.models.bloom.modeling_bloom import BloomAttention
 from transformers.models.codegen.modeling_codegen import CodeGenAttention
 from transformers.models.falcon.modeling_falcon import FalconAttention
+from transformers.models.layoutlmv2.modeling_layoutlmv2 import LayoutLMv2SelfAttention
 from transformers.models.persimmon.modeling_persimmon import PersimmonAttention
 
 from hf_schatten import (
@@ -72,7 +76,7 @@ def build(kind, **settings):
     return AutoModelForCausalLM.from_config(config)
 
 
-def taken_for(model, attribute, monkeypatch):
+def taken_for(model, attribute, monkeypatch, **inputs):
     """Return the numbers of the outputs that the model's forward takes for query, key and value."""
     seen = []
 
@@ -93,9 +97,11 @@ def taken_for(model, attribute, monkeypatch):
         monkeypatch.setattr(torch.Tensor, "chunk", lambda *args, **kwargs: record(None, *chunk(*args, **kwargs)))
     (layer,) = (module for name, module in model.named_modules() if name.endswith(f".{attribute}"))
     # Rotary embeddings leave position 0 as it is.
-    layer.register_forward_hook(lambda module, args, output: torch.arange(output.numel()).view(output.shape).float())
+    layer.register_forward_hook(
+        lambda module, args, output: torch.arange(output.shape[-1]).expand(output.shape).float().clone()
+    )
     with pytest.raises(_SeenError):
-        model(torch.zeros(1, 1, dtype=torch.long), use_cache=False)
+        model(**inputs or {"input_ids": torch.zeros(1, 1, dtype=torch.long), "use_cache": False})
     return [set(part.flatten().long().tolist()) for part in seen]
 
 
@@ -115,6 +121,24 @@ def test_parts_are_what_the_model_takes_them_for(kind, monkeypatch):
     parts = [numbers(route.layout, outputs, name) for name in ("q", "k", "v")]
     assert sorted(number for part in parts for number in part) == list(range(outputs))
     assert parts == taken_for(model, attribute, monkeypatch)
+
+
+def test_parts_of_a_vision_transformer_are_what_it_takes_them_for(monkeypatch):
+    config = Blip2VisionConfig(
+        hidden_size=32, intermediate_size=24, num_hidden_layers=1, num_attention_heads=4, image_size=4, patch_size=4
+    )
+    model = Blip2VisionModel(config)
+    routes = {route.name: route.layout for route in route_parameters(model).routes}
+    parts = [numbers(routes["encoder.layers.0.self_attn.qkv.weight"], 96, name) for name in ("q", "k", "v")]
+    assert parts == taken_for(model, "qkv", monkeypatch, pixel_values=torch.zeros(1, 3, 4, 4))
+
+
+def test_parts_of_layoutlmv2_are_what_it_takes_them_for():
+    attention = LayoutLMv2SelfAttention(LayoutLMv2Config(hidden_size=32, num_attention_heads=4, fast_qkv=True))
+    routes = {route.name: route.layout for route in route_parameters(attention).routes}
+    parts = [numbers(routes["qkv_linear.weight"], 96, name) for name in ("q", "k", "v")]
+    attention.qkv_linear.register_forward_hook(lambda module, args, output: torch.arange(96.0))
+    assert parts == [set(part.flatten().long().tolist()) for part in attention.compute_qkv(torch.zeros(32))]
 
 
 def test_gate_and_up_of_interleaved_experts():
