@@ -113,7 +113,8 @@ def test_tensorboard_has_every_estimate(run):
 
 
 def test_wandb_has_the_estimates(run, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
+    import wandb
+
     for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
         monkeypatch.setenv(name, value)
     trainer = run(report_to="wandb")
@@ -128,7 +129,6 @@ def test_wandb_has_the_estimates(run, tmp_path, monkeypatch):
 
 def test_trackio_has_the_estimates(run, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at the import
-    pytest.importorskip("trackio")
     from trackio.sqlite_storage import SQLiteStorage
 
     trainer = run(report_to="trackio", project="tiny", run_name="one")
