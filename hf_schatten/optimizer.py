@@ -121,8 +121,8 @@ class SchattenP(Optimizer):
         share_work: where several processes train together, compute each matrix' update on one of them and exchange
             the updates (:mod:`hf_schatten.work_sharing`), which takes the parameters' bytes once a step. All
             processes must have the same gradients, as under DDP. Default True.
-        share_processes: most processes that share with each other, neighbours by their number; the largest divisor
-            of how many there are is taken, less where there are few matrices. Default 16.
+        share_processes: most processes that share with each other, neighbours by their number: in as few groups as
+            possible, of nearly one size; fewer where there are few matrices. Default 16.
         buffer_mib: memory, in MiB, of a buffer that receives the updates of other processes, more where one matrix
             needs more; there are two at most. Default 256.
 
