@@ -33,14 +33,14 @@ def counted(step: Callable[[], int]) -> Iterator[Seen]:
         step: returns the number of the present step.
     """
     seen: Seen = []
-    originals = {name: getattr(dist.ProcessGroup, name) for name in METHODS}
+    originals = {name: vars(dist.ProcessGroup)[name] for name in METHODS}  # getattr would lose how they bind
 
     def counting(name: str) -> Callable[..., Any]:
         def count(group: Any, *args: Any, **kwargs: Any) -> Any:
             if _called_by_the_package():
                 tensors = [leaf for leaf in tree_leaves(args[:1]) if isinstance(leaf, Tensor)]
                 seen.append((step(), name, sum(tensor.numel() * tensor.element_size() for tensor in tensors)))
-            return originals[name](group, *args, **kwargs)
+            return originals[name].__get__(group)(*args, **kwargs)
 
         return count
 
