@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
+_TRACKIO = tempfile.TemporaryDirectory(prefix="trackio")  # removed at the end; runs kept elsewhere would go on there
+os.environ["TRACKIO_DIR"] = _TRACKIO.name  # which trackio reads at its import
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from trackio.sqlite_storage import SQLiteStorage
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from hf_schatten import SchattenCallback
@@ -127,10 +128,7 @@ def test_wandb_has_the_estimates(run, tmp_path, monkeypatch):
         wandb.finish()
 
 
-def test_trackio_has_the_estimates(run, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read at the import
-    from trackio.sqlite_storage import SQLiteStorage
-
+def test_trackio_has_the_estimates(run):
     trainer = run(report_to="trackio", project="tiny", run_name="one")
     rows = [row for row in SQLiteStorage.get_logs("tiny", "one") if "train/schatten_p_median" in row]
     assert [row["train/global_step"] for row in rows] == DUE
