@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 
-_TRACKIO = tempfile.TemporaryDirectory(prefix="trackio")  # removed at the end; runs kept elsewhere would go on there
-os.environ["TRACKIO_DIR"] = _TRACKIO.name  # which trackio reads at its import
+# Read by trackio at its import; a run of the tests must not go on with the logs of the one before.
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -33,6 +34,11 @@ torch.set_num_threads(1)
 
 VOCABULARY = 64
 LENGTH = 16
+
+
+def pytest_unconfigure() -> None:
+    """Remove trackio's folder."""
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 @pytest.fixture
