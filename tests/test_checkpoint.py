@@ -110,6 +110,22 @@ def test_the_state_comes_back_exactly(saved):
     assert again.param_groups[0]["lr"] == 0.01
 
 
+def test_what_never_had_a_gradient_is_saved_too(tmp_path):
+    def unused():
+        model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
+        model.unused = nn.Linear(4, 3)
+        return model, hf_schatten.create_schatten_optimizer(model, verbose=False, p=4)
+
+    model, optimizer = unused()
+    model[1](model[0](torch.ones(5, 6))).sum().backward()
+    optimizer.step()
+    save_optimizer(optimizer, tmp_path)
+    again = unused()[1]
+    load_optimizer(again, tmp_path)
+    assert {"unused.weight/momentum", "unused.bias/exp_avg"} <= states(again).keys()
+    assert again.state[again.param_groups[0]["params"][-1]]["step"] == 0
+
+
 def test_learned_p_is_read_without_a_model(saved):
     optimizer, folder = saved
     assert load_learned_p(folder) == optimizer.learned_p()
