@@ -45,7 +45,7 @@ from .options import (
     json_ready,
 )
 from .preconditioning import SECOND_MOMENTS
-from .resuming import SCHEDULED, by_name, require_same_parameters, require_same_state, say_changed_options
+from .resuming import groups_to_load, say_changed_options
 from .sharded import is_sharded, local, shards_of, update_sharded
 from .update import COMMON_OPTIONS, Update, batches, factors_alone, lengths_together
 from .work_sharing import assign, exchange, rounds_of, sharing_peers, update_cost
@@ -58,9 +58,6 @@ STATE_ELSEWHERE = "schatten_p_state_file"
 OPTIONS = "schatten_p_options"  # where a state_dict has the options of the run
 
 logger = logging.getLogger(__name__)
-
-# Options of a group that say what its parameters are, and not how they are updated.
-_STRUCTURE = "spectral", "transposed", "sections", "blocks", "p", "p_by_parameter", "param_names"
 
 _REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
 
@@ -87,7 +84,8 @@ class SchattenP(Optimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
             chooses the Schatten-p update, False chooses AdamW; ``transposed`` (default False), ``sections`` (default
             none) and ``blocks`` (default 1) say how its parameters are read as matrices, see
-            :class:`hf_schatten.layout.Layout`.
+            :class:`hf_schatten.layout.Layout`; ``p_by_parameter`` (default none) has, by name, the p of parameters
+            with another than the group's.
         lr: learning rate of the AdamW groups; that of matrices is ``lr * lr_ratio``. Default 1e-3.
         p: p of a matrix at its first step: at least 1, ``inf``, or at most -4; in a group, a sequence gives each
             matrix of the parameter its own. Default ``inf``.
@@ -380,7 +378,8 @@ class SchattenP(Optimizer):
             ValueError: when the state is another optimizer's, or is in another file.
         """
         _require_own_state(state_dict)
-        groups = self._groups_to_load(state_dict)
+        own = self.defaults if self.options else ()
+        groups = groups_to_load(state_dict, self.param_groups, self.expected_state(), own)
         super().load_state_dict(state_dict | {"param_groups": groups})
         saved_ids = chain.from_iterable(group["params"] for group in groups)
         parameters = chain.from_iterable(group["params"] for group in self.param_groups)
@@ -393,32 +392,6 @@ class SchattenP(Optimizer):
             self._honour(self.options, state_dict.get(OPTIONS))
         if self.policy is not None:
             self.policy.after_load(self)
-
-    def _groups_to_load(self, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """Return groups of the present structure, with the saved numbers of their parameters.
-
-        Raises:
-            CheckpointError: as :meth:`load_state_dict`.
-        """
-        saved_groups = state_dict["param_groups"]
-        if all("param_names" in group for group in (*saved_groups, *self.param_groups)):
-            ids, names = by_name(saved_groups, "params"), list(by_name(self.param_groups, "params"))
-            require_same_parameters("The optimizer's saved state", ids, names)
-            states = {name: state_dict["state"][ids[name]] for name in names if ids[name] in state_dict["state"]}
-            require_same_state("The optimizer's saved state", states, self.expected_state())
-            group_of = {name: group for group in saved_groups for name in group["param_names"]}
-            pairs = [
-                (group, group_of[group["param_names"][0]] | {"params": [ids[name] for name in group["param_names"]]})
-                for group in self.param_groups
-            ]
-        elif len(saved_groups) == len(self.param_groups):
-            pairs = list(zip(self.param_groups, saved_groups, strict=True))
-        else:
-            return saved_groups  # which torch refuses
-        kept = [key for key in self.defaults if key not in SCHEDULED] if self.options else []
-        return [
-            saved | {key: present[key] for key in (*_STRUCTURE, *kept) if key in present} for present, saved in pairs
-        ]
 
     def _honour(self, options: SchattenOptions, saved_options: Mapping[str, Any] | None) -> None:
         """Make a loaded state one of the present options."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -17,6 +17,10 @@ logger = logging.getLogger(__name__)
 
 # The only hyperparameters that a schedule changes; every other one is the present run's.
 SCHEDULED = ("lr", "initial_lr")
+
+# Options of a group that say what its parameters are, and not how they are updated.
+_STRUCTURE = "spectral", "transposed", "sections", "blocks", "p", "p_by_parameter", "param_names"
+_STATE_DICT = "The optimizer's saved state"  # in messages, where no file is known
 
 
 class CheckpointError(ValueError):
@@ -100,6 +104,44 @@ def say_changed_options(saved: Mapping[str, Any], present: SchattenOptions) -> f
     return frozenset(changed)
 
 
-def by_name(groups: Iterable[Mapping[str, Any]], key: str) -> dict[str, Any]:
-    """Return by parameter name what groups with ``param_names`` list under a key, in the same order."""
-    return {name: item for group in groups for name, item in zip(group["param_names"], group[key], strict=True)}
+def groups_to_load(
+    state_dict: Mapping[str, Any],
+    present: Sequence[Mapping[str, Any]],
+    expected: Mapping[str, Mapping[str, torch.Size]],
+    own: Collection[str],
+) -> list[dict[str, Any]]:
+    """Return groups of the present structure for torch to load, with the saved numbers of their parameters.
+
+    Where parameters have names, these and not their order say which is which.
+
+    Args:
+        state_dict: as ``torch.optim.Optimizer.state_dict`` gives it.
+        present: the optimizer's groups.
+        expected: as in :func:`require_same_state`.
+        own: options of a group, besides its structure, that stay the present ones; those of the schedule never do.
+
+    Raises:
+        CheckpointError: as :func:`require_same_parameters` and :func:`require_same_state`.
+    """
+    saved = state_dict["param_groups"]
+    if all("param_names" in group for group in (*saved, *present)):
+        ids, names = _numbers(saved), _numbers(present).keys()
+        require_same_parameters(_STATE_DICT, ids, names)
+        states = {name: state_dict["state"][ids[name]] for name in names if ids[name] in state_dict["state"]}
+        require_same_state(_STATE_DICT, states, expected)
+        group_of = {name: group for group in saved for name in group["param_names"]}
+        then = [
+            group_of[group["param_names"][0]] | {"params": [ids[name] for name in group["param_names"]]}
+            for group in present
+        ]
+    elif len(saved) == len(present):
+        then = saved
+    else:
+        return saved  # which torch refuses
+    kept = {*_STRUCTURE, *own} - {*SCHEDULED}
+    return [old | {key: new[key] for key in kept if key in new} for new, old in zip(present, then, strict=True)]
+
+
+def _numbers(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what groups have under ``params``, by name."""
+    return {name: item for group in groups for name, item in zip(group["param_names"], group["params"], strict=True)}

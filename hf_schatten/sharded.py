@@ -90,22 +90,23 @@ class Slab(NamedTuple):
             tensor: this process' part of a tensor of the parameter's shape.
             peers: who shares the parameter.
         """
-        first = min(peers.rank * self._share(peers.size), self.parameter.shape[0])
+        first = peers.rank * _rows_each(self.parameter, peers.size)
         start = min(max(self.start - first, 0), tensor.shape[0])
         return tensor.narrow(0, start, self.rows_of(peers.rank, peers.size))
 
     def rows_of(self, rank: int, count: int) -> int:
         """Return how many of its rows a process has, of ``count`` that share the parameter."""
-        share = self._share(count)
+        share = _rows_each(self.parameter, count)
         return max(0, min((rank + 1) * share, self.start + self.rows) - max(rank * share, self.start))
 
     def numel_of(self, rank: int, count: int) -> int:
         """Return how many elements of it a process has."""
         return self.rows_of(rank, count) * self.shape[1:].numel()
 
-    def _share(self, count: int) -> int:
-        """Rows of the parameter on a process: as many on all, and fewer or none on the last ones."""
-        return -(-self.parameter.shape[0] // count)
+
+def _rows_each(parameter: Tensor, count: int) -> int:
+    """Return how many rows each of ``count`` processes has, the last ones fewer or none."""
+    return -(-parameter.shape[0] // count)
 
 
 _Owned = Sequence[tuple[Slab, int]]  # slabs and their owners, in the same order on every process
@@ -190,7 +191,7 @@ def _rounds(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tuple[Peers
         for slab, owner in sorted(zip(slabs, owners, strict=True), key=lambda pair: -pair[0].shape.numel()):
             queues[owner].append(slab)
         while any(queues):
-            taken = [take(queue, (buffer_mib << 20) // 4, _elements) for queue in queues]
+            taken = [take(queue, (buffer_mib << 20) // 4, lambda slab: slab.shape.numel()) for queue in queues]
             yield peers, [(slab, rank) for rank, of_rank in enumerate(taken) for slab in of_rank]
 
 
@@ -205,13 +206,9 @@ def _slabs(parameter: Tensor, matrices: Sequence[Matrix], count: int) -> Iterato
     if parameter.ndim != 3:
         yield Slab(parameter, 0, parameter.shape[0], by_expert[""])
         return
-    share = -(-parameter.shape[0] // count)
+    share = _rows_each(parameter, count)
     for expert in sorted(map(int, by_expert), key=lambda expert: (expert % share, expert)):
         yield Slab(parameter, expert, 1, by_expert[str(expert)])
-
-
-def _elements(slabs: Sequence[Slab]) -> int:
-    return sum(slab.shape.numel() for slab in slabs)
 
 
 def _look_ahead(matrix: Matrix) -> Tensor:
@@ -245,11 +242,12 @@ def gather_to_owners(peers: Peers, owned: _Owned, parts: Sequence[Tensor]) -> li
     mine = [slab for slab, owner in owned if owner == peers.rank]
     sizes = [sum(part.numel() for part in to_rank) for to_rank in sent]
     shares = [[slab.numel_of(rank, peers.size) for slab in mine] for rank in range(peers.size)]
-    received = parts[0].new_empty(sum(map(sum, shares)))
+    expected = list(map(sum, shares))
+    received = parts[0].new_empty(sum(expected))
     packed = torch.cat([part for to_rank in sent for part in to_rank])
-    dist.all_to_all_single(received, packed, list(map(sum, shares)), sizes, group=peers.group)
+    dist.all_to_all_single(received, packed, expected, sizes, group=peers.group)
     pieces: list[list[Tensor]] = [[] for _ in mine]
-    for block, share in zip(received.split(list(map(sum, shares))), shares, strict=True):
+    for block, share in zip(received.split(expected), shares, strict=True):
         for of_slab, piece in zip(pieces, block.split(share), strict=True):
             of_slab.append(piece)
     return [torch.cat(of_slab).view(slab.shape) for slab, of_slab in zip(mine, pieces, strict=True)]
@@ -276,11 +274,12 @@ def scatter_from_owners(peers: Peers, owned: _Owned, wholes: Sequence[Tensor], d
     for number, (_, owner) in enumerate(owned):
         numbers[owner].append(number)
     shares = [[owned[number][0].numel_of(peers.rank, peers.size) for number in of_owner] for of_owner in numbers]
+    expected = list(map(sum, shares))
     device = local(owned[0][0].parameter).device
-    received = torch.empty(sum(map(sum, shares)), dtype=dtype, device=device)
+    received = torch.empty(sum(expected), dtype=dtype, device=device)
     packed = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
-    dist.all_to_all_single(received, packed, list(map(sum, shares)), sizes, group=peers.group)
+    dist.all_to_all_single(received, packed, expected, sizes, group=peers.group)
     found: dict[int, Tensor] = {}
-    for of_owner, block, share in zip(numbers, received.split(list(map(sum, shares))), shares, strict=True):
+    for of_owner, block, share in zip(numbers, received.split(expected), shares, strict=True):
         found.update(zip(of_owner, block.split(share), strict=True))
     return [found[number].view(-1, *slab.shape[1:]) for number, (slab, _) in enumerate(owned)]

@@ -117,13 +117,15 @@ def rounds_of(matrices: Sequence[Matrix], owners: Sequence[int], processes: int,
         for queue in queues:
             queue.sort(key=lambda matrix: -_elements([matrix]))
         while any(queues):
-            yield [take(queue, limit, _elements) for queue in queues]
+            yield [take(queue, limit, lambda matrix: _elements([matrix])) for queue in queues]
 
 
-def take(queue: list[T], limit: int, elements: Callable[[Sequence[T]], int]) -> list[T]:
+def take(queue: list[T], limit: int, elements: Callable[[T], int]) -> list[T]:
     """Remove what has at most ``limit`` elements together, but one item at least, from the head of a queue."""
     taken: list[T] = []
-    while queue and (not taken or elements([*taken, queue[0]]) <= limit):
+    room = limit
+    while queue and (not taken or elements(queue[0]) <= room):
+        room -= elements(queue[0])
         taken.append(queue.pop(0))
     return taken
 
