@@ -144,6 +144,14 @@ def _thirds(outputs: int, owner: nn.Module, config: Any) -> Cut:
     return Cut(tuple((part, outputs // 3) for part in ("q", "k", "v")))
 
 
+def _vision_qkv(outputs: int, owner: nn.Module, config: Any) -> Cut:
+    inputs = getattr(owner, "in_features", 0)
+    if not inputs < outputs < 3 * inputs:
+        return _thirds(outputs, owner, config)
+    shared = (outputs - inputs) // 2  # fewer heads of keys and values (EXAONE 4.5); queries are as large as the inputs
+    return Cut((("q", inputs), ("k", shared), ("v", shared)))
+
+
 def _blocks_of_thirds(count: int, outputs: int, order: str = "qkv") -> Cut:
     size = outputs // (3 * count) if count else 0
     return Cut(tuple((part, size) for part in order), count)
@@ -218,7 +226,7 @@ _FUSED: Mapping[str, Callable[[int, nn.Module, Any], Cut]] = {
     "c_attn": _c_attn,
     "qkv_proj": _qkv_proj,
     "query_key_value": _query_key_value,
-    "qkv": _thirds,  # vision transformers
+    "qkv": _vision_qkv,
     "qkv_linear": _thirds,
     "Wqkv": _thirds_of_inputs,
     "gate_up_proj": _gate_up,

@@ -133,6 +133,27 @@ def test_parts_of_a_vision_transformer_are_what_it_takes_them_for(monkeypatch):
     assert parts == taken_for(model, "qkv", monkeypatch, pixel_values=torch.zeros(1, 3, 4, 4))
 
 
+def test_parts_of_exaone_whose_vision_has_fewer_keys_are_what_it_takes_them_for():
+    modeling = pytest.importorskip("transformers.models.exaone4_5.modeling_exaone4_5")
+    config = modeling.Exaone4_5_VisionConfig(hidden_size=32, num_heads=4, num_key_value_heads=1, depth=1)
+    attention = modeling.Exaone4_5_VisionAttention(config)
+    routes = {route.name: route.layout for route in route_parameters(attention).routes}
+    parts = [numbers(routes["qkv.weight"], 48, name) for name in ("q", "k", "v")]
+    seen = []
+
+    def record(module, *query_key_value, **kwargs):
+        seen.extend(query_key_value[:3])
+        raise _SeenError
+
+    AttentionInterface.register("record", record)
+    config._attn_implementation = "record"
+    attention.qkv.register_forward_hook(lambda module, args, output: torch.arange(48.0)[None])
+    unturned = (torch.ones(1, 8), torch.zeros(1, 8))
+    with pytest.raises(_SeenError):
+        attention(torch.zeros(1, 32), cu_seqlens=torch.tensor([0, 1]), position_embeddings=unturned)
+    assert parts == [set(part.flatten().long().tolist()) for part in seen]
+
+
 def test_parts_of_layoutlmv2_are_what_it_takes_them_for():
     attention = LayoutLMv2SelfAttention(LayoutLMv2Config(hidden_size=32, num_attention_heads=4, fast_qkv=True))
     routes = {route.name: route.layout for route in route_parameters(attention).routes}
