@@ -287,7 +287,13 @@ def _time_steps(trial: Trial, processes: int) -> Times:
     plan = trial.plan
     model = AutoModelForCausalLM.from_config(plan.config)
     optimizer: SchattenP = create_schatten_optimizer(
-        model, 1e-4, verbose=False, p="adaptive", p_interval=trial.interval, p_first_step=trial.interval
+        model,
+        1e-4,
+        verbose=False,
+        p="adaptive",
+        p_interval=trial.interval,
+        p_first_step=trial.interval,
+        compute_dtype="float32",  # in which products are timed
     )
     copies = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
     adamw = torch.optim.AdamW(copies, lr=1e-4, fused=True)

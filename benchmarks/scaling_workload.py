@@ -102,7 +102,10 @@ class Workload:
         self.plan, self.device = plan, device
         with torch.device(device):
             self.model: nn.Module = AutoModelForCausalLM.from_config(plan.config).to(plan.dtype)
-        self.optimizer: SchattenP = create_schatten_optimizer(self.model, p=2.0, verbose=False)
+        compute_dtype = "float32" if device == "cpu" else "auto"  # a CPU is calibrated in float32
+        self.optimizer: SchattenP = create_schatten_optimizer(
+            self.model, p=2.0, compute_dtype=compute_dtype, verbose=False
+        )
         self.optimizer.create_state()
         usable = torch.ones((), dtype=torch.bool, device=device)
         self.matrices = [replace(matrix, usable=usable) for matrix in self.optimizer.matrices()]

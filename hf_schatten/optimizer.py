@@ -19,6 +19,7 @@ from .coupling import COUPLING_WEIGHTS, WeightFunction
 from .distributed import ALONE, Peers, UnsupportedEngineError
 from .finite import Usable, count_unusable, usable_gradients
 from .layout import matrix_name
+from .linalg.compute_dtype import fast_compute_dtype
 from .linalg.targets import POWER, TargetFunction, target_of
 from .matrix import (
     MOMENTUM,
@@ -108,8 +109,9 @@ class SchattenP(Optimizer):
         betas: AdamW's decays. Default (0.9, 0.999).
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5.
-        compute_dtype: dtype of the matrix products. Default None: float64 for float64 momenta, else float32 on a CPU
-            and bfloat16 on an accelerator.
+        compute_dtype: dtype of the matrix products. Default None: float64 for float64 momenta; bfloat16 on an
+            accelerator, and for matrices of 128 rows and columns or more on a CPU with instructions for it (AVX-512
+            BF16); else float32.
         target: what replaces σ^{1/p} where the step is pinned: a name that
             :func:`hf_schatten.linalg.targets.parse_target` takes, or a function of a NumPy array of singular values in
             (0, 1], relative to the Schatten-8 norm. A function is fitted here, once. p then shapes the
@@ -228,7 +230,7 @@ class SchattenP(Optimizer):
         Returns:
             (B, m, n) U Σ^{1/p} Vᵀ of each momentum, or what another target makes of Σ.
         """
-        return self.target.direction(momenta, p, self.ns_steps, self.compute_dtype)
+        return self.target.direction(momenta, p, self.ns_steps, self.compute_dtype or fast_compute_dtype(momenta))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

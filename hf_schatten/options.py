@@ -115,9 +115,9 @@ class SchattenOptions:
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;
             both follow the one schedule. Default 1.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
-        compute_dtype: dtype of the matrix products of an update: ``float32``, ``bfloat16``, faster where the processor
-            multiplies matrices in it, or ``auto`` (default): ``float32`` on a CPU and ``bfloat16`` on an accelerator,
-            but float64 for float64 parameters on either.
+        compute_dtype: dtype of the matrix products of an update: ``float32``, ``bfloat16``, or ``auto`` (default):
+            ``bfloat16`` on an accelerator, and for matrices of 128 rows and columns or more on a CPU with instructions
+            for it (AVX-512 BF16); else ``float32``, or float64 for float64 parameters.
         target: what becomes of the singular values: ``power`` (default), σ^{1/p}; or, relative to the Schatten-8 norm
             of the matrix, ``soft_threshold:TAU``, ``soft_step:TAU``, or ``top_k:K``, 1 for the largest K and 0 for
             the rest; see :mod:`hf_schatten.linalg.targets`. With any but ``power``, p is a number, which then shapes

@@ -28,9 +28,12 @@ from transformers import (
 )
 
 import hf_schatten  # noqa: F401 - makes optim="schatten_p" valid
+from hf_schatten.linalg import compute_dtype
 
 # One thread, for tiny products: several wait for each other longer than they work, and add up in another order.
 torch.set_num_threads(1)
+# Updates in float32 on every machine, whatever its CPU multiplies fast: tests of bfloat16 ask for it.
+compute_dtype.CPU_MULTIPLIES_BFLOAT16 = False
 
 VOCABULARY = 64
 LENGTH = 16

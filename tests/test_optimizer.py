@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_schatten
 from hf_schatten import SchattenP, UnsupportedEngineError
+from hf_schatten.linalg import compute_dtype, spectral_power
 
 SHAPES = [(24, 24), (16, 40), (40, 16)]
 SHAPES_OF_ONE_BATCH = [(128, 256), (256, 128), (256, 128)]
@@ -391,6 +392,35 @@ def test_products_are_computed_in_the_dtype_that_is_asked_for_also_by_a_copy(nam
     seen = products_of(lambda: optimizer.direction(momenta, torch.full((3,), math.inf)))
     assert seen == {dtype}
     assert products_of(lambda: copy.deepcopy(optimizer).direction(momenta, torch.full((3,), math.inf))) == {dtype}
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it_fast(instructions, gpt2, monkeypatch):
+    monkeypatch.setattr(compute_dtype, "CPU_MULTIPLIES_BFLOAT16", instructions)
+    optimizer = hf_schatten.create_schatten_optimizer(gpt2, p=math.inf, verbose=False)
+
+    def dtypes(*shape, dtype=torch.float32):
+        return products_of(lambda: optimizer.direction(torch.randn(2, *shape, dtype=dtype), torch.full((2,), 2.0)))
+
+    assert dtypes(128, 130) == {torch.bfloat16 if instructions else torch.float32}
+    assert dtypes(127, 500) == {torch.float32}  # small matrices are faster in float32 on any CPU
+    assert dtypes(128, 130, dtype=torch.float64) == {torch.float64}
+    X = torch.randn(128, 130)
+    assert products_of(lambda: spectral_power(X, 2)) == {torch.float32}  # the function keeps its accuracy
+
+
+def test_training_in_bfloat16_is_close_to_training_in_float32(monkeypatch):
+    monkeypatch.setattr(compute_dtype, "CPU_MULTIPLIES_BFLOAT16", True)
+    start, weights = torch.randn(160, 128), {}
+    for name in ("auto", "float32"):
+        torch.manual_seed(0)
+        weights[name] = nn.Parameter(start.clone())
+        optimizer = SchattenP([weights[name]], lr=0.02, compute_dtype=getattr(torch, name, None))
+        for _ in range(5):
+            weights[name].grad = torch.randn(160, 128)
+            optimizer.step()
+    moved, difference = (weights["float32"] - start).norm(), (weights["auto"] - weights["float32"]).norm()
+    assert 0 < difference < 0.01 * moved  # another dtype, and one point of error at most
 
 
 def products_of(call):

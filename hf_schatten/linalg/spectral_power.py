@@ -19,6 +19,7 @@ from hf_schatten.linalg.coefficient_table import (
     exponent_of,
     interpolate,
 )
+from hf_schatten.linalg.compute_dtype import default_compute_dtype
 from hf_schatten.linalg.symmetric_product import symmetric_product
 
 # The Schatten-8 norm bounds σ_max, but for the rounding of half precision; beyond 1 the polynomials explode.
@@ -84,7 +85,7 @@ def spectral_power_from_exponent(
     s = s.clamp(MIN_EXPONENT, MAX_EXPONENT)
     if X.numel() == 0:
         return torch.zeros_like(X)
-    power = _transferred(batch, interpolate(s, steps), s[:, None, None], compute_dtype or _default_dtype(X))
+    power = _transferred(batch, interpolate(s, steps), s[:, None, None], compute_dtype or default_compute_dtype(X))
     return _like(X, power)
 
 
@@ -106,7 +107,7 @@ def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: t
     if X.numel() == 0:
         return torch.zeros_like(X)
     rows = torch.tensor(coefficients.row, dtype=_scalar_dtype(X), device=X.device).expand(len(batch), -1)
-    return _like(X, _transferred(batch, rows, None, compute_dtype or _default_dtype(X)))
+    return _like(X, _transferred(batch, rows, None, compute_dtype or default_compute_dtype(X)))
 
 
 def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
@@ -134,12 +135,6 @@ def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
 def _exponent(p: float | Tensor) -> float | Tensor:
     """``s = 1/p``, after a check of p where p is a number."""
     return p.reciprocal() if isinstance(p, Tensor) else exponent_of(p)
-
-
-def _default_dtype(X: Tensor) -> torch.dtype:
-    if X.dtype == torch.float64:
-        return torch.float64
-    return torch.float32 if X.device.type == "cpu" else torch.bfloat16
 
 
 def _scalar_dtype(X: Tensor) -> torch.dtype:
@@ -214,11 +209,13 @@ def _transferred(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch
     gram_squared.div_(s8.square())
     norm = s4.sqrt() * s8.sqrt()  # of a zero matrix: s4 * s8 would underflow
     divisor = (largest * norm).clamp(torch.finfo(norm.dtype).tiny)
-    torch.div(X, divisor, out=iterate)  # X₀
-
-    scale = torch.ones_like(norm) if s is None else largest**s * norm**s
-    # Where products are in half precision, X₀ is not read from there; scale / divisor may overflow.
-    total = iterate * (w[0] * scale) if iterate.dtype == scale.dtype else (X / divisor).mul_(w[0] * scale)
+    scale = torch.ones_like(norm) if s is None else largest**s * norm**s  # scale / divisor may overflow
+    if compute_dtype == scale.dtype:
+        total = torch.div(X, divisor, out=iterate) * (w[0] * scale)  # iterate: X₀
+    else:
+        total = X / divisor  # not read from the iterate, where it is in half precision
+        iterate.copy_(total)
+        total.mul_(w[0] * scale)
     direct = _steps_on_iterate(X, steps, compute_dtype)
     spare = torch.empty_like(iterate)  # fresh memory for every product would cost several per cent on a CPU
     for k, step in enumerate(chain[:direct], start=1):
