@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
+from hf_schatten.linalg import compute_dtype
+
 PATIENCE = 120.0  # seconds, after which processes are killed and their test fails
 
 # Imported once, by the process that all others are forked from.
@@ -103,6 +105,7 @@ def _work(
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    compute_dtype.CPU_MULTIPLIES_BFLOAT16 = False  # as in the process that compares
     try:
         dist.init_process_group("gloo", timeout=timeout)
         assert dist.get_world_size() == count
