@@ -93,7 +93,6 @@ def measure(model: nn.Module, batch: dict[str, Any], candidate: Candidate, repea
         The candidate's time over Muon's, and the steps of a run.
     """
     options = SchattenOptions.from_optim_args(candidate.optim_args)
-    given = {name: value for name, value in asdict(options).items() if value != getattr(SchattenOptions(), name)}
 
     def run_of(optimizer_of: Callable[[nn.Module], Optimizer]) -> Callable[[], None]:
         own = copy.deepcopy(model).train()
@@ -107,7 +106,7 @@ def measure(model: nn.Module, batch: dict[str, Any], candidate: Candidate, repea
 
         return run
 
-    ours = run_of(lambda own: create_schatten_optimizer(own, 1e-4, verbose=False, **given))
+    ours = run_of(lambda own: create_schatten_optimizer(own, 1e-4, verbose=False, **vars(options)))
     muon = run_of(lambda own: MuonAndAdamW(own, lr=1e-4, weight_decay=0.1, betas=(0.9, 0.999), eps=1e-8))
     return time_ratio(ours, muon, repeats, next(model.parameters()).device), options.p_interval
 
