@@ -31,6 +31,7 @@ from torch import Tensor
 
 from .linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT
 from .linalg.direction_curves import DirectionCurves, direction_curves, iterate_direction_curves
+from .linalg.finiteness import are_finite
 from .linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, LogNormEstimatorName, log_schatten_norm
 from .options import CriterionName
 
@@ -120,7 +121,7 @@ class Sample:
         """Return whether all of it is finite, a bool scalar on its device."""
         rows = [factor.rows for factor in (self.inputs, self.outputs) if factor is not None]
         tensors = [self.gradient, self.momentum, *rows]
-        return torch.stack([tensor.isfinite().all() for tensor in tensors if tensor is not None]).all()
+        return torch.stack(are_finite([tensor for tensor in tensors if tensor is not None])).all()
 
     def copied(self) -> Sample:
         """Return a sample whose gradient nobody else writes to."""
