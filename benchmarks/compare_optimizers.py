@@ -4,10 +4,12 @@ Usage:
     python benchmarks/compare_optimizers.py recipes/pretrain_clm/comparison.yaml
     python benchmarks/compare_optimizers.py TASK.yaml --only "p = 2" "p = 4" --seeds 1   # the sweep of two candidates
     python benchmarks/compare_optimizers.py TASK.yaml --report                           # tables of what has run
+    python benchmarks/compare_optimizers.py TASK.yaml --keep --only "p = 3"              # one more row in the report
 
 A run that is stored is not run again, so that an interrupted comparison goes on where it stopped. Tables, a picture
 and all outcomes go beside the task's file: into ``results`` from ``comparison.yaml``, and into ``results_NAME`` from
-``NAME_comparison.yaml`` or ``NAME.yaml``.
+``NAME_comparison.yaml`` or ``NAME.yaml``. A report is of what has run here, and with ``--keep`` also of what it had
+before, which does not run again.
 """
 
 import argparse
@@ -20,7 +22,9 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
+import comparison_numbers
 from comparison import Candidate, ComparisonError, Outcome, Run, Standing, Task, next_runs
+from comparison_numbers import load_outcomes
 from comparison_report import write_report
 from tqdm import tqdm
 
@@ -33,21 +37,23 @@ class Store:
     Args:
         task: The task; outcomes of other arguments than its own are passed over.
         folder: Where the files are.
+        kept: Outcomes of an earlier report, where there is no file of the same run.
     """
 
-    def __init__(self, task: Task, folder: Path) -> None:
-        self.task, self._folder = task, folder
+    def __init__(self, task: Task, folder: Path, kept: Sequence[Outcome] = ()) -> None:
+        self.task, self._folder, self._kept = task, folder, kept
 
     def outcomes(self, candidate: Candidate) -> list[Outcome]:
         """The stored outcomes of a candidate, as it is now."""
-        found = (Outcome.load(path) for path in sorted(self._folder.glob("*.json")))
-        return [
-            outcome
-            for outcome in found
+        stored = [Outcome.load(path) for path in sorted(self._folder.glob("*.json"))]
+        found = {
+            (outcome.learning_rate, outcome.seed): outcome
+            for outcome in (*self._kept, *stored)
             if outcome.candidate == candidate.name
             and outcome.seed in self.task.seeds
             and outcome.arguments == self._arguments(Run(candidate, outcome.learning_rate, outcome.seed))
-        ]
+        }
+        return [found[run] for run in sorted(found)]
 
     def execute(self, run: Run, threads: int) -> None:
         """Train, and store the outcome.
@@ -128,6 +134,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, help="folder of the outcomes (default outputs/comparisons/NAME)")
     parser.add_argument("--output", type=Path, help="folder of the report (default: beside TASK)")
     parser.add_argument("--report", action="store_true", help="run nothing; report on what has run")
+    parser.add_argument("--keep", action="store_true", help="go on from the report that is there, and keep its rows")
     parsed = parser.parse_args(arguments)
     for name in ("seeds", "jobs", "threads"):
         value = getattr(parsed, name)
@@ -142,16 +149,15 @@ def main(arguments: Sequence[str]) -> None:
     candidates = task.only(parsed.only)
     kind = parsed.task.stem.removesuffix("comparison").rstrip("_")
     name = "_".join(filter(None, (parsed.task.resolve().parent.name, kind)))
-    store = Store(task, parsed.runs or Path("outputs/comparisons") / name)
+    output = parsed.output or parsed.task.parent / "_".join(filter(None, ("results", kind)))
+    kept = load_outcomes(output / comparison_numbers.NAME, task.metric) if parsed.keep else []
+    store = Store(task, parsed.runs or Path("outputs/comparisons") / name, kept)
     if not parsed.report:
         threads = parsed.threads or max(1, (os.cpu_count() or 1) // parsed.jobs)
         run_all(store, candidates, parsed.seeds, jobs=parsed.jobs, threads=threads)
-    standings = [Standing(task, each, tuple(store.outcomes(each))) for each in candidates]
-    page = write_report(
-        [standing for standing in standings if standing.outcomes],
-        parsed.output or parsed.task.parent / "_".join(filter(None, ("results", kind))),
-        title=name,
-    )
+    shown = task.candidates if parsed.keep else candidates
+    standings = [Standing(task, each, tuple(store.outcomes(each))) for each in shown]
+    page = write_report([standing for standing in standings if standing.outcomes], output, title=name)
     print(page.read_text("utf-8"))
 
 

@@ -180,6 +180,17 @@ class Outcome:
         temporary.write_text(json.dumps(asdict(self)) + "\n", "utf-8")
         temporary.replace(path)
 
+    @property
+    def step_time(self) -> float:
+        """Mean seconds of a training step, due ones included: of the processor on a CPU, else of the clock."""
+        return (self.cpu_seconds if self.device == "cpu" else self.seconds)[-1] / self.steps[-1]
+
+    @property
+    def optimizer_time(self) -> float:
+        """Mean seconds of the optimizer in a step."""
+        total = self.optimizer_cpu_seconds if self.device == "cpu" else self.optimizer_seconds
+        return total[-1] / self.steps[-1]
+
     def curve(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one key of the logs, the last of several at one step."""
         values = {entry["step"]: entry[key] for entry in self.logs if key in entry}

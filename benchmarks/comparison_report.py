@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+import comparison_numbers
 import numpy as np
 from comparison import Outcome, Standing
-from comparison_stability import learned_exponents, stability_sections
+from comparison_numbers import numbers_of
+from comparison_stability import stability_sections
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -38,8 +39,8 @@ def write_report(standings: Sequence[Standing], folder: Path, title: str) -> Pat
         return page
     reference = next((each for each in standings if each.candidate.name == REFERENCE), None)
     draw(standings, folder / "comparison.png")
-    numbers = [_numbers(standing, outcome) for standing in standings for outcome in standing.outcomes]
-    (folder / "comparison.json").write_text(json.dumps(numbers, allow_nan=False, indent=1) + "\n", "utf-8")
+    numbers = [numbers_of(standing, outcome) for standing in standings for outcome in standing.outcomes]
+    (folder / comparison_numbers.NAME).write_text(json.dumps(numbers, allow_nan=False, indent=1) + "\n", "utf-8")
     task = standings[0].task
     arguments = " ".join(Path(text).name for text in task.arguments)
     parts = [
@@ -87,8 +88,8 @@ def _row(standing: Standing, reference: Standing | None) -> tuple[str, ...]:
         f"{standing.mean():.4f}" + ("" if math.isnan(error) else f" ± {error:.4f}"),
         str(len(best)),
         _steps_to(standing, reference) if reference else "",
-        _ratio([step_time(outcome) for outcome in best], reference, step_time),
-        _ratio([optimizer_time(outcome) for outcome in best], reference, optimizer_time),
+        _ratio(standing, reference, lambda outcome: outcome.step_time),
+        _ratio(standing, reference, lambda outcome: outcome.optimizer_time),
     )
 
 
@@ -123,25 +124,11 @@ def steps_to_reach(
     return None
 
 
-def step_time(outcome: Outcome) -> float:
-    """Return the mean seconds of a training step: of the processor on a CPU, else of the clock."""
-    return _mean_step(outcome.cpu_seconds if outcome.device == "cpu" else outcome.seconds)
-
-
-def optimizer_time(outcome: Outcome) -> float:
-    """Return the mean seconds of the optimizer in a step."""
-    return _mean_step(outcome.optimizer_cpu_seconds if outcome.device == "cpu" else outcome.optimizer_seconds)
-
-
-def _mean_step(total: Sequence[float]) -> float:
-    """Return the mean of a step, due ones included, from the seconds since the start."""
-    return total[-1] / len(total)
-
-
-def _ratio(times: Sequence[float], reference: Standing | None, time_of: Any) -> str:
+def _ratio(standing: Standing, reference: Standing | None, time_of: Callable[[Outcome], float]) -> str:
     if reference is None:
         return ""
-    return f"{statistics.median(times) / statistics.median(map(time_of, reference.best_outcomes())):.2f}"
+    own, other = (statistics.median(map(time_of, each.best_outcomes())) for each in (standing, reference))
+    return f"{own / other:.2f}"
 
 
 def _sweeps(standings: Sequence[Standing]) -> str:
@@ -196,7 +183,7 @@ def draw(standings: Sequence[Standing], path: Path) -> None:
     for index, standing in enumerate(standings):
         style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--", "marker": ".", "linewidth": 1.2}
         steps, values = standing.mean_curve()
-        seconds = statistics.median(step_time(outcome) for outcome in standing.best_outcomes())
+        seconds = statistics.median(outcome.step_time for outcome in standing.best_outcomes())
         by_step.plot(steps, values, label=standing.candidate.name, **style)
         by_time.plot(np.array(steps) * seconds, values, **style)
     _finish(by_step, "step", metric, [value for line in by_step.lines for value in np.asarray(line.get_ydata())])
@@ -214,32 +201,6 @@ def _finish(axes: Axes, label: str, metric: str, values: Iterable[float]) -> Non
     axes.set_xlabel(label)
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
-
-
-def _numbers(standing: Standing, outcome: Outcome) -> dict[str, Any]:
-    """Return what is kept of an outcome: curves, times, and the p of every layer at the best learning rate."""
-    steps, values = outcome.curve(standing.task.metric)
-    at_best = outcome.learning_rate == standing.best_rate
-    return {
-        "candidate": outcome.candidate,
-        "learning_rate": outcome.learning_rate,
-        "seed": outcome.seed,
-        "arguments": list(outcome.arguments),
-        "steps": steps,
-        standing.task.metric: [_rounded(value) for value in values],
-        "step_seconds": _rounded(step_time(outcome)),
-        "optimizer_seconds": _rounded(optimizer_time(outcome)),
-        "p": {
-            step: {layer: _rounded(1 / s) if s else "inf" for layer, s in by_layer.items()}
-            for step, by_layer in (learned_exponents(outcome) if at_best else {}).items()
-        },
-    }
-
-
-def _rounded(value: Any) -> float | str:
-    """Return a number to five digits, or the text of one that JSON has not."""
-    number = float(value)
-    return float(f"{number:.5g}") if math.isfinite(number) else str(number)
 
 
 def _origin(standings: Sequence[Standing]) -> str:

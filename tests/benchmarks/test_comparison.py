@@ -11,10 +11,13 @@ import pytest
 import torch
 import torch_muon
 from comparison import Candidate, ComparisonError, Outcome, Run, Standing, Task, next_runs
+from comparison_numbers import load_outcomes
 from comparison_report import one_rate_for_all, steps_to_reach, write_report
+from comparison_stability import learned_exponents
 from torch import nn
 
 from hf_schatten import route_parameters
+from hf_schatten.report.log import LAYER_PREFIX
 
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 ADAM = Candidate("AdamW", "adamw_torch", "", RATES)
@@ -134,6 +137,36 @@ def test_the_page_has_times_relative_to_muon(tmp_path):
     assert (tmp_path / "comparison.png").stat().st_size > 10_000
 
 
+def test_a_report_is_written_again_from_its_numbers(tmp_path):
+    learned = {LAYER_PREFIX + "a.weight": -5.0, LAYER_PREFIX + "b.weight": math.inf, "step": 2}
+    runs = [Run(FIXED, rate, seed) for rate, seed in ((1e-3, 7), (1e-3, 8), (2e-3, 7))]
+    outcomes = [outcome(run, loss, seconds=3.0) for run, loss in zip(runs, (1.25, 1.75, math.nan), strict=True)]
+    for each in outcomes:
+        each.logs.append(learned)
+    muon = Candidate("Muon", "torch_muon", "", RATES)
+    first = write_report(
+        [standing_of(muon, {1e-3: 2.0}), Standing(TASK, FIXED, tuple(outcomes))], tmp_path / "1", "toy"
+    )
+    read = load_outcomes(tmp_path / "1" / "comparison.json", "eval_loss")
+    assert [learned_exponents(each) for each in read[1:]] == [{2: {"a.weight": -0.2, "b.weight": 0.0}}] * 2 + [{}]
+    second = write_report(
+        [Standing(TASK, muon, tuple(read[:1])), Standing(TASK, FIXED, tuple(read[1:]))], tmp_path / "2", "toy"
+    )
+    assert second.read_text("utf-8") == first.read_text("utf-8")
+    numbers = [(tmp_path / folder / "comparison.json").read_text("utf-8") for folder in ("1", "2")]
+    assert numbers[0] == numbers[1]
+
+
+@pytest.mark.parametrize("content", ["[{}]", "{", '{"a": 1}'])
+def test_a_file_that_is_no_reports_is_not_kept(tmp_path, content):
+    assert load_outcomes(tmp_path / "comparison.json", "eval_loss") == []
+    (tmp_path / "comparison.json").write_text(content)
+    with pytest.raises(
+        ComparisonError, match=r"comparison\.json has no outcomes of a comparison by eval_loss: .* --keep"
+    ):
+        load_outcomes(tmp_path / "comparison.json", "eval_loss")
+
+
 SCRIPT = """
 import sys
 import torch
@@ -178,6 +211,15 @@ def test_a_real_run_is_stored_and_not_run_again(tmp_path, monkeypatch, capsys):
     (tmp_path / "comparison.yaml").write_text(YAML)
     compare_optimizers.main([str(tmp_path / "comparison.yaml"), *arguments[1:], "--report"])
     assert (tmp_path / "results" / "comparison.md").is_file()
+    monkeypatch.undo()
+    elsewhere = ["--runs", str(tmp_path / "elsewhere"), "--threads", "1"]
+    compare_optimizers.main([arguments[0], "--keep", "--only", "AdamW", "--seeds", "1", *elsewhere])
+    assert [path.name for path in (tmp_path / "elsewhere").glob("*.json")] == ["AdamW_lr0.001_seed7.json"]
+    page = (tmp_path / "results_task" / "comparison.md").read_text("utf-8")
+    assert "\n| Muon |" in page
+    assert "\n| AdamW |" in page
+    monkeypatch.setattr(compare_optimizers.Store, "execute", lambda *args: pytest.fail("ran again"))
+    compare_optimizers.main([*arguments[:5], "--keep", "--runs", str(tmp_path / "nowhere")])
     task = Task.load(tmp_path / "task.yaml")
     (tmp_path / "task.yaml").write_text(YAML.replace('"4"', '"3"'))
     changed = Task.load(tmp_path / "task.yaml")
