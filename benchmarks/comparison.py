@@ -269,10 +269,10 @@ def next_runs(task: Task, candidate: Candidate, outcomes: Iterable[Outcome], see
     if missing:
         return [Run(candidate, rate, first) for rate in missing]
     standing = Standing(task, candidate, tuple(outcomes))
-    swept, best = sorted(standing.losses()), standing.best_rate
-    if len(swept) > 1 and len(swept) < _MOST_RATES and math.isfinite(standing.losses()[best]):
-        if best == swept[0]:
-            return [Run(candidate, best / 2, first)]
-        if best == swept[-1]:
-            return [Run(candidate, best * 2, first)]
+    losses, best = standing.losses(), standing.best_rate
+    if 1 < len(losses) < _MOST_RATES and math.isfinite(losses[best]):
+        # An accuracy of few examples is often the same at both ends: the sweep then goes on at both.
+        beyond = {min(losses): min(losses) / 2, max(losses): max(losses) * 2}
+        if further := [Run(candidate, beyond[end], first) for end in beyond if losses[end] == losses[best]]:
+            return further
     return [Run(candidate, best, seed) for seed in task.seeds[:seeds] if (best, seed) not in done]

@@ -69,6 +69,11 @@ def test_a_best_rate_at_the_end_extends_the_sweep(optimum, beyond):
     assert [rate for rate, _ in order[4:]] == pytest.approx(beyond)
 
 
+def test_a_sweep_whose_ends_are_equally_good_goes_on_at_both():
+    order = complete(ADAM, lambda rate: 0.0 if rate >= 1.6e-2 else 1.0, seeds=1)
+    assert [rate for rate, _ in order[4:]] == pytest.approx([5e-4, 1.6e-2, 3.2e-2, 6.4e-2])
+
+
 def test_a_sweep_ends_even_where_more_is_always_better():
     assert len(complete(ADAM, lambda rate: -rate, seeds=1)) == 8
 
