@@ -49,11 +49,14 @@ class Store:
         found = {
             (outcome.learning_rate, outcome.seed): outcome
             for outcome in (*self._kept, *stored)
-            if outcome.candidate == candidate.name
-            and outcome.seed in self.task.seeds
-            and outcome.arguments == self._arguments(Run(candidate, outcome.learning_rate, outcome.seed))
+            if self._is_of(outcome, candidate)
         }
         return [found[run] for run in sorted(found)]
+
+    def not_kept(self) -> list[str]:
+        """The candidates, by name, of earlier outcomes that are of other arguments, or of no candidate any more."""
+        lost = [each for each in self._kept if not any(self._is_of(each, one) for one in self.task.candidates)]
+        return list(dict.fromkeys(outcome.candidate for outcome in lost))
 
     def execute(self, run: Run, threads: int) -> None:
         """Train, and store the outcome.
@@ -85,6 +88,13 @@ class Store:
             **json.loads(times.read_text("utf-8")),
         )
         outcome.save(self._folder / f"{run.name}.json")
+
+    def _is_of(self, outcome: Outcome, candidate: Candidate) -> bool:
+        return (
+            outcome.candidate == candidate.name
+            and outcome.seed in self.task.seeds
+            and outcome.arguments == self._arguments(Run(candidate, outcome.learning_rate, outcome.seed))
+        )
 
     def _arguments(self, run: Run) -> tuple[str, ...]:
         """Return the arguments of a run, a file's by name and digest: outcomes of another content are others."""
@@ -152,6 +162,8 @@ def main(arguments: Sequence[str]) -> None:
     output = parsed.output or parsed.task.parent / "_".join(filter(None, ("results", kind)))
     kept = load_outcomes(output / comparison_numbers.NAME, task.metric) if parsed.keep else []
     store = Store(task, parsed.runs or Path("outputs/comparisons") / name, kept)
+    if lost := store.not_kept():
+        print(f"Outcomes of other arguments leave the report: {', '.join(lost)}.", file=sys.stderr)
     if not parsed.report:
         threads = parsed.threads or max(1, (os.cpu_count() or 1) // parsed.jobs)
         run_all(store, candidates, parsed.seeds, jobs=parsed.jobs, threads=threads)

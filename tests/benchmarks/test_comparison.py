@@ -228,6 +228,12 @@ def test_a_real_run_is_stored_and_not_run_again(tmp_path, monkeypatch, capsys):
     task = Task.load(tmp_path / "task.yaml")
     (tmp_path / "task.yaml").write_text(YAML.replace('"4"', '"3"'))
     changed = Task.load(tmp_path / "task.yaml")
+    kept = load_outcomes(tmp_path / "results_task" / "comparison.json", "eval_loss")
+    assert compare_optimizers.Store(task, tmp_path / "nowhere", kept).not_kept() == []
+    assert compare_optimizers.Store(changed, tmp_path / "nowhere", kept).not_kept() == ["Muon", "AdamW"]
+    capsys.readouterr()
+    compare_optimizers.main([arguments[0], "--keep", "--report"])
+    assert "Outcomes of other arguments leave the report: Muon, AdamW." in capsys.readouterr().err
     assert compare_optimizers.Store(task, tmp_path / "runs").outcomes(task.candidates[0])
     assert not compare_optimizers.Store(changed, tmp_path / "runs").outcomes(changed.candidates[0])
 
