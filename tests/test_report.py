@@ -10,6 +10,7 @@ from matplotlib.image import imread
 
 from hf_schatten.adaptation import Choice
 from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates
+from hf_schatten.report.figures import plot_p_of_runs
 from hf_schatten.report.log import history_entry
 
 
@@ -44,6 +45,17 @@ def test_the_picture_shows_layers_by_estimates(tmp_path):
     height, width, _ = imread(path).shape
     assert height > 100
     assert width > 500
+
+
+def test_runs_are_four_in_a_row(tmp_path):
+    history = [{"step": 10, **log_entry({f"{layer}.weight": 2.0 for layer in range(20)})}]
+    shapes = {}
+    for count in (1, 4, 5):
+        runs = {f"seed {seed}": history for seed in range(count)}
+        assert plot_p_of_runs({**runs, "without estimates": []}, tmp_path / "p.png")
+        shapes[count] = imread(tmp_path / "p.png").shape[:2]
+    assert shapes[1][1] < shapes[4][1] == shapes[5][1]
+    assert shapes[1][0] == shapes[4][0] < shapes[5][0]
 
 
 def test_nothing_is_drawn_without_an_estimate(tmp_path):

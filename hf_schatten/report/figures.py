@@ -21,6 +21,7 @@ from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RA
 FOLDER = Path("figures")
 P_BY_LAYER, SPECTRA, UPDATES = (FOLDER / f"{name}.png" for name in ("p_by_layer", "spectra", "updates"))
 
+_PANELS_IN_A_ROW = 4  # of several runs
 _P_TICKS = (1, 1.5, 2, 3, 4, 6, 10, math.inf, -10, -6, -4)
 
 Array = NDArray[np.float64]
@@ -43,7 +44,7 @@ def plot_p_by_layer(log_history: LogHistory, path: Path) -> bool:
 
 
 def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
-    """Draw the learned p of several runs of one model beside each other, as :func:`plot_p_by_layer` draws one.
+    """Draw the learned p of several runs of one model, four in a row, as :func:`plot_p_by_layer` draws one.
 
     Args:
         log_histories: of each run, by the title of its panel; runs without an estimate are passed over.
@@ -57,14 +58,18 @@ def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
     if not runs:
         return False
     first_layers = next(iter(runs.values()))[1]
-    figure = _figure(3.5 + 4.5 * len(runs), len(first_layers))
-    panels = figure.subplots(1, len(runs), squeeze=False, sharey=True)[0]
+    columns = min(len(runs), _PANELS_IN_A_ROW)
+    rows = math.ceil(len(runs) / columns)
+    figure = _figure(3.5 + 4.5 * columns, rows * len(first_layers))
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
+    while len(panels) > len(runs):
+        panels.pop().remove()
     lowest = min(0.0, *(float(np.nanmin(1 / p)) for _, _, p in runs.values()))
     for axes, (title, (steps, layers, p)) in zip(panels, runs.items(), strict=True):
         image = axes.imshow(1 / p, aspect="auto", interpolation="nearest", cmap="viridis", vmin=lowest, vmax=1.0)
         _label_layers_and_steps(axes, layers, steps)
         axes.set_title(title)
-    bar = figure.colorbar(image, ax=list(panels), label="p")
+    bar = figure.colorbar(image, ax=panels, label="p")
     ticks = [tick for tick in _P_TICKS if lowest <= 1 / tick]
     bar.set_ticks([1 / tick for tick in ticks], labels=[p_label(tick) for tick in ticks])
     _save(figure, path)
