@@ -163,7 +163,11 @@ def main(arguments: Sequence[str]) -> None:
     kept = load_outcomes(output / comparison_numbers.NAME, task.metric) if parsed.keep else []
     store = Store(task, parsed.runs or Path("outputs/comparisons") / name, kept)
     if lost := store.not_kept():
-        print(f"Outcomes of other arguments leave the report: {', '.join(lost)}.", file=sys.stderr)
+        print(
+            f"Outcomes of other arguments leave the report: {', '.join(lost)}. {parsed.task}, or a file it names, "
+            f"was changed since; restore it, and {output} from version control, to have them back.",
+            file=sys.stderr,
+        )
     if not parsed.report:
         threads = parsed.threads or max(1, (os.cpu_count() or 1) // parsed.jobs)
         run_all(store, candidates, parsed.seeds, jobs=parsed.jobs, threads=threads)
