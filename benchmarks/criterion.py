@@ -30,9 +30,9 @@ from interleaved_timing import time_ratio
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from hf_schatten.criterion import CURVES, NODES, exponent_nodes, maximising_exponent, objective_curve
+from hf_schatten.adaptive.criterion import CURVES, NODES, exponent_nodes, maximising_exponent, objective_curve
+from hf_schatten.adaptive.probe import RowSample
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, exact_log_norms
-from hf_schatten.probe import RowSample
 
 RANGES = {"p in [1, 100]": (0.01, 1.0), "s in [-0.25, 1]": (-0.25, 1.0)}
 ROWS = 1024  # of the inputs, by default, in training

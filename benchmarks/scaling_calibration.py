@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from hf_schatten import SchattenP, create_schatten_optimizer
-from hf_schatten.work_sharing import _ALL_GATHER
+from hf_schatten.distributed.replicated import _ALL_GATHER
 
 PROCESSES = 2
 _ELEMENTS = 1 << 22  # of the tensors that measure element-wise work: more than a cache holds

@@ -1,7 +1,7 @@
 """Weak scaling of a training step to 1,024 ranks: compute, communication, overlap, and the bytes that travel.
 
 A model, not a measurement. The work is counted by running the optimizers on tensors without memory, the rounds of
-updates are those of `hf_schatten.work_sharing`, and the machine is a table of data-sheet numbers, assumptions, and two
+updates are those of `hf_schatten.distributed.replicated`, and the machine is a table of data-sheet numbers, assumptions, and two
 numbers that are fitted to steps of one GPU (`scaling_gpu.py`), each with its source. ``--calibrate`` measures this
 machine and two real processes on it, and compares the model with them.
 

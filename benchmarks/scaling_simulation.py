@@ -8,7 +8,7 @@ from scaling_machines import Cost, Machine, all_gather_bytes, all_reduce_bytes, 
 from scaling_pipelines import exchange, gradients_exposed
 from scaling_workload import Workload, elements, update_costs
 
-from hf_schatten.work_sharing import Round, assign, fits, rounds_of, sharing_groups
+from hf_schatten.distributed.replicated import Round, assign, fits, rounds_of, sharing_groups
 
 BUCKET_BYTES = 25 << 20  # of DDP
 _BACKWARD = 2 / 3  # of the training

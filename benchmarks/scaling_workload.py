@@ -18,11 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from hf_schatten import SchattenP, create_schatten_optimizer
-from hf_schatten.criterion import CRITERIA, NODES
-from hf_schatten.matrix import Matrix
+from hf_schatten.adaptive.criterion import CRITERIA, NODES
+from hf_schatten.distributed.replicated import update_cost
+from hf_schatten.optim.matrix import Matrix
+from hf_schatten.optim.stack import Update, batches, factors_alone
 from hf_schatten.options import CriterionName
-from hf_schatten.update import Update, batches, factors_alone
-from hf_schatten.work_sharing import update_cost
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
 _OVERWRITING = {"copy_", "fill_", "zero_"}

@@ -22,7 +22,7 @@ import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
 
-from hf_schatten.registration import register_optimizer
+from hf_schatten.integration.registration import register_optimizer
 
 
 class Stopwatch:

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_schatten.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
+from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
 from hf_schatten.linalg import Coefficients
 from hf_schatten.linalg.coefficient_table import exponent_of, interpolate
 from hf_schatten.report.log import p_label

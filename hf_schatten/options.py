@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NoReturn, get_args
 
-from .linalg.coefficient_table import STEPS, exponent_of
-from .linalg.spectrum import LogNormEstimatorName
-from .linalg.targets import FUNCTION_PREFIX, POWER, parse_target
-from .projections import parse_fused_parts
+from hf_schatten.linalg.coefficient_table import STEPS, exponent_of
+from hf_schatten.linalg.spectrum import LogNormEstimatorName
+from hf_schatten.linalg.targets import FUNCTION_PREFIX, POWER, parse_target
+from hf_schatten.matrices.fused_projections import parse_fused_parts
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
@@ -70,7 +70,7 @@ class SchattenOptions:
         p_overrides: ``pattern:p`` pairs for matrices that keep a p of their own, such as ``*.c_proj:inf``; several
             are joined by ``;``. The first that matches counts. Default none.
         criterion: what the estimate maximises: ``kronecker`` (default), ``holder``, ``alignment`` or ``decrease``;
-            see :mod:`hf_schatten.criterion`.
+            see :mod:`hf_schatten.adaptive.criterion`.
         p_estimator: how norms are computed for it; see :data:`hf_schatten.linalg.spectrum.LOG_NORM_ESTIMATORS`.
             Default ``lanczos``.
         p_groups: patterns, joined by ``;``: all matrices that match one share a p. Default none.
@@ -98,10 +98,10 @@ class SchattenOptions:
         nesterov: look one step ahead of the momentum. Default True.
         step_rule: how long a step is. ``pinned`` (default): as ``scale`` says. ``ball`` and ``regularized``:
             Schattor's oracles, whose step has the Schatten-(p + 1) norm ``lr``, or ``lr`` times the dual norm of the
-            momentum; p is at least 1 then, and ``scale`` stays at its default. See :mod:`hf_schatten.coupling`.
+            momentum; p is at least 1 then, and ``scale`` stays at its default. See :mod:`hf_schatten.optim.coupling`.
         scale: how the size of O is pinned: ``schatten`` (default), in the norm that p stands for, ``match_rms_adamw``
             or ``muon``, in the Frobenius norm, ``interpolate``, or ``none``, which leaves the update its own norm; see
-            :mod:`hf_schatten.scaling`.
+            :mod:`hf_schatten.optim.scaling`.
         coupling_order: order of the vector norm, in [1, inf], in which the steps of all matrices are coupled; for
             ``step_rule`` ``ball`` and ``regularized``. Keeps one more copy of the matrices. Default none: every
             matrix for itself.
@@ -109,7 +109,7 @@ class SchattenOptions:
             ``sqrt_n_over_m``, which makes the spectral norm at p = inf the operator norm between root mean squares.
         precondition: divide by roots of the second moment, on the way into the spectral power and on the way out:
             ``none`` (default), ``adam`` (p = 1 is Adam) or ``adafactor``, whose second moment has rank one; see
-            :mod:`hf_schatten.preconditioning`.
+            :mod:`hf_schatten.optim.preconditioning`.
         precondition_exponent: exponent of the second moment on either way: ``scaled`` (default), -1/(2(p + 1)), with
             which p = inf is Muon, or ``fixed``, -1/4, with which it is MuAdam.
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;

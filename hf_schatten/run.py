@@ -23,11 +23,11 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
 
-from .callback import unwrap_optimizer
-from .checkpoint import naming_damaged_files
-from .options import OPTIMIZER_NAME
-from .registration import is_registered
-from .weights import load_converted_weights
+from hf_schatten.integration.callback import unwrap_optimizer
+from hf_schatten.integration.checkpoint import naming_damaged_files
+from hf_schatten.integration.converted_weights import load_converted_weights
+from hf_schatten.integration.registration import is_registered
+from hf_schatten.options import OPTIMIZER_NAME
 
 _PROGRAM = "python -m hf_schatten.run"
 _USAGE = f"""usage: {_PROGRAM} SCRIPT.py [ARGUMENT …]

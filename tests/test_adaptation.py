@@ -11,7 +11,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import hf_schatten
-from hf_schatten.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
+from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, exact_log_norms
 
 EXACT = Estimator.named("exact")

@@ -13,7 +13,7 @@ from torch import nn
 
 import hf_schatten
 from hf_schatten import CheckpointError, SchattenP, load_learned_p
-from hf_schatten.checkpoint import (
+from hf_schatten.integration.checkpoint import (
     CONFIG_FILE,
     FORMAT_VERSION,
     STATE_FILE,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_schatten import SchattenOptions
-from hf_schatten.criterion import (
+from hf_schatten.adaptive.criterion import (
     CRITERIA,
     CURVES,
     NODES,

@@ -39,7 +39,7 @@ from torch.utils.data import DataLoader, default_collate
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments
 
 from hf_schatten import SchattenOptions
-from hf_schatten.criterion import CRITERIA, NODES
+from hf_schatten.adaptive.criterion import CRITERIA, NODES
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"

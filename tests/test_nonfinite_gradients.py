@@ -11,7 +11,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_schatten import SchattenP, create_schatten_optimizer
-from hf_schatten.optimizer import _REPORT_INTERVAL
+from hf_schatten.optim.schatten_p import _REPORT_INTERVAL
 
 BAD = [math.nan, math.inf, -math.inf]
 
@@ -148,7 +148,9 @@ def spoiled_trainer(gpt2, training_arguments, token_dataset, caplog):
         with caplog.at_level(logging.WARNING, logger="hf_schatten"):
             trainer.train()
         assert all(parameter.isfinite().all() for parameter in gpt2.parameters())
-        return trainer, [record.getMessage() for record in caplog.records if record.name == "hf_schatten.optimizer"]
+        return trainer, [
+            record.getMessage() for record in caplog.records if record.name == "hf_schatten.optim.schatten_p"
+        ]
 
     return train
 

@@ -461,12 +461,12 @@ def test_a_function_is_a_target_and_its_name_is_kept(gpt2, tmp_path, capsys):
     for parameter in gpt2.parameters():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
-    hf_schatten.checkpoint.save_optimizer(optimizer, tmp_path)
+    hf_schatten.integration.checkpoint.save_optimizer(optimizer, tmp_path)
     saved = json.loads((tmp_path / "optimizer_config.json").read_text())
     assert saved["options"]["target"] == "function:squared"
     assert copy.deepcopy(optimizer).target.f is squared
     again = hf_schatten.create_schatten_optimizer(gpt2, p=math.inf, target=squared, verbose=False)
-    hf_schatten.checkpoint.load_optimizer(again, tmp_path)
+    hf_schatten.integration.checkpoint.load_optimizer(again, tmp_path)
     assert again.steps_taken() == 1
     with pytest.raises(ValueError, match=r"target='function:squared' is not allowed: .* Pass the function itself"):
         hf_schatten.create_schatten_optimizer(gpt2, p=math.inf, target="function:squared", verbose=False)

@@ -11,9 +11,9 @@ from torch import nn
 
 import hf_schatten
 from hf_schatten import SchattenP
-from hf_schatten.checkpoint import CheckpointError, load_optimizer, save_optimizer
+from hf_schatten.integration.checkpoint import CheckpointError, load_optimizer, save_optimizer
 from hf_schatten.linalg import spectral_power_svd
-from hf_schatten.preconditioning import root_exponent
+from hf_schatten.optim.preconditioning import root_exponent
 
 SHAPES = [(12, 12), (8, 20), (20, 8)]
 STEPS, LR, DECAY, BETA, BETA2, EPS = 20, 0.02, 0.1, 0.9, 0.99, 1e-8

@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from hf_schatten.probe import GramSum, Probe, RowSample
+from hf_schatten.adaptive.probe import GramSum, Probe, RowSample
 
 
 class Net(nn.Module):

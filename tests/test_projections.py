@@ -35,8 +35,8 @@ from hf_schatten import (
     create_schatten_optimizer,
     route_parameters,
 )
-from hf_schatten.layout import Layout
-from hf_schatten.projections import parse_fused_parts
+from hf_schatten.matrices.fused_projections import parse_fused_parts
+from hf_schatten.matrices.layout import Layout
 
 SMALL = {
     "hidden_size": 32,

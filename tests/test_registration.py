@@ -15,7 +15,7 @@ from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS
 from transformers.training_args import OptimizerNames
 
 from hf_schatten import SchattenCallback, SchattenP, UnsupportedEngineError
-from hf_schatten.registration import register, register_optimizer
+from hf_schatten.integration.registration import register, register_optimizer
 
 
 def test_the_name_is_a_member_like_any_other():

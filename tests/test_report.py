@@ -8,7 +8,7 @@ import math
 import torch
 from matplotlib.image import imread
 
-from hf_schatten.adaptation import Choice
+from hf_schatten.adaptive.adaptation import Choice
 from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates
 from hf_schatten.report.figures import plot_p_of_runs
 from hf_schatten.report.log import history_entry

@@ -9,7 +9,7 @@ import torch
 
 from hf_schatten import SchattenP
 from hf_schatten.linalg import schatten_norm
-from hf_schatten.scaling import OwnNorms, update_norm
+from hf_schatten.optim.scaling import OwnNorms, update_norm
 
 S = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
 SHAPES = [(8, 8), (4, 16), (16, 4)]

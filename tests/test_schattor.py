@@ -189,7 +189,10 @@ def test_matrices_without_a_gradient_stay_out_of_the_coupling():
 
 
 def test_coupling_reads_no_more_of_the_device_than_a_pinned_step(monkeypatch):
-    for module in (hf_schatten.matrix, hf_schatten.optimizer):  # on a CPU it may look: there is nothing to wait for
+    for module in (
+        hf_schatten.optim.matrix,
+        hf_schatten.optim.schatten_p,
+    ):  # on a CPU it may look: there is nothing to wait for
         monkeypatch.setattr(module, "if_usable", torch.where)
 
     class Reads(TorchDispatchMode):

@@ -216,7 +216,7 @@ def test_a_worker_thread_estimates_while_a_trainer_trains(gpt2, token_dataset, t
 
 def test_processes_that_train_each_for_itself_are_stopped(gpt2, training_arguments, token_dataset, monkeypatch):
     """Without a GPU and without use_cpu, accelerate starts a process group that the Trainer knows nothing of."""
-    monkeypatch.setattr("hf_schatten.callback.process_count", lambda: 2)
+    monkeypatch.setattr("hf_schatten.integration.callback.process_count", lambda: 2)
     trainer = Trainer(model=gpt2, args=training_arguments(), train_dataset=token_dataset)
     with pytest.raises(RuntimeError, match="2 processes were started, but the Trainer trains in each of them as if"):
         trainer.train()

@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer
 
 from hf_schatten import CheckpointError, OptionError, SchattenOptions, SchattenTrainer, create_schatten_optimizer
-from hf_schatten.checkpoint import load_learned_p, save_optimizer
+from hf_schatten.integration.checkpoint import load_learned_p, save_optimizer
 
 
 def gpt2_of(layers):

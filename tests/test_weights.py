@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from hf_schatten.weights import load_converted_weights
+from hf_schatten.integration.converted_weights import load_converted_weights
 
 
 def experts(seed, dtype=torch.float32):

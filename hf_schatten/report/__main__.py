@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hf_schatten.matrices.routing import RoutingError
 from hf_schatten.report.erasure import write_erasure
 from hf_schatten.report.geometry import write_geometry
 from hf_schatten.report.text import ReportError
-from hf_schatten.routing import RoutingError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

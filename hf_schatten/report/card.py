@@ -16,7 +16,7 @@ from transformers import Trainer
 from transformers.modelcard import TrainingSummary, make_markdown_table
 from transformers.training_args import OptimizerNames
 
-from hf_schatten.layout import layer_name
+from hf_schatten.matrices.layout import layer_name
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report.log import p_label, summary
 

@@ -21,10 +21,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_schatten.factory import create_schatten_optimizer
+from hf_schatten.integration.factory import create_schatten_optimizer
+from hf_schatten.matrices.routing import Route, route_parameters
 from hf_schatten.report.geometry import matrix_views
 from hf_schatten.report.text import STDLIB_NAME, byte_blocks, read_text
-from hf_schatten.routing import Route, route_parameters
 
 SUBSPACE = 8  # the top singular subspaces have a dimension of the shorter side over this
 

@@ -13,8 +13,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_schatten.adaptation import Choice
-from hf_schatten.layout import layer_name
+from hf_schatten.adaptive.adaptation import Choice
+from hf_schatten.matrices.layout import layer_name
 from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX, p_label
 
 # In a run's output folder.

@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_schatten.layout import layer_name, matrix_name
 from hf_schatten.linalg import coupling_factors
+from hf_schatten.matrices.layout import layer_name, matrix_name
+from hf_schatten.matrices.routing import Route, route_parameters
 from hf_schatten.report.text import STDLIB_NAME, ReportError, read_text, token_blocks
-from hf_schatten.routing import Route, route_parameters
 
 ORDERS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, math.inf)
 FIT_FROM = 32  # the order from which on the quadratic decay, an asymptote, is fitted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from hf_schatten.layout import layer_name
+from hf_schatten.matrices.layout import layer_name
 
 # Of entries that hold one layer's value, by quantity.
 LAYER_PREFIX = "schatten_p/"

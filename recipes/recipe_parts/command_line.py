@@ -10,7 +10,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 import hf_schatten  # noqa: F401  the parser lists the optimizers known when it is built: this adds schatten_p
-from hf_schatten.checkpoint import newest_complete_checkpoint
+from hf_schatten.integration.checkpoint import newest_complete_checkpoint
 
 CONFIG_SUFFIXES = {".yaml", ".yml", ".json"}
 

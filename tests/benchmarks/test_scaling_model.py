@@ -29,9 +29,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_schatten import create_schatten_optimizer
-from hf_schatten.distributed import Peers
+from hf_schatten.distributed.processes import Peers
+from hf_schatten.distributed.replicated import _ALL_GATHER
 from hf_schatten.options import SchattenOptions
-from hf_schatten.work_sharing import _ALL_GATHER
 
 ROOT = Path(__file__).parents[2]
 EXACT = {"rel": 1e-12, "abs": 1e-12}
@@ -502,14 +502,16 @@ def added_up(workload, monkeypatch, function, **options):
 @pytest.mark.parametrize("criterion", ["kronecker", "holder", "alignment"])
 def test_statistics_of_the_model_are_those_that_are_added_up(criterion, monkeypatch: pytest.MonkeyPatch):
     workload = Workload(PLANS["tiny"](), "cpu")
-    added = added_up(workload, monkeypatch, "hf_schatten.distributed.sum_over_processes", criterion=criterion)
+    added = added_up(
+        workload, monkeypatch, "hf_schatten.distributed.processes.sum_over_processes", criterion=criterion
+    )
     assert added == [workload.statistics_bytes(criterion)]
 
 
 @pytest.mark.parametrize("criterion", ["kronecker", "holder"])
 def test_gram_matrices_of_the_model_are_those_that_are_added_up(criterion, monkeypatch: pytest.MonkeyPatch):
     workload, options = Workload(PLANS["tiny"](), "cpu"), {"criterion": criterion, "sync": "gram"}
-    added = added_up(workload, monkeypatch, "hf_schatten.adaptation.sum_over_processes", **options)
+    added = added_up(workload, monkeypatch, "hf_schatten.adaptive.adaptation.sum_over_processes", **options)
     assert added == [workload.gram_bytes(criterion)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
 
 from hf_schatten import SchattenTrainer
-from hf_schatten.callback import SchattenCallback, unwrap_optimizer
+from hf_schatten.integration.callback import SchattenCallback, unwrap_optimizer
 
 LENGTH, GLOBAL_BATCH = 16, 8
 MATRICES = 2 * 6

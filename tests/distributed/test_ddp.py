@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hf_schatten
-from hf_schatten.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
+from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
 
 EXACT = Estimator.named("exact")
 STEPS, RANKS = 4, 2

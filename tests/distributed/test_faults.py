@@ -23,7 +23,7 @@ from transformers import TrainerCallback
 
 import hf_schatten
 from hf_schatten import SchattenTrainer, adaptation
-from hf_schatten.checkpoint import STATE_FILE, newest_complete_checkpoint
+from hf_schatten.integration.checkpoint import STATE_FILE, newest_complete_checkpoint
 
 FAULTY_STEP = 3
 TIMEOUT = timedelta(seconds=6)

@@ -29,9 +29,9 @@ from small_gpt2 import (
 )
 from transformers import trainer as transformers_trainer
 
-import hf_schatten.checkpoint
+import hf_schatten.integration.checkpoint
 from hf_schatten import CheckpointError, SchattenTrainer, load_learned_p
-from hf_schatten.checkpoint import CONFIG_FILE, STATE_FILE, newest_complete_checkpoint
+from hf_schatten.integration.checkpoint import CONFIG_FILE, STATE_FILE, newest_complete_checkpoint
 
 STEPS, SAVE = 12, 4
 DUE = [3, 6, 9, 12]
@@ -160,7 +160,7 @@ def train_and_be_killed(folder: Path, rank: int, file: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     if dist.get_rank() == rank and file == STATE_FILE:
-        write, hf_schatten.checkpoint.save_file = save_file, write_half
+        write, hf_schatten.integration.checkpoint.save_file = save_file, write_half
     elif dist.get_rank() == rank:
         write, transformers_trainer.torch.save = torch.save, write_half
     train(folder)
@@ -203,7 +203,7 @@ def test_a_kill_while_a_checkpoint_is_written_again_leaves_the_one_before(interr
         save_file(tensors, path)
 
     assert newest_complete_checkpoint(interrupted) == interrupted / MIDDLE
-    monkeypatch.setattr(hf_schatten.checkpoint, "save_file", be_killed)
+    monkeypatch.setattr(hf_schatten.integration.checkpoint, "save_file", be_killed)
     with pytest.raises(Killed):
         train(interrupted)
     assert newest_complete_checkpoint(interrupted) == interrupted / f"checkpoint-{SAVE}"

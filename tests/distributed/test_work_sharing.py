@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import hf_schatten
-from hf_schatten.work_sharing import _ALL_GATHER, assign, rounds_of, sharing_groups, update_cost
+from hf_schatten.distributed.replicated import _ALL_GATHER, assign, rounds_of, sharing_groups, update_cost
 
 STEPS = 3
 SETTINGS = {

@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForImageClassification
 
 from hf_schatten import SchattenCallback, route_parameters
-from hf_schatten.probe import Probe, RowSample
+from hf_schatten.adaptive.probe import Probe, RowSample
 
 pytestmark = pytest.mark.filterwarnings("error:::(image_.*|images|recipe_parts|resmlp)")
 

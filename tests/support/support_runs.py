@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_schatten import SchattenP, SchattenTrainer
-from hf_schatten.callback import unwrap_optimizer
+from hf_schatten.adaptive.probe import Probe, Sampled
+from hf_schatten.integration.callback import unwrap_optimizer
 from hf_schatten.options import LARGEST_P
-from hf_schatten.probe import Probe, Sampled
 from hf_schatten.report.log import LAYER_PREFIX
 
 FIRST_P = 33.0  # none that an estimate would give

@@ -17,15 +17,15 @@ from transformers import (
 )
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
-from .adaptation import Adaptation
-from .checkpoint import write_learned_p
-from .distributed import process_count
-from .optimizer import SchattenP
-from .options import OPTIMIZER_NAME, SchattenOptions
-from .policy import Policy, ScheduledP
-from .report import log_entry, plot_choices, plot_p_by_layer, plot_updates
-from .report.figures import P_BY_LAYER, SPECTRA, UPDATES
-from .report.log import MEDIAN, SKIPPED_STEPS, SUMMARY_PREFIX, history_entry, summary, without_layers
+from hf_schatten.adaptive.adaptation import Adaptation
+from hf_schatten.distributed.processes import process_count
+from hf_schatten.integration.checkpoint import write_learned_p
+from hf_schatten.optim.policy import Policy, ScheduledP
+from hf_schatten.optim.schatten_p import SchattenP
+from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
+from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates
+from hf_schatten.report.figures import P_BY_LAYER, SPECTRA, UPDATES
+from hf_schatten.report.log import MEDIAN, SKIPPED_STEPS, SUMMARY_PREFIX, history_entry, summary, without_layers
 
 _ILLUSTRATED = 3  # matrices whose spectra and criterion are drawn: the first, the middle and the last
 
@@ -40,7 +40,7 @@ class SchattenCallback(TrainerCallback):
     that a matrix has skipped. An infinite p is the number for the loggers, and the string ``inf`` in
     ``trainer_state.json``. At every save and at the end, pictures of them, and of what p was chosen from, go into the
     folder ``figures`` of the output folder. The cadence of the estimates itself is the optimizer's
-    (:class:`hf_schatten.adaptation.Adaptation`), which works without a Trainer too.
+    (:class:`hf_schatten.adaptive.adaptation.Adaptation`), which works without a Trainer too.
 
     It stands before all loggers in the Trainer's list of callbacks, since it adds to what they get.
     """

@@ -29,8 +29,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .linalg import coupling_factors
-from .options import CouplingWeights, StepRule
+from hf_schatten.linalg import coupling_factors
+from hf_schatten.options import CouplingWeights, StepRule
 
 WeightFunction = Callable[[str, tuple[int, int]], float]
 

@@ -24,8 +24,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .layout import Layout
-from .options import Precondition, PreconditionExponent
+from hf_schatten.matrices.layout import Layout
+from hf_schatten.options import Precondition, PreconditionExponent
 
 State = dict[str, Tensor]
 

@@ -27,12 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .layout import matrix_name
-from .matrix import MOMENTUM, P, layout_of
-from .optimizer import OPTIONS, STATE_ELSEWHERE, SchattenP
-from .options import json_ready
-from .resuming import SCHEDULED, CheckpointError, require_same_parameters, require_same_state
-from .sharded import is_sharded, like, local, whole
+from hf_schatten.distributed.sharded import is_sharded, like, local, whole
+from hf_schatten.matrices.layout import matrix_name
+from hf_schatten.optim.matrix import MOMENTUM, P, layout_of
+from hf_schatten.optim.saved_state import SCHEDULED, CheckpointError, require_same_parameters, require_same_state
+from hf_schatten.optim.schatten_p import OPTIONS, STATE_ELSEWHERE, SchattenP
+from hf_schatten.options import json_ready
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .options import ScaleRule
+from hf_schatten.options import ScaleRule
 
 # AdamW's updates have a root mean square of about 0.2 to 0.4 on language models
 # (Liu et al. 2025, "Muon is scalable for LLM training", section 2.2).

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from .finite import Usable
-from .matrix import STEP, Group, State, if_usable, state_dtype
-from .sharded import local
+from hf_schatten.distributed.sharded import local
+from hf_schatten.optim.finite_gradients import Usable
+from hf_schatten.optim.matrix import STEP, Group, State, if_usable, state_dtype
 
 AVERAGE, SQUARES = "exp_avg", "exp_avg_sq"  # as torch.optim.AdamW names them
 

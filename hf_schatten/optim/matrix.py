@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .criterion import CURVES, NODES
-from .layout import Layout, matrix_name
-from .linalg.coefficient_table import exponent_of
-from .preconditioning import SECOND_MOMENTS
+from hf_schatten.adaptive.criterion import CURVES, NODES
+from hf_schatten.linalg.coefficient_table import exponent_of
+from hf_schatten.matrices.layout import Layout, matrix_name
+from hf_schatten.optim.preconditioning import SECOND_MOMENTS
 
 Group = dict[str, Any]
 State = dict[str, Tensor]

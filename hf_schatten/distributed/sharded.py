@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from .distributed import Peers, UnsupportedEngineError
-from .matrix import MOMENTUM, Matrix, if_usable
-from .work_sharing import Steps, assign, take, update_cost
+from hf_schatten.distributed.processes import Peers, UnsupportedEngineError
+from hf_schatten.distributed.replicated import Steps, assign, take, update_cost
+from hf_schatten.optim.matrix import MOMENTUM, Matrix, if_usable
 
 
 def local(tensor: Tensor) -> Tensor:

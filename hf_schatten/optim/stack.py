@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .coupling import WeightFunction, dual_norms, lengths_alone, lengths_coupled, unit_factors
-from .matrix import SKIPPED, STEP, Matrix
-from .preconditioning import root_exponent
-from .scaling import OwnNorms, update_norm
+from hf_schatten.optim.coupling import WeightFunction, dual_norms, lengths_alone, lengths_coupled, unit_factors
+from hf_schatten.optim.matrix import SKIPPED, STEP, Matrix
+from hf_schatten.optim.preconditioning import root_exponent
+from hf_schatten.optim.scaling import OwnNorms, update_norm
 
 Direction = Callable[[Tensor, Tensor], Tensor]
 

@@ -29,11 +29,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT
-from .linalg.direction_curves import DirectionCurves, direction_curves, iterate_direction_curves
-from .linalg.finiteness import are_finite
-from .linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, LogNormEstimatorName, log_schatten_norm
-from .options import CriterionName
+from hf_schatten.linalg.all_finite import are_finite
+from hf_schatten.linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT
+from hf_schatten.linalg.direction_curves import DirectionCurves, direction_curves, iterate_direction_curves
+from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, LogNormEstimatorName, log_schatten_norm
+from hf_schatten.options import CriterionName
 
 # Chebyshev nodes in s. The curves are analytic in s, but the norm of A bends within about 1/k of s = 1 when the
 # gap below the largest singular value is small: 63 nodes keep the maximiser within 1e-3 of the brute-force one, and

@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .linalg.finiteness import are_finite
-from .matrix import Group
-from .sharded import is_sharded, local
+from hf_schatten.distributed.sharded import is_sharded, local
+from hf_schatten.linalg.all_finite import are_finite
+from hf_schatten.optim.matrix import Group
 
 Usable = dict[Tensor, Tensor]  # by parameter, a bool scalar on its device
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .matrix import Matrix
-    from .optimizer import SchattenP
+    from hf_schatten.optim.matrix import Matrix
+    from hf_schatten.optim.schatten_p import SchattenP
 
 
 class Policy(Protocol):

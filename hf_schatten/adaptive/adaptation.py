@@ -13,7 +13,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from .criterion import (
+from hf_schatten.adaptive.criterion import (
     CRITERIA,
     CURVES,
     NODES,
@@ -26,12 +26,17 @@ from .criterion import (
     maximising_exponent,
     objective_curve,
 )
-from .distributed import UnsupportedEngineError, mean_over_processes, process_count, sum_over_processes
-from .matrix import Matrix, layout_of
-from .optimizer import SchattenP
-from .options import SchattenOptions
-from .probe import GramSum, Probe, RowSample
-from .sharded import is_sharded, local, owned_gradients
+from hf_schatten.adaptive.probe import GramSum, Probe, RowSample
+from hf_schatten.distributed.processes import (
+    UnsupportedEngineError,
+    mean_over_processes,
+    process_count,
+    sum_over_processes,
+)
+from hf_schatten.distributed.sharded import is_sharded, local, owned_gradients
+from hf_schatten.optim.matrix import Matrix, layout_of
+from hf_schatten.optim.schatten_p import SchattenP
+from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .matrix import PER_MATRIX
-from .options import SchattenOptions, json_ready
+from hf_schatten.optim.matrix import PER_MATRIX
+from hf_schatten.options import SchattenOptions, json_ready
 
 logger = logging.getLogger(__name__)
 

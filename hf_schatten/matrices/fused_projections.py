@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .layout import matches
+from hf_schatten.matrices.layout import matches
 
 Sections = tuple[tuple[str, int], ...]
 

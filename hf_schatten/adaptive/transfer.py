@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .checkpoint import CheckpointError, load_learned_p
-from .options import SchattenOptions
+from hf_schatten.integration.checkpoint import CheckpointError, load_learned_p
+from hf_schatten.options import SchattenOptions
 
 _SHOWN = 3  # names of a list that are printed
 

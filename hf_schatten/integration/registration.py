@@ -11,11 +11,11 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from .callback import SchattenCallback, SchattenPrinterCallback, SchattenProgressCallback
-from .distributed import UnsupportedEngineError
-from .factory import create_schatten_optimizer
-from .optimizer import SchattenP
-from .options import OPTIMIZER_NAME, SchattenOptions
+from hf_schatten.distributed.processes import UnsupportedEngineError
+from hf_schatten.integration.callback import SchattenCallback, SchattenPrinterCallback, SchattenProgressCallback
+from hf_schatten.integration.factory import create_schatten_optimizer
+from hf_schatten.optim.schatten_p import SchattenP
+from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 Handler: TypeAlias = Callable[[OptimizerContext], tuple[Any, dict[str, Any]]]
 

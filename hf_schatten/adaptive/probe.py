@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .inputs import Rows, input_rows, output_rows
-from .layout import matrix_name
+from hf_schatten.adaptive.rows import Rows, input_rows, output_rows
+from hf_schatten.matrices.layout import matrix_name
 
 # 2^32 divided by the golden ratio: i ↦ (i · this) mod 2^32 visits the integers evenly, whatever the stride, so that
 # "below a threshold" keeps an even share of every sequence and position.

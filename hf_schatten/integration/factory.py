@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from .adaptation import Adaptation
-from .coupling import WeightFunction
-from .distributed import is_main_process, refuse_unsupported_engines
-from .layout import matches, matrix_name
-from .linalg.targets import POWER, TargetFunction, target_name
-from .optimizer import SchattenP
-from .options import CouplingWeights, SchattenOptions
-from .policy import Policy, ScheduledP
-from .routing import Route, require_matches, route_parameters
-from .transfer import Transfer
+from hf_schatten.adaptive.adaptation import Adaptation
+from hf_schatten.adaptive.transfer import Transfer
+from hf_schatten.distributed.processes import is_main_process, refuse_unsupported_engines
+from hf_schatten.linalg.targets import POWER, TargetFunction, target_name
+from hf_schatten.matrices.layout import matches, matrix_name
+from hf_schatten.matrices.routing import Route, require_matches, route_parameters
+from hf_schatten.optim.coupling import WeightFunction
+from hf_schatten.optim.policy import Policy, ScheduledP
+from hf_schatten.optim.schatten_p import SchattenP
+from hf_schatten.options import CouplingWeights, SchattenOptions
 
 Group = dict[str, Any]
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
-from .distributed import UnsupportedEngineError
-from .layout import Layout, matches
-from .projections import WHOLE, Cut, cut_of, parse_fused_parts
+from hf_schatten.distributed.processes import UnsupportedEngineError
+from hf_schatten.matrices.fused_projections import WHOLE, Cut, cut_of, parse_fused_parts
+from hf_schatten.matrices.layout import Layout, matches
 
 Destination = Literal["schatten_p", "adamw", "frozen"]
 _IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
@@ -108,7 +108,7 @@ def route_parameters(
         exclude: parameter name patterns (``fnmatch``) that go to AdamW whatever they are.
         split_fused: read fused projections as the matrices that they consist of.
         fused_parts: ``pattern:part/part`` of projections that are not known, or known wrongly; see
-            :func:`hf_schatten.projections.parse_fused_parts`.
+            :func:`hf_schatten.matrices.fused_projections.parse_fused_parts`.
         split_heads: read queries, keys and values as a matrix for each head.
 
     Raises:

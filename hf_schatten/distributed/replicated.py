@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from .distributed import ALONE, Peers, process_count, process_rank
-from .matrix import Matrix
+from hf_schatten.distributed.processes import ALONE, Peers, process_count, process_rank
+from hf_schatten.optim.matrix import Matrix
 
 T = TypeVar("T")
 

@@ -15,8 +15,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from .callback import unwrap_optimizer
-from .checkpoint import (
+from hf_schatten.integration.callback import unwrap_optimizer
+from hf_schatten.integration.checkpoint import (
     STATE_FILE,
     CheckpointError,
     is_foreign,
@@ -28,11 +28,11 @@ from .checkpoint import (
     save_optimizer,
     write_refusal,
 )
-from .optimizer import SchattenP
-from .options import OPTIMIZER_NAME
-from .report import card_section, plot_p_by_layer, read_card_section, write_card_section
-from .report.figures import P_BY_LAYER
-from .weights import load_converted_weights
+from hf_schatten.integration.converted_weights import load_converted_weights
+from hf_schatten.optim.schatten_p import SchattenP
+from hf_schatten.options import OPTIMIZER_NAME
+from hf_schatten.report import card_section, plot_p_by_layer, read_card_section, write_card_section
+from hf_schatten.report.figures import P_BY_LAYER
 
 logger = logging.get_logger(__name__)
 

@@ -14,14 +14,16 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .adamw import adamw_step, new_adamw_state
-from .coupling import COUPLING_WEIGHTS, WeightFunction
-from .distributed import ALONE, Peers, UnsupportedEngineError
-from .finite import Usable, count_unusable, usable_gradients
-from .layout import matrix_name
-from .linalg.compute_dtype import fast_compute_dtype
-from .linalg.targets import POWER, TargetFunction, target_of
-from .matrix import (
+from hf_schatten.distributed.processes import ALONE, Peers, UnsupportedEngineError
+from hf_schatten.distributed.replicated import assign, exchange, rounds_of, sharing_peers, update_cost
+from hf_schatten.distributed.sharded import is_sharded, local, shards_of, update_sharded
+from hf_schatten.linalg.compute_dtype import fast_compute_dtype
+from hf_schatten.linalg.targets import POWER, TargetFunction, target_of
+from hf_schatten.matrices.layout import matrix_name
+from hf_schatten.optim.adamw import adamw_step, new_adamw_state
+from hf_schatten.optim.coupling import COUPLING_WEIGHTS, WeightFunction
+from hf_schatten.optim.finite_gradients import Usable, count_unusable, usable_gradients
+from hf_schatten.optim.matrix import (
     MOMENTUM,
     SKIPPED,
     STEP,
@@ -34,7 +36,10 @@ from .matrix import (
     named_parameters,
     new_matrix_state,
 )
-from .options import (
+from hf_schatten.optim.preconditioning import SECOND_MOMENTS
+from hf_schatten.optim.saved_state import groups_to_load, say_changed_options
+from hf_schatten.optim.stack import COMMON_OPTIONS, Update, batches, factors_alone, lengths_together
+from hf_schatten.options import (
     OPTIMIZER_NAME,
     OPTION_VALUES,
     CouplingWeights,
@@ -45,14 +50,9 @@ from .options import (
     StepRule,
     json_ready,
 )
-from .preconditioning import SECOND_MOMENTS
-from .resuming import groups_to_load, say_changed_options
-from .sharded import is_sharded, local, shards_of, update_sharded
-from .update import COMMON_OPTIONS, Update, batches, factors_alone, lengths_together
-from .work_sharing import assign, exchange, rounds_of, sharing_peers, update_cost
 
 if TYPE_CHECKING:
-    from .policy import Policy
+    from hf_schatten.optim.policy import Policy
 
 # Marks a state_dict without state, and says which file has it.
 STATE_ELSEWHERE = "schatten_p_state_file"
@@ -73,11 +73,11 @@ class SchattenP(Optimizer):
         W \leftarrow (1 - \eta \lambda) W - \eta \, c \, U \Sigma^{1/p} V^\top
 
     where U Σ Vᵀ is the singular value decomposition of the bias-corrected (Nesterov) momentum and c pins the
-    Frobenius norm of the update (:mod:`hf_schatten.scaling`), or makes it the step of one of Schattor's oracles
-    (:mod:`hf_schatten.coupling`). p = 1 is normalised SGD with momentum, p = ∞ is Muon; between preconditioners
-    (:mod:`hf_schatten.preconditioning`) p = 1 is Adam. A parameter is one matrix or several
-    (:class:`hf_schatten.layout.Layout`), and each matrix has a p of its own in ``state[parameter]["p"]``. A policy
-    (:mod:`hf_schatten.policy`) changes it during training; without one it stays at the group's ``p``.
+    Frobenius norm of the update (:mod:`hf_schatten.optim.scaling`), or makes it the step of one of Schattor's oracles
+    (:mod:`hf_schatten.optim.coupling`). p = 1 is normalised SGD with momentum, p = ∞ is Muon; between preconditioners
+    (:mod:`hf_schatten.optim.preconditioning`) p = 1 is Adam. A parameter is one matrix or several
+    (:class:`hf_schatten.matrices.layout.Layout`), and each matrix has a p of its own in ``state[parameter]["p"]``. A policy
+    (:mod:`hf_schatten.optim.policy`) changes it during training; without one it stays at the group's ``p``.
 
     Most users want :func:`hf_schatten.create_schatten_optimizer`, which makes the groups from a model.
 
@@ -85,7 +85,7 @@ class SchattenP(Optimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
             chooses the Schatten-p update, False chooses AdamW; ``transposed`` (default False), ``sections`` (default
             none) and ``blocks`` (default 1) say how its parameters are read as matrices, see
-            :class:`hf_schatten.layout.Layout`; ``p_by_parameter`` (default none) has, by name, the p of parameters
+            :class:`hf_schatten.matrices.layout.Layout`; ``p_by_parameter`` (default none) has, by name, the p of parameters
             with another than the group's.
         lr: learning rate of the AdamW groups; that of matrices is ``lr * lr_ratio``. Default 1e-3.
         p: p of a matrix at its first step: at least 1, ``inf``, or at most -4; in a group, a sequence gives each
@@ -119,7 +119,7 @@ class SchattenP(Optimizer):
         workspace_mib: memory, in MiB, that one batch of matrices may take for its temporaries; a matrix that needs
             more is a batch of its own. Default 512.
         share_work: where several processes train together, compute each matrix' update on one of them and exchange
-            the updates (:mod:`hf_schatten.work_sharing`), which takes the parameters' bytes once a step. All
+            the updates (:mod:`hf_schatten.distributed.replicated`), which takes the parameters' bytes once a step. All
             processes must have the same gradients, as under DDP. Default True.
         share_processes: most processes that share with each other, neighbours by their number: in as few groups as
             possible, of nearly one size; fewer where there are few matrices. Default 16.

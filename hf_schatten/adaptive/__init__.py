@@ -1,0 +1,1 @@
+"""From activations and gradients to p: sampling, the criterion, and when p is estimated."""

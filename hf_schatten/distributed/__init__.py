@@ -1,0 +1,1 @@
+"""Which process computes which matrix, and how what it has computed reaches the others."""

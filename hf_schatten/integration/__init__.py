@@ -1,0 +1,1 @@
+"""Trainer and Accelerate: registration, factory, callback, checkpoints. The only importer of Trainer."""
