@@ -175,7 +175,7 @@ def test_equal_shapes_and_their_transposes_share_batches_within_the_workspace(wo
 
 def parts_of(layout: str, tensor: torch.Tensor) -> list[torch.Tensor]:
     """Return the matrices (out, in) of a parameter, written out by hand."""
-    if layout == "sections":
+    if layout == "parts":
         return [tensor[:6], tensor[6:8], tensor[8:]]
     if layout == "transposed sections":
         return [tensor[:, :6].mT, tensor[:, 6:8].mT, tensor[:, 8:].mT]
@@ -187,9 +187,9 @@ def parts_of(layout: str, tensor: torch.Tensor) -> list[torch.Tensor]:
 @pytest.mark.parametrize(
     ("layout", "shape", "group"),
     [
-        ("sections", (10, 7), {"sections": (("q", 6), ("k", 2), ("v", 2))}),
-        ("transposed sections", (7, 10), {"transposed": True, "sections": (("q", 6), ("k", 2), ("v", 2))}),
-        ("experts", (2, 8, 5), {"sections": (("gate", 4), ("up", 4))}),
+        ("parts", (10, 7), {"parts": (("q", 6), ("k", 2), ("v", 2))}),
+        ("transposed sections", (7, 10), {"transposed": True, "parts": (("q", 6), ("k", 2), ("v", 2))}),
+        ("experts", (2, 8, 5), {"parts": (("gate", 4), ("up", 4))}),
         ("filters", (6, 4, 3, 3), {}),
     ],
 )
@@ -239,7 +239,7 @@ def test_each_matrix_of_a_parameter_is_updated_as_if_it_were_alone(layout, shape
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"sections": (("q", 3), ("k", 3))}, r"'w' has 4 outputs, and its sections \{'q': 3, 'k': 3\} have 6"),
+        ({"parts": (("q", 3), ("k", 3))}, r"'w' has 4 outputs, and its sections \{'q': 3, 'k': 3\} have 6"),
         ({"p": (2.0, 3.0)}, r"p=\[2.0, 3.0\] has 2 values for a parameter of 1 matrices"),
         ({"p": (0.5,)}, r"p=0.5 is not allowed"),
     ],

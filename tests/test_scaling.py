@@ -66,7 +66,7 @@ def one_step(p, shape=(24, 40), lr=1.0, **options):
     gradient = U * torch.arange(1, len(U.mT) + 1, dtype=torch.float64) ** -0.7 @ Vh
     weights = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     weights.grad = gradient
-    SchattenP([weights], lr, p=p, ns_steps=8, weight_decay=0, **options).step()
+    SchattenP([weights], lr=lr, p=p, ns_steps=8, weight_decay=0, **options).step()
     return weights.detach()
 
 
@@ -101,5 +101,5 @@ def test_schatten_without_a_schatten_norm_is_match_rms_adamw():
 def test_schatten_of_nothing_is_nothing():
     weights = torch.nn.Parameter(torch.ones(4, 6))
     weights.grad = torch.zeros(4, 6)
-    SchattenP([weights], 1.0, p=2.0, weight_decay=0, scale="schatten").step()
+    SchattenP([weights], lr=1.0, p=2.0, weight_decay=0, scale="schatten").step()
     torch.testing.assert_close(weights.detach(), torch.ones(4, 6), atol=0.0, rtol=0.0)

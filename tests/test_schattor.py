@@ -31,7 +31,7 @@ SHAPES = {
     "experts": (2, 8, 8),
     "zero": (6, 6),
 }
-GROUPS = {"fused": {"sections": SECTIONS}}
+GROUPS = {"fused": {"parts": SECTIONS}}
 ORDERS = [1, 2, math.inf]
 
 
@@ -135,7 +135,7 @@ def test_every_matrix_may_have_a_p_of_its_own(rule):
     ps = [1, 2, 4, math.inf]
     parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in [(6, 6), (6, 6), (5, 9), (9, 5)]]
     groups = [{"params": [W], "p": p} for W, p in zip(parameters, ps, strict=True)]
-    optimizer = ExactSchattenP(groups, 1.0, step_rule=rule, coupling_order=2)
+    optimizer = ExactSchattenP(groups, lr=1.0, step_rule=rule, coupling_order=2)
     for W in parameters:
         W.grad = torch.randn_like(W)
     optimizer.step()
@@ -150,7 +150,7 @@ def test_the_momentum_is_a_mean_of_the_gradients(momentum, nesterov):
     """p = 1 regularized takes the momentum itself: weights that sum to 1, the first step the first gradient."""
     torch.manual_seed(0)
     W = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
-    optimizer = SchattenP([W], 1.0, p=1, step_rule="regularized", momentum=momentum, nesterov=nesterov, weight_decay=0)
+    optimizer = SchattenP([W], lr=1.0, p=1, step_rule="regularized", momentum=momentum, nesterov=nesterov, weight_decay=0)
     gradients = torch.randn(5, 4, 4, dtype=torch.float64)
     for step, gradient in enumerate(gradients, start=1):
         before = W.detach().clone()
@@ -170,7 +170,7 @@ def test_preconditioned_it_is_the_oracle_of_the_preconditioned_norm(rule):
     torch.manual_seed(0)
     W = nn.Parameter(torch.zeros(6, 9, dtype=torch.float64))
     W.grad = torch.randn_like(W)
-    optimizer = ExactSchattenP([W], 1.0, p=2, step_rule=rule, precondition="adam", eps=0.1)
+    optimizer = ExactSchattenP([W], lr=1.0, p=2, step_rule=rule, precondition="adam", eps=0.1)
     optimizer.step()
     D = (W.grad.abs() + 0.1) ** (-1 / 3)
     oracle = {"ball": ball_oracle, "regularized": regularized_oracle}[rule]
@@ -180,7 +180,7 @@ def test_preconditioned_it_is_the_oracle_of_the_preconditioned_norm(rule):
 def test_matrices_without_a_gradient_stay_out_of_the_coupling():
     torch.manual_seed(0)
     W, idle = (nn.Parameter(torch.zeros(5, 5, dtype=torch.float64)) for _ in range(2))
-    optimizer = ExactSchattenP([W, idle], 1.0, p=2, step_rule="ball", coupling_order=2)
+    optimizer = ExactSchattenP([W, idle], lr=1.0, p=2, step_rule="ball", coupling_order=2)
     optimizer.step()  # no gradient at all
     W.grad = torch.randn_like(W)
     optimizer.step()
