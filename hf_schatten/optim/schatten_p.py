@@ -27,6 +27,7 @@ from hf_schatten.optim.saved_state import OPTIONS, groups_to_load, require_own_s
 from hf_schatten.optim.skipped_steps import report_skipped
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.state import expected_state, new_state, require_matrix
+from hf_schatten.option_text import OptionError
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 _REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
@@ -129,6 +130,7 @@ class SchattenP(Optimizer):
         if not group["spectral"]:
             return
         try:
+            self._require_one_oracle(group)
             for name, parameter in named_parameters(group):
                 layout_of(group).check(name, parameter.shape)
                 for p in set(initial_p(group, name, len(layout_of(group).part_names(parameter.shape)))):
@@ -326,6 +328,13 @@ class SchattenP(Optimizer):
         super().__setstate__(state)
         if "_planner" not in self.__dict__:
             self._planner = Planner(self.options.share_work, self._options_of_group)
+
+    def _require_one_oracle(self, group: Group) -> None:
+        if self.options.coupling_order is not None and group["step_rule"] != self.options.step_rule:
+            raise OptionError(
+                f"step_rule={group['step_rule']!r} of a group is not allowed: coupling_order couples the updates of one "
+                f"oracle, and the optimizer's is {self.options.step_rule!r}. Give all groups the same."
+            )
 
     def _needs_whole(self, group: Group) -> dict[str, object]:
         """Return the options of a group that need whole matrices on every process, by name."""
