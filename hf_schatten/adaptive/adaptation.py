@@ -27,7 +27,7 @@ from hf_schatten.distributed.processes import mean_over_processes, process_count
 from hf_schatten.distributed.sharded import local
 from hf_schatten.exponent import exponent_of
 from hf_schatten.optim.matrix import Matrix
-from hf_schatten.optim.policy import Optimized
+from hf_schatten.optim.policy import Optimized, Policy
 from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Choice:
     chosen: float
 
 
-class Adaptation:
+class Adaptation(Policy):
     """Re-estimates p of routed matrices on due steps, from the step's own gradient and inputs.
 
     A policy of :class:`hf_schatten.SchattenP`, so that it needs no Trainer: before the update of a due step, the
@@ -95,8 +95,7 @@ class Adaptation:
         matrices: Collection[str],
         options: SchattenOptions,
     ) -> None:
-        self.matrices = frozenset(matrices)
-        self.estimates = 0
+        super().__init__(matrices)
         self.illustrated = 0
         self.choices: list[Choice] = []
         self.updates: dict[str, tuple[Tensor, Tensor]] = {}

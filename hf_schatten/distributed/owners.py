@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -22,37 +22,9 @@ MOST_SHARING = 16
 _MOST_SENT = 1.5
 
 
-class Item(Protocol):
-    """A matrix, as far as its way between processes is concerned.
-
-    Attributes:
-        parameter: that it is a part of; its dtype is that in which updates travel.
-        parameter_name: of the parameter, for messages.
-        expert: number of its expert, as text; "" where the parameter has no experts.
-        wide_shape: (m, n) with m <= n.
-        cost: of its update.
-        weights: a view of the parameter.
-    """
-
-    @property
-    def parameter(self) -> Tensor: ...  # noqa: D102
-    @property
-    def parameter_name(self) -> str: ...  # noqa: D102
-    @property
-    def expert(self) -> str: ...  # noqa: D102
-    @property
-    def wide_shape(self) -> tuple[int, int]: ...  # noqa: D102
-    @property
-    def cost(self) -> int: ...  # noqa: D102
-    @property
-    def weights(self) -> Tensor: ...  # noqa: D102
-    def stored(self, wide: Tensor) -> Tensor: ...  # noqa: D102
-    def of(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
-    def of_expert(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
-    def place_in_expert(self, tensor: Tensor) -> Tensor: ...  # noqa: D102
-
-
-AnyItem = TypeVar("AnyItem", bound=Item)
+# What is computed on one process: a matrix, as :class:`hf_schatten.optim.matrix.Matrix` is. Of it are needed here its
+# shape, dtype and cost, and where it lies in its parameter.
+Item = Any
 
 
 class Computed(NamedTuple):
@@ -89,52 +61,36 @@ Write = Callable[[Any, Tensor], None]  # of an item's momentum into (m, n)
 Compute = Callable[[Any, Write], Iterable[Computed]]  # of one piece of work
 
 
-class Delivery(Protocol):
-    """How updates reach the weights. One process, replicas and shards differ in this alone.
+class Delivery:
+    """How updates reach weights that are whole on this process, and that nobody else computes.
+
+    Replicas and shards differ from it in :meth:`deliver` alone.
+
+    Args:
+        items: all of them, in the same order on every process.
+        work_of: makes a piece of work from some of them.
+        peers: the processes that share the work. Default this one alone.
 
     Attributes:
-        items: all of them, in the same order on every process.
-        work: what this process computes, in the order of rounds; made of items by the function that it was given.
-        peers: the processes that share the work.
+        work: what this process computes, in the order of rounds.
     """
 
-    items: Sequence[Any]
-    work: list[Any]
-    peers: Peers
+    def __init__(self, items: Sequence[Item], work_of: Callable[[Sequence[Item]], Any], peers: Peers = ALONE) -> None:
+        self.items, self.peers = items, peers
+        self.work = [work_of(mine) for mine in self.shares()]
 
-    def deliver(self, compute: Compute, momenta: Momenta) -> Iterator[Delivered]:
+    def shares(self) -> list[Sequence[Item]]:
+        """Return the items that this process computes in each round."""
+        return [self.items]
+
+    def deliver(self, compute: Compute, momenta: Any) -> Iterator[Delivered]:
         """Yield all updates of this process' weights; every process must exhaust it.
 
         Args:
-            compute: the updates of one piece of work, and what writes the momenta of its items.
-            momenta: of this process.
+            compute: the updates of one piece of work, given what writes the momenta of its items.
+            momenta: of this process, with ``write(item, wide)`` and ``of_shard(item)``; see
+                :class:`hf_schatten.optim.momentum.LookAhead`.
         """
-
-
-class Momenta(Protocol):
-    """The (look-ahead) momenta that a process has, as stored and still with the bias of a start at zero."""
-
-    def write(self, item: Any, wide: Tensor) -> None:
-        """Write that of an item that is whole on this process into (m, n)."""
-
-    def of_shard(self, item: Any) -> Tensor:
-        """Return the rows that this process has of the momentum of an item's parameter."""
-
-
-class OnOneProcess:
-    """Updates of weights that this process has, and nobody else computes.
-
-    Args:
-        items: all of them.
-        work_of: makes a piece of work.
-    """
-
-    def __init__(self, items: Sequence[AnyItem], work_of: Callable[[Sequence[AnyItem]], Any]) -> None:
-        self.items, self.peers = items, ALONE
-        self.work = [work_of(items)]
-
-    def deliver(self, compute: Compute, momenta: Momenta) -> Iterator[Delivered]:
-        """Yield them as they are computed."""
         for item, direction, factor in compute(self.work[0], momenta.write):
             weights = item.weights
             yield Delivered(item, weights, item.stored(direction).reshape(weights.shape), factor)

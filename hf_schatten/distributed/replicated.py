@@ -7,24 +7,14 @@ has a bounded size. While a round travels, the next one is computed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_schatten.distributed.owners import (
-    BUFFER,
-    AnyItem,
-    Compute,
-    Delivered,
-    Item,
-    Momenta,
-    assign,
-    elements,
-    take,
-)
+from hf_schatten.distributed.owners import BUFFER, Compute, Delivered, Delivery, Item, assign, elements, take
 from hf_schatten.distributed.processes import Peers
 
 # Torch renames it: the old name warns from 2.13 on.
@@ -34,22 +24,16 @@ Round = list[list[Any]]  # the items that each process sends
 _Transfer = tuple[Any, Round, Sequence[Tensor]]  # what to wait for; items, and the buffer of their updates, by sender
 
 
-class Replicated:
-    """Updates that processes with the same gradients share.
+class Replicated(Delivery):
+    """Updates that processes with the same gradients share."""
 
-    Args:
-        items: all of them, in the same order on every process.
-        work_of: makes a piece of work from the items of one round that this process computes.
-        peers: the processes that share.
-    """
+    def shares(self) -> list[Sequence[Item]]:
+        """Return the items of each round that this process computes; a receiver has none."""
+        owners = assign([item.cost for item in self.items], self.peers.size)
+        self.rounds = list(rounds_of(self.items, owners, self.peers.size))
+        return [current[self.peers.rank] if self.peers.rank < self.peers.size else [] for current in self.rounds]
 
-    def __init__(self, items: Sequence[AnyItem], work_of: Callable[[Sequence[AnyItem]], Any], peers: Peers) -> None:
-        self.items, self.peers = items, peers
-        owners = assign([item.cost for item in items], peers.size)
-        self.rounds = list(rounds_of(items, owners, peers.size))
-        self.work = [work_of(current[peers.rank] if peers.rank < peers.size else []) for current in self.rounds]
-
-    def deliver(self, compute: Compute, momenta: Momenta) -> Iterator[Delivered]:
+    def deliver(self, compute: Compute, momenta: Any) -> Iterator[Delivered]:
         """Yield all updates, in the same order on every process."""
         one = None
         for item, wide in self._exchanged(compute, momenta):
@@ -57,7 +41,7 @@ class Replicated:
             weights = item.weights
             yield Delivered(item, weights, item.stored(wide).reshape(weights.shape), one)
 
-    def _exchanged(self, compute: Compute, momenta: Momenta) -> Iterator[tuple[Any, Tensor]]:
+    def _exchanged(self, compute: Compute, momenta: Any) -> Iterator[tuple[Any, Tensor]]:
         """Yield every item with its update (m, n), in the parameter's dtype."""
         under_way: _Transfer | None = None
         for current, work in zip(self.rounds, self.work, strict=True):

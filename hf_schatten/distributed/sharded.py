@@ -16,17 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from hf_schatten.distributed.owners import (
-    BUFFER,
-    AnyItem,
-    Compute,
-    Delivered,
-    Item,
-    Momenta,
-    assign,
-    take,
-)
-from hf_schatten.distributed.processes import ALONE, Peers
+from hf_schatten.distributed.owners import BUFFER, Compute, Delivered, Delivery, Item, assign, take
+from hf_schatten.distributed.processes import Peers
 from hf_schatten.matrices.engines import UnsupportedEngineError
 
 
@@ -120,23 +111,15 @@ def _rows_each(parameter: Tensor, count: int) -> int:
 _Owned = Sequence[tuple[Slab, int]]  # slabs and their owners, in the same order on every process
 
 
-class Sharded:
-    """Updates of sharded weights, each computed by the process that owns it.
+class Sharded(Delivery):
+    """Updates of sharded weights, each computed by the process that owns it."""
 
-    Args:
-        items: all of them, in the same order on every process.
-        work_of: makes a piece of work from the items of one round that this process owns.
-    """
+    def shares(self) -> list[Sequence[Item]]:
+        """Return the items of each round that this process owns."""
+        self.rounds = list(_rounds(self.items))
+        return [[item for slab in _owned_by(peers.rank, owned) for item in slab.items] for peers, owned in self.rounds]
 
-    def __init__(self, items: Sequence[AnyItem], work_of: Callable[[Sequence[AnyItem]], Any]) -> None:
-        self.items, self.peers = items, ALONE  # no two processes share what is left for one of them
-        self.rounds = list(_rounds(items))
-        self.work = [
-            work_of([item for slab in _owned_by(peers.rank, owned) for item in slab.items])
-            for peers, owned in self.rounds
-        ]
-
-    def deliver(self, compute: Compute, momenta: Momenta) -> Iterator[Delivered]:
+    def deliver(self, compute: Compute, momenta: Any) -> Iterator[Delivered]:
         """Yield the updates of this process' rows."""
         for (peers, owned), work in zip(self.rounds, self.work, strict=True):
             rows = {slab.parameter: momenta.of_shard(slab.items[0]) for slab, _ in owned}
@@ -158,7 +141,7 @@ class Sharded:
                 yield Delivered(slab.items[0], slab.here(local(slab.parameter), peers), update, one)
 
 
-def on_owners(items: Iterable[AnyItem], tensor_of: Callable[[AnyItem], Tensor]) -> Iterator[tuple[AnyItem, Tensor]]:
+def on_owners(items: Iterable[Item], tensor_of: Callable[[Item], Tensor]) -> Iterator[tuple[Item, Tensor]]:
     """Yield those items that this process owns with something whole, (r, c) as stored; of what is not sharded, all.
 
     Every process must exhaust it.
@@ -167,7 +150,7 @@ def on_owners(items: Iterable[AnyItem], tensor_of: Callable[[AnyItem], Tensor]) 
         items: in the same order on every process.
         tensor_of: a tensor of the shape of an item's parameter, sharded as that is.
     """
-    sharded: list[AnyItem] = []
+    sharded: list[Item] = []
     for item in items:
         if is_sharded(item.parameter):
             sharded.append(item)

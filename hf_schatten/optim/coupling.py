@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -38,8 +37,8 @@ COUPLING_WEIGHTS: dict[CouplingWeights, WeightFunction] = {
 }
 
 
-class Coupling(Protocol):
-    """How far the updates of a step's matrices depend on each other."""
+class Independent:
+    """Every matrix for itself: a stack's updates are computed when they are asked for."""
 
     def start(self, delivery: Delivery, write: WriteMomentum, direction: Direction) -> ScaledUpdates:
         """Begin a step.
@@ -50,11 +49,6 @@ class Coupling(Protocol):
             direction: as in :meth:`hf_schatten.optim.stack.Stack.update`.
         """
 
-
-class Independent:
-    """Every matrix for itself: a stack's updates are computed when they are asked for."""
-
-    def start(self, delivery: Delivery, write: WriteMomentum, direction: Direction) -> ScaledUpdates:  # noqa: D102
         def scaled(stacks: Sequence[Stack], write: WriteMomentum) -> Iterator[tuple[Update, Tensor]]:
             for stack in stacks:
                 update = stack.update(write, direction)
@@ -63,7 +57,7 @@ class Independent:
         return scaled
 
 
-class Coupled:
+class Coupled(Independent):
     """All matrices together: their directions, one copy of the matrices, are kept until all are known.
 
     Nothing waits for the device.
@@ -115,7 +109,7 @@ class Coupled:
         return weight
 
 
-def coupling_of(options: SchattenOptions) -> Coupling:
+def coupling_of(options: SchattenOptions) -> Independent:
     """Return the coupling that options ask for."""
     if options.coupling_order is None:
         return Independent()

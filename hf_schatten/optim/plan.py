@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_schatten.distributed.owners import Delivery, OnOneProcess, sharing_peers
+from hf_schatten.distributed.owners import Delivery, sharing_peers
 from hf_schatten.distributed.processes import ALONE, Peers
 from hf_schatten.distributed.replicated import Replicated
 from hf_schatten.distributed.sharded import Sharded, is_sharded
@@ -72,9 +72,7 @@ class Planner:
         deliveries: list[Delivery] = []
         if updated:
             peers = self._peers(whole)
-            deliveries.append(
-                OnOneProcess(updated, self._stacks) if peers.size == 1 else Replicated(updated, self._stacks, peers)
-            )
+            deliveries.append((Delivery if peers.size == 1 else Replicated)(updated, self._stacks, peers))
         if sharded:
             deliveries.append(Sharded(sharded, self._stacks))
         return deliveries

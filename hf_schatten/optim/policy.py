@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -23,16 +23,20 @@ class Optimized(Protocol):
         """Keep every p as it is from now on."""
 
 
-class Policy(Protocol):
-    """Changes the p of an optimizer's matrices, which calls it around every step.
+class Policy:
+    """Changes the p of an optimizer's matrices, which calls it around every step; this one does nothing.
+
+    Args:
+        matrices: names of those whose p it changes.
 
     Attributes:
-        matrices: names of those whose p it changes.
         estimates: how often it has measured p.
     """
 
-    matrices: frozenset[str]
-    estimates: int
+    estimates = 0
+
+    def __init__(self, matrices: Collection[str]) -> None:
+        self.matrices = frozenset(matrices)
 
     def before_update(self, optimizer: Optimized) -> None:
         """Change p, where this step asks for it; every process takes part."""

@@ -17,15 +17,14 @@ Quasi-Newton and Adaptive Methods".
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_schatten.exponent import exponent_of
-from hf_schatten.optim.bias import bias_corrections
 from hf_schatten.optim.finite_gradients import FiniteGradients
-from hf_schatten.optim.matrix import Group, Matrix, State
+from hf_schatten.optim.matrix import Group, Matrix, State, bias_corrections
 from hf_schatten.options import Precondition
 
 SECOND_MOMENT = "second_moment"
@@ -41,13 +40,18 @@ class Directions(NamedTuple):
     products: Tensor | None
 
 
-class Preconditioner(Protocol):
-    """What momenta are divided by before the spectral power, and its results after it."""
+class Preconditioner:
+    """What momenta are divided by before the spectral power, and its results after it; this one is nothing.
 
-    rectangles: int  # temporaries of a matrix' shape that it needs while a stack is updated
+    Attributes:
+        rectangles: temporaries of a matrix' shape that it needs while a stack is updated.
+    """
+
+    rectangles = 0
 
     def new_state(self, average: Tensor) -> State:
         """Return the state before the first step, given one of the state's shape, dtype and device."""
+        return {}
 
     def advance(self, group: Group, parameter: Tensor, state: State, gradients: FiniteGradients) -> None:
         """Take the gradient of a parameter into its state, which stays as it is where that is not finite."""
@@ -64,29 +68,11 @@ class Preconditioner(Protocol):
             direction: the spectral power, or what stands for it.
             measure: of the step rule.
         """
-
-
-class Unpreconditioned:
-    """Nothing is divided by."""
-
-    rectangles = 0
-
-    def new_state(self, average: Tensor) -> State:  # noqa: D102 - the protocol's
-        return {}
-
-    def advance(  # noqa: D102
-        self, group: Group, parameter: Tensor, state: State, gradients: FiniteGradients
-    ) -> None:
-        pass
-
-    def directions(  # noqa: D102
-        self, matrices: Sequence[Matrix], momenta: Tensor, p: Tensor, direction: Direction, measure: Measure
-    ) -> Directions:
         directions = direction(momenta, p)
         return Directions(directions, measure(momenta, directions))
 
 
-class AdamPreconditioner:
+class AdamPreconditioner(Preconditioner):
     """Roots of Adam's second moment: one number for each element, in fp32 4 bytes a parameter.
 
     Args:
@@ -101,9 +87,7 @@ class AdamPreconditioner:
     def new_state(self, average: Tensor) -> State:  # noqa: D102
         return {SECOND_MOMENT: torch.zeros_like(average)}
 
-    def advance(  # noqa: D102
-        self, group: Group, parameter: Tensor, state: State, gradients: FiniteGradients
-    ) -> None:
+    def advance(self, group: Group, parameter: Tensor, state: State, gradients: FiniteGradients) -> None:  # noqa: D102
         squares, beta2 = state[SECOND_MOMENT], group["betas"][1]
         gradient = gradients.gradient(parameter, squares.dtype, 0.0)
         decay = 1 - (1 - beta2) * gradients.keep(parameter).double()
@@ -132,7 +116,7 @@ def _scaled(s: Tensor) -> Tensor:
 
 
 PRECONDITIONERS: dict[Precondition, Preconditioner] = {
-    "none": Unpreconditioned(),
+    "none": Preconditioner(),
     "adam": AdamPreconditioner(_scaled),
     "muadam": AdamPreconditioner(lambda s: torch.full_like(s, -0.5)),
 }

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from hf_schatten.distributed.sharded import local
 from hf_schatten.exponent import exponent_of
-from hf_schatten.optim.bias import bias_corrections
-from hf_schatten.optim.matrix import MOMENTUM, Matrix
+from hf_schatten.optim.matrix import MOMENTUM, Matrix, bias_corrections
 from hf_schatten.optim.preconditioning import PRECONDITIONERS, Direction, Preconditioner
 from hf_schatten.optim.step_rules import StepRule, Update, step_rule_of
 from hf_schatten.options import SchattenOptions

@@ -37,7 +37,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -78,59 +77,30 @@ class Update:
         return torch.where(dual > 0, dual**-self.exponents, dual)
 
 
-class StepRule(Protocol):
-    """How long the updates of a stack are, where every matrix is for itself."""
+class StepRule:
+    """How long the updates of a stack are, where every matrix is for itself; this one pins them as AdamW's."""
 
     def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:
         """Return ``⟨M, O⟩`` (B,) of (B, m, n) tensors where the rule depends on it."""
+        return None
 
     def factors(self, update: Update) -> Tensor:
         """Return what the directions are multiplied by, (B,)."""
+        own = torch.linalg.matrix_norm(update.directions)  # (B,)
+        return torch.where(own > 0, self.norms(update, own) / own, 0.0)
+
+    def norms(self, update: Update, own: Tensor) -> Tensor:
+        """Return the Frobenius norms (B,) that directions of the Frobenius norms ``own`` (B,) are scaled to."""
+        m, n = update.matrices[0].wide_shape
+        return own.new_full(own.shape, ADAMW_RMS * math.sqrt(m * n))
 
 
 def _inner_products(momenta: Tensor, directions: Tensor) -> Tensor:
     return torch.linalg.vecdot(momenta.flatten(1), directions.flatten(1))
 
 
-class Scale(Protocol):
-    """A rule of a pinned update's norm."""
-
-    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:
-        """As :meth:`StepRule.measure`."""
-
-    def norms(self, update: Update, own: Tensor) -> Tensor:
-        """Return the Frobenius norms (B,) that directions of the Frobenius norms ``own`` (B,) are scaled to."""
-
-
-@dataclass(frozen=True)
-class Pinned:
-    """Updates of a Frobenius norm that a scale rule gives."""
-
-    scale: Scale
-
-    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102 - the protocol's
-        return self.scale.measure(momenta, directions)
-
-    def factors(self, update: Update) -> Tensor:  # noqa: D102
-        own = torch.linalg.matrix_norm(update.directions)  # (B,)
-        return torch.where(own > 0, self.scale.norms(update, own) / own, 0.0)
-
-
-class MatchRmsAdamW:
-    """``match_rms_adamw``."""
-
-    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102
-        return None
-
-    def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
-        m, n = update.matrices[0].wide_shape
-        return own.new_full(own.shape, ADAMW_RMS * math.sqrt(m * n))
-
-
-class Schatten(MatchRmsAdamW):
-    """``schatten``."""
-
-    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102
+class Schatten(StepRule):  # noqa: D101 - the module's docstring has the rules
+    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102 - the base's
         return _inner_products(momenta, directions)
 
     def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
@@ -140,16 +110,12 @@ class Schatten(MatchRmsAdamW):
         return torch.where(s > 0, norms.minimum(largest), largest)
 
 
-class Muon(MatchRmsAdamW):
-    """``muon``."""
-
+class Muon(StepRule):  # noqa: D101
     def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
         return _numbers(update, lambda matrix, m, n: math.sqrt(min(m, n) * max(1.0, m / n)), own)
 
 
-class Interpolate(MatchRmsAdamW):
-    """``interpolate``."""
-
+class Interpolate(StepRule):  # noqa: D101
     def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
         def kappa(matrix: Matrix, m: int, n: int) -> float:
             beta1 = matrix.group["betas"][0]
@@ -158,9 +124,7 @@ class Interpolate(MatchRmsAdamW):
         return math.sqrt(min(update.matrices[0].shape)) * _numbers(update, kappa, own) ** update.exponents
 
 
-class Own(MatchRmsAdamW):
-    """``none``."""
-
+class Own(StepRule):  # noqa: D101
     def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
         return own
 
@@ -171,16 +135,7 @@ def _numbers(update: Update, number: Callable[[Matrix, int, int], float], like: 
     return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
 
 
-_SCALES: dict[ScaleRule, Scale] = {
-    "schatten": Schatten(),
-    "match_rms_adamw": MatchRmsAdamW(),
-    "muon": Muon(),
-    "interpolate": Interpolate(),
-    "none": Own(),
-}
-
-
-class Ball:
+class Ball(StepRule):
     """Updates of length 1: the minimum of ``⟨M, T⟩`` over a ball whose radius is the learning rate."""
 
     def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102
@@ -204,6 +159,13 @@ class Regularized(Ball):
         return factors * (duals * factors).sum()
 
 
+_PINNED: dict[ScaleRule, StepRule] = {
+    "schatten": Schatten(),
+    "match_rms_adamw": StepRule(),
+    "muon": Muon(),
+    "interpolate": Interpolate(),
+    "none": Own(),
+}
 ORACLES = {"ball": Ball(), "regularized": Regularized()}
 
 
@@ -213,4 +175,4 @@ def step_rule_of(options: SchattenOptions) -> StepRule:
         return ORACLES[options.step_rule]
     # The Schatten norm of a direction is known where that is the spectral power of a momentum.
     known = options.target == POWER and options.precondition == "none"
-    return Pinned(_SCALES[options.scale if known or options.scale != "schatten" else "match_rms_adamw"])
+    return _PINNED[options.scale if known or options.scale != "schatten" else "match_rms_adamw"]
