@@ -18,6 +18,8 @@ from hf_schatten.report.__main__ import main
 from hf_schatten.report.geometry import ORDERS, fit_decay, layer_geometry, write_geometry
 from hf_schatten.report.text import ReportError, byte_blocks, read_text, token_blocks
 
+pytestmark = pytest.mark.pictures
+
 WIDTH, LENGTH = 16, 24
 TEXT = "\n".join(f"def f{i}(x):\n    return {i} * x + f{i - 1}(x)" for i in range(300))
 
