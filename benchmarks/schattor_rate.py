@@ -149,7 +149,7 @@ def run(m: int, steps: int, seeds: int, rule: StepRule) -> Tensor:
     alpha, eta = parameters_of(rule, steps)
     X = nn.Parameter(torch.zeros(problem.shape))
     group = {"params": [X], "p": problem.p}
-    optimizer = SchattenP([group], eta, step_rule=rule, momentum=1 - alpha, nesterov=False, weight_decay=0.0)
+    optimizer = SchattenP([group], lr=eta, step_rule=rule, momentum=1 - alpha, nesterov=False, weight_decay=0.0)
     generator = torch.Generator().manual_seed(steps)
     stride, measured = max(1, steps // _MEASUREMENTS), []
     for step in range(steps):

@@ -4,12 +4,12 @@ Importing the package makes ``TrainingArguments(optim="schatten_p")`` valid.
 """
 
 from hf_schatten import linalg
-from hf_schatten.distributed.processes import UnsupportedEngineError
 from hf_schatten.integration.callback import SchattenCallback
 from hf_schatten.integration.checkpoint import CheckpointError, load_learned_p
 from hf_schatten.integration.factory import create_schatten_optimizer
 from hf_schatten.integration.registration import register
 from hf_schatten.integration.trainer import SchattenTrainer, SchattenTrainerMixin
+from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.matrices.routing import RoutingError, route_parameters
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OptionError, SchattenOptions

@@ -26,7 +26,7 @@ def training(**options):
     }
     matrices = {"params": [(name, parameters[name]) for name in ("first", "second")]}
     vectors = {"params": [("vector", parameters["vector"])], "spectral": False}
-    optimizer = SchattenP([matrices, vectors], 0.1, **options)
+    optimizer = SchattenP([matrices, vectors], lr=0.1, **options)
 
     def step(seed, **spoiled):
         generator = torch.Generator().manual_seed(seed)
@@ -96,7 +96,7 @@ def test_a_bf16_parameter_keeps_its_bits(seed):
     torch.manual_seed(seed)
     W = nn.Parameter(torch.randn(8, 8).bfloat16())
     before = W.detach().clone()
-    optimizer = SchattenP([W], 0.1)
+    optimizer = SchattenP([W], lr=0.1)
     W.grad = torch.full_like(W, math.nan)
     optimizer.step()
     assert torch.equal(W, before)

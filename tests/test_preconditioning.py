@@ -221,8 +221,8 @@ def test_the_exponent_is_scaled_with_each_matrixs_own_p():
 )
 def test_the_state_holds_what_the_group_asks_for(precondition, shapes):
     W = nn.Parameter(torch.randn(2, 8, 5, dtype=torch.bfloat16))
-    group = {"params": [("w", W)], "sections": (("gate", 4), ("up", 4)), "precondition": precondition}
-    plain = SchattenP([{"params": [("w", nn.Parameter(W.detach().clone()))], "sections": group["sections"]}])
+    group = {"params": [("w", W)], "parts": (("gate", 4), ("up", 4)), "precondition": precondition}
+    plain = SchattenP([{"params": [("w", nn.Parameter(W.detach().clone()))], "parts": group["parts"]}])
     optimizer = SchattenP([group])
     W.grad = torch.randn_like(W)
     optimizer.step()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import weakref
-from functools import partial
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils.checkpoint import checkpoint
 from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from hf_schatten.adaptive.probe import GramSum, Probe, RowSample
+from hf_schatten.adaptive.probe import Probe
+from hf_schatten.adaptive.row_sample import RowSample
 
 
 class Net(nn.Module):
@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 
 def armed_probe(net: nn.Module, capacity: int = 1000) -> Probe:
-    probe = Probe(net, {"first.weight": net.first, "second.weight": net.second}, partial(RowSample, capacity))
+    probe = Probe(net, {"first.weight": net.first, "second.weight": net.second}, capacity)
     probe.arm(True)
     return probe
 
@@ -137,7 +137,7 @@ class Masked(nn.Module):
 def test_padding_is_left_out(flat):
     torch.manual_seed(0)
     model = Masked()
-    probe = Probe(model, {"layer.weight": model.layer}, partial(RowSample, 100))
+    probe = Probe(model, {"layer.weight": model.layer}, 100)
     probe.arm(True)
     hidden, mask = torch.randn(4, 5, 3), torch.tensor([[1] * 5, [1] * 3 + [0] * 2, [0] * 4 + [1], [1, 1, 0, 0, 0]])
     for half in (slice(0, 2), slice(2, 4)):
@@ -156,7 +156,7 @@ def test_a_decoder_takes_its_own_mask():
             return self.decoder(self.encoder(hidden))
 
     model = EncoderDecoder()
-    probe = Probe(model, {"encoder.weight": model.encoder, "decoder.weight": model.decoder}, partial(RowSample, 100))
+    probe = Probe(model, {"encoder.weight": model.encoder, "decoder.weight": model.decoder}, 100)
     probe.arm(True)
     first, second = torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, 0]])
     model(torch.randn(1, 3, 3), attention_mask=first, decoder_attention_mask=second).sum().backward()
@@ -179,7 +179,7 @@ def test_a_decoder_takes_its_own_mask():
 def test_a_convolutions_rows_times_its_filters_are_its_output(options, memory_format):
     torch.manual_seed(0)
     layer = nn.Conv2d(5, 4, **options)
-    probe = Probe(layer, {"weight": layer}, partial(RowSample, 10_000))
+    probe = Probe(layer, {"weight": layer}, 10_000)
     probe.arm(True)
     images = torch.randn(2, 5, 9, 7).to(memory_format=memory_format)
     output = layer(images)
@@ -195,7 +195,7 @@ def test_an_experts_rows_give_its_weights_gradient(architecture):
     torch.manual_seed(0)
     model = experts_model(architecture)
     experts = model.model.layers[0].mlp.experts
-    probe = Probe(model, {"experts.gate_up_proj": experts, "experts.down_proj": experts}, partial(RowSample, 1000))
+    probe = Probe(model, {"experts.gate_up_proj": experts, "experts.down_proj": experts}, 1000)
     probe.arm(True)
     tokens = torch.randint(1, 30, (2, 5))
     mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
@@ -267,7 +267,7 @@ def fresh_compiler():
 
 def test_a_compiled_model_has_one_graph_and_runs_eagerly_while_armed(fresh_compiler):
     net = Net(None)
-    probe = Probe(net, {"first.weight": net.first, "second.weight": net.second}, partial(RowSample, 100))
+    probe = Probe(net, {"first.weight": net.first, "second.weight": net.second}, 100)
     compiled = torch.compile(net, backend=(counter := CompileCounter()))
     for step in range(12):
         probe.arm(step % 4 == 2)
@@ -286,39 +286,14 @@ def test_a_second_armed_probe_and_a_forgotten_one_leave_the_compiler_as_it_was(f
     assert eval_frame._stance.stance == "default"
 
 
-def test_a_gram_sum_is_that_of_all_rows_however_they_come():
-    torch.manual_seed(0)
-    net = Net(None)
-    probe = Probe(net, {"first.weight": net.first, "second.weight": net.second}, GramSum)
-    probe.arm(True)
-    batches = torch.randn(3, 1000, 2, 3)  # 2000 rows a micro-batch
-    for batch in batches:
-        net(batch).sum().backward()
-    sums = probe.take().inputs
-    rows = batches.reshape(-1, 3).double()
-    torch.testing.assert_close(sums["first.weight"], rows.mT @ rows, atol=1e-9, rtol=1e-12)
-    hidden = net.first(batches).relu().reshape(-1, 4).detach().double()
-    torch.testing.assert_close(sums["second.weight"], hidden.mT @ hidden, atol=1e-9, rtol=1e-6)
-    assert probe.take().inputs == {}
-
-
-def test_a_gram_sum_reads_more_rows_than_it_copies_at_once():
-    rows = torch.randn(10_000, 3)
-    whole = GramSum()
-    for piece in rows.split(9_000):
-        whole.offer(len(piece), lambda index, piece=piece: piece[index])()
-    torch.testing.assert_close(whole.rows(), rows.double().mT @ rows.double(), atol=1e-9, rtol=1e-12)
-    assert GramSum().rows() is None
-
-
 # Gradients of outputs: with all rows sampled, the gradient of a weight is their product with the inputs
 
 
-ALL_ROWS = partial(RowSample, 10_000)
+ALL_ROWS = 10_000
 
 
-def sampled_both(model: nn.Module, layers: dict[str, nn.Module], new_sample=ALL_ROWS) -> Probe:
-    probe = Probe(model, layers, new_sample, outputs=True)
+def sampled_both(model: nn.Module, layers: dict[str, nn.Module], rows=ALL_ROWS) -> Probe:
+    probe = Probe(model, layers, rows, outputs=True)
     probe.arm(True)
     return probe
 
@@ -358,31 +333,3 @@ def test_rows_of_both_sides_give_the_filters_gradient(batch):
     inputs, outputs = probe.take()
     product = (outputs["weight"].mT @ inputs["weight"]).view_as(layer.weight)
     torch.testing.assert_close(product, layer.weight.grad, atol=1e-4, rtol=1e-4)
-
-
-def test_gram_sums_of_both_sides_are_those_of_the_rows():
-    torch.manual_seed(0)
-    net, twin = Net(None), Net(None)
-    twin.load_state_dict(net.state_dict())
-    batch = torch.randn(5, 3)
-    found = []
-    for model, new_sample in ((net, GramSum), (twin, partial(RowSample, 100))):
-        probe = sampled_both(model, {"second.weight": model.second}, new_sample)
-        model(batch).square().sum().backward()
-        found.append(probe.take().outputs["second.weight"])
-    torch.testing.assert_close(found[0], (found[1].mT @ found[1]).double(), atol=1e-6, rtol=1e-6)
-
-
-def test_experts_have_no_rows_of_outputs_and_a_probe_that_is_not_asked_has_none():
-    model = experts_model("mixtral")
-    experts = model.model.layers[0].mlp.experts
-    probe = sampled_both(model, {"experts.gate_up_proj": experts})
-    tokens = torch.randint(1, 30, (2, 5))
-    model(input_ids=tokens, labels=tokens).loss.backward()
-    inputs, outputs = probe.take()
-    assert inputs
-    assert not outputs
-    net = Net(None)
-    asked_not = armed_probe(net)
-    net(torch.randn(2, 3)).sum().backward()
-    assert asked_not.take().outputs == {}

@@ -189,9 +189,9 @@ def test_an_interleaved_projection_trains_as_separate_layers(transposed):
     own = [nn.Parameter(fused[:, part].reshape(8, 6).clone()) for part in range(3)]
     for precondition in ("none", "adam", "adafactor"):
         sections = (("q", 2), ("k", 2), ("v", 2))
-        group = {"params": [one], "sections": sections, "blocks": 4, "transposed": transposed}
+        group = {"params": [one], "parts": sections, "blocks": 4, "transposed": transposed}
         options = {"p": 3.0, "precondition": precondition, "weight_decay": 0.1}
-        together, apart = SchattenP([group], 0.1, **options), SchattenP(own, 0.1, **options)
+        together, apart = SchattenP([group], lr=0.1, **options), SchattenP(own, lr=0.1, **options)
         for _ in range(3):
             G = torch.randn(4, 3, 2, 6, dtype=torch.float64)
             one.grad = G.reshape(24, 6).T.contiguous() if transposed else G.reshape(24, 6).clone()
@@ -236,7 +236,7 @@ def test_heads_of_separate_projections():
     assert routes["encoder.layer.0.intermediate.dense.weight"].layout == Layout()
     t5 = T5Model(T5Config(d_model=32, d_kv=4, d_ff=24, num_layers=1, num_heads=4, vocab_size=30))
     routes = {route.name: route for route in route_parameters(t5, split_heads=True).routes}
-    assert len(routes["encoder.block.0.layer.0.SelfAttention.q.weight"].layout.sections) == 4
+    assert len(routes["encoder.block.0.layer.0.SelfAttention.q.weight"].layout.parts) == 4
     assert routes["encoder.block.0.layer.0.SelfAttention.o.weight"].layout == Layout()
 
 
@@ -266,7 +266,7 @@ def test_given_parts_come_before_the_table(gpt2):
 
 def test_the_optimizer_follows_given_parts(gpt2):
     optimizer = create_schatten_optimizer(gpt2, p=2, verbose=False, fused_parts=["*.c_attn:"])
-    assert all(not group["sections"] for group in optimizer.param_groups)
+    assert all(not group["parts"] for group in optimizer.param_groups)
     optimizer = create_schatten_optimizer(gpt2, p=2, verbose=False, split_heads=True)
     names = {matrix.name for matrix in optimizer.matrices()}
     assert "transformer.h.1.attn.c_attn.weight.v.1" in names

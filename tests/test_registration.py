@@ -119,7 +119,7 @@ def test_the_factory_gets_the_arguments_of_the_command_line(gpt2, training_argum
     optimizer = transformers_trainer.Trainer(model=gpt2, args=arguments).create_optimizer()
     assert isinstance(optimizer, SchattenP)
     fused, matrices, decayed, rest = optimizer.param_groups
-    assert fused["sections"] == (("q", 32), ("k", 32), ("v", 32))
+    assert fused["parts"] == (("q", 32), ("k", 32), ("v", 32))
     assert (matrices["spectral"], matrices["p"], matrices["momentum"]) == (True, 3.0, 0.8)
     assert [group["weight_decay"] for group in (fused, matrices, decayed, rest)] == [0.25, 0.25, 0.25, 0.0]
     assert all(group["lr"] == 0.5 for group in optimizer.param_groups)

@@ -88,11 +88,11 @@ def test_mixtral_routes_its_experts_as_matrices_and_keeps_the_router():
     assert gate_up.layout.part_names(gate_up.parameter.shape) == ["0.gate", "0.up", "1.gate", "1.up"]
     assert down.layout.part_names(down.parameter.shape) == ["0", "1"]
     whole = {route.name: route.layout for route in route_parameters(model, split_fused=False).routes}
-    assert whole[gate_up.name].sections == ()
+    assert whole[gate_up.name].parts == ()
 
 
 def sections(model):
-    return {route.name: tuple(route.layout.sections) for route in route_parameters(model).routes}
+    return {route.name: tuple(route.layout.parts) for route in route_parameters(model).routes}
 
 
 def test_fused_projections_are_split_by_their_heads(gpt2):

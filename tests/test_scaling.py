@@ -9,21 +9,33 @@ import torch
 
 from hf_schatten import SchattenP
 from hf_schatten.linalg import schatten_norm
-from hf_schatten.optim.scaling import OwnNorms, update_norm
+from hf_schatten.optim.matrix import Matrix
+from hf_schatten.optim.step_rules import Update, step_rule_of
+from hf_schatten.options import SchattenOptions
 
 S = torch.tensor([1.0, 0.5, 0.0], dtype=torch.float64)
 SHAPES = [(8, 8), (4, 16), (16, 4)]
 
 
+def update_norm(scale, m, n, s, own, *, beta1=0.9, lr_ratio=1.0):
+    """Return the Frobenius norms that a rule gives to directions of the norms ``own``, at the exponents s."""
+    group = {"transposed": False, "parts": (), "blocks": 1, "betas": (beta1, 0.999), "lr_ratio": lr_ratio}
+    matrix = Matrix("w", "w", torch.zeros(m, n), 0, group, {})
+    directions = torch.zeros(len(s), *matrix.wide_shape, dtype=s.dtype)
+    directions[:, 0, 0] = own
+    update = Update([matrix] * len(s), directions, s, None)
+    return step_rule_of(SchattenOptions(p=2.0, scale=scale)).factors(update) * own
+
+
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_match_rms_adamw_gives_entries_of_adamws_size_at_every_exponent(m, n):
-    norms = update_norm("match_rms_adamw", m, n, S, OwnNorms(torch.ones_like(S)), beta1=0.9, lr_ratio=1.0)
+    norms = update_norm("match_rms_adamw", m, n, S, torch.ones_like(S))
     torch.testing.assert_close(norms / math.sqrt(m * n), torch.full_like(S, 0.2), atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("m", "n"), SHAPES)
 def test_muon_is_the_polar_factors_norm_times_the_aspect_factor(m, n):
-    norms = update_norm("muon", m, n, S, OwnNorms(torch.ones_like(S)), beta1=0.9, lr_ratio=1.0)
+    norms = update_norm("muon", m, n, S, torch.ones_like(S))
     expected = math.sqrt(min(m, n)) * math.sqrt(max(1, m / n))
     torch.testing.assert_close(norms, torch.full_like(S, expected), atol=1e-12, rtol=1e-12)
 
@@ -33,7 +45,7 @@ def test_muon_is_the_polar_factors_norm_times_the_aspect_factor(m, n):
 def test_interpolate_runs_from_adams_norm_to_the_polar_factors(m, n, lr_ratio):
     beta1, eta_adam = 0.9, 1e-3
     eta = eta_adam * lr_ratio
-    norms = eta * update_norm("interpolate", m, n, S, OwnNorms(torch.ones_like(S)), beta1=beta1, lr_ratio=lr_ratio)
+    norms = eta * update_norm("interpolate", m, n, S, torch.ones_like(S), beta1=beta1, lr_ratio=lr_ratio)
     adam = eta_adam * math.sqrt((1 - beta1) / (1 + beta1)) * math.sqrt(m * n)
     muon = eta * math.sqrt(min(m, n))
     expected = torch.tensor([adam, math.sqrt(adam * muon), muon], dtype=torch.float64)
@@ -42,7 +54,7 @@ def test_interpolate_runs_from_adams_norm_to_the_polar_factors(m, n, lr_ratio):
 
 def test_none_leaves_an_update_its_own_norm():
     own = torch.tensor([3.0, 0.5, 7.0], dtype=torch.float64)
-    norms = update_norm("none", 4, 16, S, OwnNorms(own), beta1=0.9, lr_ratio=2.0)
+    norms = update_norm("none", 4, 16, S, own, lr_ratio=2.0)
     torch.testing.assert_close(norms, own, atol=0.0, rtol=0.0)
 
 
@@ -54,7 +66,7 @@ def test_adams_norm_in_interpolate_is_that_of_adam_on_noise():
         before = parameter.detach().clone()
         parameter.grad = torch.randn(64, 64)
         optimizer.step()
-    norm = update_norm("interpolate", 64, 64, torch.tensor(1.0), OwnNorms(torch.tensor(1.0)), beta1=0.9, lr_ratio=1.0)
+    norm = update_norm("interpolate", 64, 64, torch.ones(1), torch.ones(1))[0]
     torch.testing.assert_close((parameter.detach() - before).norm(), norm, atol=0.0, rtol=0.05)
 
 
@@ -66,7 +78,7 @@ def one_step(p, shape=(24, 40), lr=1.0, **options):
     gradient = U * torch.arange(1, len(U.mT) + 1, dtype=torch.float64) ** -0.7 @ Vh
     weights = torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64))
     weights.grad = gradient
-    SchattenP([weights], lr, p=p, ns_steps=8, weight_decay=0, **options).step()
+    SchattenP([weights], lr=lr, p=p, ns_steps=8, weight_decay=0, **options).step()
     return weights.detach()
 
 
@@ -101,5 +113,5 @@ def test_schatten_without_a_schatten_norm_is_match_rms_adamw():
 def test_schatten_of_nothing_is_nothing():
     weights = torch.nn.Parameter(torch.ones(4, 6))
     weights.grad = torch.zeros(4, 6)
-    SchattenP([weights], 1.0, p=2.0, weight_decay=0, scale="schatten").step()
+    SchattenP([weights], lr=1.0, p=2.0, weight_decay=0, scale="schatten").step()
     torch.testing.assert_close(weights.detach(), torch.ones(4, 6), atol=0.0, rtol=0.0)

@@ -19,6 +19,7 @@ from hf_schatten.linalg import (
     regularized_oracle,
     spectral_power_svd,
 )
+from hf_schatten.optim.finite_gradients import FiniteGradients
 
 LR, DECAY = 0.3, 0.2
 SECTIONS = (("q", 12), ("k", 4), ("v", 4))
@@ -31,7 +32,7 @@ SHAPES = {
     "experts": (2, 8, 8),
     "zero": (6, 6),
 }
-GROUPS = {"fused": {"sections": SECTIONS}}
+GROUPS = {"fused": {"parts": SECTIONS}}
 ORDERS = [1, 2, math.inf]
 
 
@@ -66,7 +67,7 @@ def one_step(cls, dtype, p, **options):
         stacked = torch.stack(pieces) if len(shape) == 3 else torch.cat(pieces)
         gradients[name] = (stacked * (name != "zero")).to(dtype)
     groups = [{"params": [(name, W)], **GROUPS.get(name, {})} for name, W in parameters.items()]
-    optimizer = cls(groups, LR, p=p, weight_decay=DECAY, **options)
+    optimizer = cls(groups, lr=LR, p=p, weight_decay=DECAY, **options)
     before = {name: W.detach().clone() for name, W in parameters.items()}
     for name, W in parameters.items():
         W.grad = gradients[name].clone()
@@ -135,7 +136,7 @@ def test_every_matrix_may_have_a_p_of_its_own(rule):
     ps = [1, 2, 4, math.inf]
     parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in [(6, 6), (6, 6), (5, 9), (9, 5)]]
     groups = [{"params": [W], "p": p} for W, p in zip(parameters, ps, strict=True)]
-    optimizer = ExactSchattenP(groups, 1.0, step_rule=rule, coupling_order=2)
+    optimizer = ExactSchattenP(groups, lr=1.0, step_rule=rule, coupling_order=2)
     for W in parameters:
         W.grad = torch.randn_like(W)
     optimizer.step()
@@ -150,7 +151,8 @@ def test_the_momentum_is_a_mean_of_the_gradients(momentum, nesterov):
     """p = 1 regularized takes the momentum itself: weights that sum to 1, the first step the first gradient."""
     torch.manual_seed(0)
     W = nn.Parameter(torch.zeros(4, 4, dtype=torch.float64))
-    optimizer = SchattenP([W], 1.0, p=1, step_rule="regularized", momentum=momentum, nesterov=nesterov, weight_decay=0)
+    averages = {"momentum": momentum, "nesterov": nesterov}
+    optimizer = SchattenP([W], lr=1.0, p=1, step_rule="regularized", weight_decay=0, **averages)
     gradients = torch.randn(5, 4, 4, dtype=torch.float64)
     for step, gradient in enumerate(gradients, start=1):
         before = W.detach().clone()
@@ -170,7 +172,7 @@ def test_preconditioned_it_is_the_oracle_of_the_preconditioned_norm(rule):
     torch.manual_seed(0)
     W = nn.Parameter(torch.zeros(6, 9, dtype=torch.float64))
     W.grad = torch.randn_like(W)
-    optimizer = ExactSchattenP([W], 1.0, p=2, step_rule=rule, precondition="adam", eps=0.1)
+    optimizer = ExactSchattenP([W], lr=1.0, p=2, step_rule=rule, precondition="adam", eps=0.1)
     optimizer.step()
     D = (W.grad.abs() + 0.1) ** (-1 / 3)
     oracle = {"ball": ball_oracle, "regularized": regularized_oracle}[rule]
@@ -180,7 +182,7 @@ def test_preconditioned_it_is_the_oracle_of_the_preconditioned_norm(rule):
 def test_matrices_without_a_gradient_stay_out_of_the_coupling():
     torch.manual_seed(0)
     W, idle = (nn.Parameter(torch.zeros(5, 5, dtype=torch.float64)) for _ in range(2))
-    optimizer = ExactSchattenP([W, idle], 1.0, p=2, step_rule="ball", coupling_order=2)
+    optimizer = ExactSchattenP([W, idle], lr=1.0, p=2, step_rule="ball", coupling_order=2)
     optimizer.step()  # no gradient at all
     W.grad = torch.randn_like(W)
     optimizer.step()
@@ -189,11 +191,11 @@ def test_matrices_without_a_gradient_stay_out_of_the_coupling():
 
 
 def test_coupling_reads_no_more_of_the_device_than_a_pinned_step(monkeypatch):
-    for module in (
-        hf_schatten.optim.matrix,
-        hf_schatten.optim.schatten_p,
-    ):  # on a CPU it may look: there is nothing to wait for
-        monkeypatch.setattr(module, "if_usable", torch.where)
+    # On a CPU a gradient may be looked at: there is nothing to wait for.
+    def where(self, parameter, gradient, otherwise):
+        return torch.where(self.keep(parameter).bool(), gradient, otherwise)
+
+    monkeypatch.setattr(FiniteGradients, "where", where)
 
     class Reads(TorchDispatchMode):
         count = 0
@@ -245,7 +247,7 @@ def test_a_model_is_coupled_across_all_routed_matrices(gpt2):
     total = 0.0
     for matrix_ in optimizer.matrices():
         update = matrix_.parameter.detach() - of_twin[matrix_.parameter_name].detach()
-        norm = hf_schatten.linalg.schatten_norm(matrix_._part(update).double(), p + 1)
+        norm = hf_schatten.linalg.schatten_norm(matrix_.layout.part(update, matrix_.index).double(), p + 1)
         total += (weight_of(matrix_.name, matrix_.shape) * norm) ** order
     assert len(shapes) == len(list(optimizer.matrices()))
     torch.testing.assert_close(total ** (1 / order), torch.tensor(LR).double(), atol=1e-4, rtol=1e-3)
@@ -267,13 +269,13 @@ def test_a_copy_stays_coupled():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"p": -10, "step_rule": "ball"}, "p=-10 is not allowed with step_rule='ball': the order p \\+ 1 of its norm"),
-        ({"coupling_order": 2}, "the step_rule of the groups is pinned: set step_rule to 'ball' or to 'regularized'"),
-        ({"coupling_order": 0.5, "step_rule": "ball"}, "coupling_order=0.5 is not allowed: it is 1 or more, or None"),
+        ({"p": -10, "step_rule": "ball"}, "p=-10.0 is not allowed with step_rule=ball: the order p \\+ 1 of its norm"),
+        ({"coupling_order": 2}, "coupling_order=2 is not allowed: step_rule=pinned fixes the norm .* step_rule=ball"),
+        ({"coupling_order": 0.5, "step_rule": "ball"}, "coupling_order=0.5 is not allowed: 1 or more, or none"),
         ({"step_rule": "cube"}, "step_rule='cube' is not allowed: one of pinned, ball, regularized"),
         (
             {"coupling_weights": "sqrt_n_over_m"},
-            "coupling_weights='sqrt_n_over_m' is for coupled matrices: set coupling_",
+            "coupling_weights='sqrt_n_over_m' is not allowed: it is for coupled matrices; set coupling_",
         ),
         (
             {"coupling_weights": "heavy"},
@@ -288,8 +290,8 @@ def test_what_makes_no_sense_is_refused(options, message):
 
 def test_two_step_rules_cannot_be_coupled():
     groups = [{"params": [nn.Parameter(torch.ones(2, 2))], "step_rule": rule} for rule in ("ball", "regularized")]
-    with pytest.raises(ValueError, match="the step_rule of the groups is ball, regularized"):
-        SchattenP(groups, coupling_order=2)
+    with pytest.raises(ValueError, match=r"step_rule='regularized' of a group .* the optimizer's is 'ball'"):
+        SchattenP(groups, step_rule="ball", coupling_order=2)
 
 
 def test_a_weight_that_is_not_positive_is_refused_by_the_matrixs_name():

@@ -29,17 +29,13 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT
 from hf_schatten.linalg.all_finite import are_finite
-from hf_schatten.linalg.coefficient_table import MAX_EXPONENT, MIN_EXPONENT
 from hf_schatten.linalg.direction_curves import DirectionCurves, direction_curves, iterate_direction_curves
-from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, LogNormEstimatorName, log_schatten_norm
-from hf_schatten.options import CriterionName
+from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator
+from hf_schatten.optim.matrix import CURVES, NODES
+from hf_schatten.options import CriterionName, EstimatorName
 
-# Chebyshev nodes in s. The curves are analytic in s, but the norm of A bends within about 1/k of s = 1 when the
-# gap below the largest singular value is small: 63 nodes keep the maximiser within 1e-3 of the brute-force one, and
-# two curves with a flag of validity each are 1024 bytes.
-NODES = 63
-CURVES = 3  # the most that a criterion has; the others leave the rest at zero
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
 
 # Of equally shaped matrices whose norms an accelerator estimates together: one by one, launches would take most of it.
@@ -53,20 +49,11 @@ class Factor:
 
     Args:
         rows: (T, n).
-        log_spectrum: logarithms of the singular values of the rows where they are known, float64.
     """
 
-    def __init__(self, rows: Tensor, log_spectrum: Tensor | None = None) -> None:
+    def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self._log_spectrum = log_spectrum
         self._curves: dict[int, Tensor] = {}
-
-    @classmethod
-    def of_gram(cls, gram: Tensor) -> Factor:
-        """Return n rows whose Gram matrix AᵀA is ``gram`` (n, n), float64, with their spectrum."""
-        eigenvalues, vectors = torch.linalg.eigh(gram)
-        eigenvalues = eigenvalues.clamp_min(0.0)
-        return cls(eigenvalues.sqrt()[:, None] * vectors.mT, 0.5 * eigenvalues.log())
 
     def curve(self, log_norms: LogNormEstimator, factors: int = 1) -> Tensor:
         """Return the logarithm of a norm of the rows at :func:`exponent_nodes`, (NODES,), relative to order ∞.
@@ -93,11 +80,8 @@ class Factor:
             return
         s = exponent_nodes().to(missing[0].rows.device)
         inverse_orders = (1 - s) / (2 * (1 + s)) / factors
-        unknown = [each for each in missing if each._log_spectrum is None]
-        estimates = iter(_norm_curves([each.rows for each in unknown], log_norms, inverse_orders))
-        for each in missing:
-            known = each._log_spectrum
-            curve = next(estimates) if known is None else log_schatten_norm(known, inverse_orders)
+        curves = _norm_curves([each.rows for each in missing], log_norms, inverse_orders)
+        for each, curve in zip(missing, curves, strict=True):
             each._curves[factors] = curve - curve[-1]
 
 
@@ -141,7 +125,7 @@ class Estimator:
     direction_curves: Callable[[Tensor, Tensor, Tensor, Tensor], DirectionCurves] = direction_curves
 
     @classmethod
-    def named(cls, name: LogNormEstimatorName) -> Estimator:
+    def named(cls, name: EstimatorName) -> Estimator:
         """Return the estimator of an option's value; only ``iterates`` does without the momentum's SVD."""
         return cls(LOG_NORM_ESTIMATORS[name], iterate_direction_curves if name == "iterates" else direction_curves)
 
@@ -208,7 +192,12 @@ def objective_curve(criterion: CriterionName, statistics: Tensor, s_min: float, 
 
 @lru_cache(maxsize=1)
 def exponent_nodes() -> Tensor:
-    """Return the (NODES,) float64 Chebyshev nodes in [-0.25, 1] at which the statistics are taken, ascending."""
+    """Return the (NODES,) float64 Chebyshev nodes in [-0.25, 1] at which the statistics are taken, ascending.
+
+    The curves are analytic in s, but the norm of A bends within about 1/k of s = 1 when the gap below the largest
+    singular value is small: 63 nodes keep the maximiser within 1e-3 of the brute-force one, and two curves with a flag
+    of validity each are 1024 bytes.
+    """
     angles = torch.arange(NODES, dtype=torch.float64) * (math.pi / (NODES - 1))
     center, radius = (MAX_EXPONENT + MIN_EXPONENT) / 2, (MAX_EXPONENT - MIN_EXPONENT) / 2
     return center - radius * torch.cos(angles)

@@ -5,125 +5,14 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hf_schatten.adaptive.row_sample import RowSample
 from hf_schatten.adaptive.rows import Rows, input_rows, output_rows
 from hf_schatten.matrices.layout import matrix_name
-
-# 2^32 divided by the golden ratio: i ↦ (i · this) mod 2^32 visits the integers evenly, whatever the stride, so that
-# "below a threshold" keeps an even share of every sequence and position.
-_GOLDEN = 2_654_435_769
-_WORD = 2**32
-
-_ROWS_AT_ONCE = 4096  # that are copied to add to a Gram matrix
-
-
-class RowSample:
-    """At most ``capacity`` rows of a stream, chosen by their index in the stream alone.
-
-    The same stream gives the same sample however it is cut into micro-batches, and no random generator is
-    used, so that the probe cannot change training.
-
-    Args:
-        capacity: most rows kept.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self._capacity = capacity
-        self._pieces: list[tuple[Tensor, Tensor]] = []  # stream indices on the host, rows
-        self._seen = 0
-        self._threshold = _WORD
-
-    def offer(self, count: int, pick: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        """Offer the next rows of the stream.
-
-        Args:
-            count: number of rows.
-            pick: from indices (k,) below ``count`` to a copy of those rows, (k, n).
-
-        Returns:
-            A function that picks what was chosen, to be called once, now or later.
-        """
-        start = self._seen
-        self._seen += count
-        self._threshold = _threshold(self._seen, self._capacity, self._threshold)
-        index = _chosen(self._threshold, start, self._seen)
-
-        def keep() -> None:
-            self._pieces = [self._thinned(*piece) for piece in self._pieces]
-            self._pieces.append((index, pick(index - start)))
-
-        return keep
-
-    def rows(self) -> Tensor | None:
-        """Return the sample, (at most capacity, n), in stream order; None where nothing was kept."""
-        if not self._pieces:
-            return None
-        index, rows = (torch.cat(column) for column in zip(*self._pieces, strict=True))
-        order = index.argsort()
-        kept = order[_hash(index[order]) < self._threshold]
-        return rows[kept.to(rows.device)]
-
-    def _thinned(self, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        chosen = _hash(index) < self._threshold
-        return (index, rows) if chosen.all() else (index[chosen], rows[chosen.to(rows.device)])
-
-
-def _hash(index: Tensor) -> Tensor:
-    return (index * _GOLDEN) % _WORD
-
-
-# All layers that see the same tokens choose the same rows: the choice is remembered.
-@lru_cache(maxsize=64)
-def _threshold(seen: int, capacity: int, threshold: int) -> int:
-    """Lower the threshold until at most ``capacity`` of the first ``seen`` rows lie below it."""
-    kept = _below(threshold, 0, seen)
-    while len(kept) > capacity:
-        threshold = threshold * 7 // 8
-        kept = kept[_hash(kept) < threshold]
-    return threshold
-
-
-@lru_cache(maxsize=16)
-def _chosen(threshold: int, start: int, stop: int) -> Tensor:
-    """Return what :func:`_below` does, not to be written to."""
-    return _below(threshold, start, stop)
-
-
-def _below(threshold: int, start: int, stop: int) -> Tensor:
-    """Return the stream indices in [start, stop) that lie below the threshold, on the host."""
-    index = torch.arange(start, stop)
-    return index[_hash(index) < threshold]
-
-
-class GramSum:
-    """The Gram matrix AᵀA of all rows of a stream, (n, n) float64, additive over micro-batches and processes.
-
-    Takes 2 n² operations a row, where :class:`RowSample` copies some rows.
-    """
-
-    def __init__(self) -> None:
-        self._gram: Tensor | None = None
-
-    def offer(self, count: int, pick: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        """Offer the next rows of the stream, as to :meth:`RowSample.offer`."""
-
-        def add() -> None:
-            for index in torch.arange(count).split(_ROWS_AT_ONCE):
-                rows = pick(index).double()
-                with torch.autocast(rows.device.type, enabled=False):
-                    product = rows.mT @ rows
-                self._gram = product if self._gram is None else self._gram.add_(product)
-
-        return add
-
-    def rows(self) -> Tensor | None:
-        """Return the Gram matrix; None where there were no rows."""
-        return self._gram
 
 
 class _EagerCompiler:
@@ -146,7 +35,7 @@ _EAGER_COMPILER = _EagerCompiler()
 
 
 class Sampled(NamedTuple):
-    """What a probe has sampled, (rows, features) or (features, features) each.
+    """What a probe has sampled, (rows, features) each.
 
     Attributes:
         inputs: by parameter name, followed by the expert's number where it has experts.
@@ -157,7 +46,7 @@ class Sampled(NamedTuple):
     outputs: dict[str, Tensor]
 
 
-_Samples = dict[str, "RowSample | GramSum"]
+_Samples = dict[str, RowSample]
 
 
 class Probe:
@@ -175,7 +64,7 @@ class Probe:
     Args:
         model: the model whose forward begins a micro-batch.
         layers: the module that owns each routed parameter, by the parameter's name.
-        new_sample: makes what keeps a matrix' rows, such as ``partial(RowSample, 1024)`` or :class:`GramSum`.
+        rows: most rows that are kept of each input and output.
         outputs: whether to sample the gradients of outputs.
     """
 
@@ -183,12 +72,12 @@ class Probe:
         self,
         model: nn.Module,
         layers: Mapping[str, nn.Module],
-        new_sample: Callable[[], RowSample | GramSum],
+        rows: int,
         *,
         outputs: bool = False,
     ) -> None:
         self._armed = False  # a plain bool, so that a compiled forward only guards on it
-        self._new_sample = new_sample
+        self._most_rows = rows
         self._with_outputs = outputs
         self._inputs: _Samples = {}
         self._outputs: _Samples = {}
@@ -267,7 +156,7 @@ class Probe:
     def _offer(self, samples: _Samples, key: str, rows: Rows) -> Callable[[], None]:
         """Offer rows to the sample of this key; return what picks the chosen ones."""
         if key not in samples:
-            samples[key] = self._new_sample()
+            samples[key] = RowSample(self._most_rows)
         return samples[key].offer(rows.count, rows.pick)
 
 

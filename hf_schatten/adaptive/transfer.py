@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hf_schatten.integration.checkpoint import CheckpointError, load_learned_p
+from hf_schatten.exponent import clamp
+from hf_schatten.optim.saved_state import CheckpointError
 from hf_schatten.options import SchattenOptions
 
 _SHOWN = 3  # names of a list that are printed
@@ -33,12 +34,15 @@ class Transfer:
     otherwise: float
 
     @classmethod
-    def of(cls, options: SchattenOptions, names: Sequence[str]) -> Transfer:
+    def of(
+        cls, options: SchattenOptions, names: Sequence[str], load: Callable[[str], Mapping[str, float]]
+    ) -> Transfer:
         """Match the checkpoint that ``p_init`` names with a model's matrices.
 
         Args:
             options: with a path as ``p_init``.
             names: of all routed matrices.
+            load: returns the learned p of a checkpoint by matrix name.
 
         Raises:
             CheckpointError: when the checkpoint cannot be read, or no name is in both.
@@ -49,14 +53,14 @@ class Transfer:
                 f"p_init={source!r} is no folder: give that of a checkpoint, or a number. A run that is resumed has "
                 "its own p: leave p_init out there."
             )
-        learned = load_learned_p(source)
+        learned = load(source)
         matched = {name: learned[name] for name in names if name in learned}
         if not matched:
             raise CheckpointError(
                 f"p_init={source!r} has p of {_listed(learned)}, and none of this model's matrices, which are "
                 f"{_listed(names)}: give a checkpoint of a model with the same parameter names, or a number."
             )
-        within = {name: _clamp(p, options) for name, p in matched.items()}
+        within = {name: clamp(p, options.p_min, options.largest_p) for name, p in matched.items()}
         return cls(
             source,
             within,
@@ -77,13 +81,6 @@ class Transfer:
         if self.unused:
             lines.append(f"  {len(self.unused)} of it are not in this model: {_listed(self.unused)}.")
         return "\n".join(lines)
-
-
-def _clamp(p: float, options: SchattenOptions) -> float:
-    """Return p, or the end of the range that it lies beyond; -4 lies beyond inf."""
-    if 1 / p > 1 / options.p_min:
-        return options.p_min
-    return options.largest_p if 1 / p < 1 / options.largest_p else p
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,11 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from accelerate.utils import reduce
-from torch import Tensor, nn
-
-
-class UnsupportedEngineError(RuntimeError):
-    """A training engine hands the optimizer something other than the model's own matrices."""
+from torch import Tensor
 
 
 class Peers(NamedTuple):
@@ -79,20 +75,3 @@ def sum_over_processes(values: Tensor) -> Tensor:
     # A process group that Accelerate was not told of, for which its reduce would silently do nothing.
     dist.all_reduce(values)
     return values
-
-
-def refuse_unsupported_engines(model: nn.Module) -> None:
-    """Raise when the model is wrapped by an engine that flattens its parameters.
-
-    Raises:
-        UnsupportedEngineError: for DeepSpeed ZeRO and FSDP version 1.
-    """
-    for module in model.modules():
-        engine = {"DeepSpeedEngine": "DeepSpeed", "FullyShardedDataParallel": "FSDP version 1"}.get(
-            type(module).__name__
-        )
-        if engine:
-            raise UnsupportedEngineError(
-                f"schatten_p needs whole weight matrices, and {engine} hands the optimizer flat pieces of them. "
-                "Use DDP, or optim='adamw_torch' with this engine."
-            )

@@ -1,172 +1,113 @@
-"""Which process computes the update of which matrix, and how processes exchange what they have computed.
+"""Weights that every process has, as under DDP: each update is computed by one process and sent to the others.
 
-In data-parallel training every process has all gradients and all momenta, so that each matrix' update needs to be
-computed by one process only. Matrices are given to processes by the cost of their update, the dearest first, each to
-the process that has the least so far. Updates travel in rounds: in each, every process sends a few of its own, and the
-buffer that receives those of all processes has a bounded size. While a round travels, the next one is computed.
-
-Many processes share within groups of neighbours, each of which computes all matrices: a large group would save little
-more, and wait longer for what it exchanges. Where groups differ in size, the one process more of the larger ones only
-receives: every group computes the same batches, without which the bits of its weights could differ from another's.
+Every process has all gradients and all momenta. Items are given to processes by the cost of their update. Updates
+travel in rounds: in each, every process sends a few of its own, and the buffer that receives those of all processes
+has a bounded size. While a round travels, the next one is computed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import pairwise
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_schatten.distributed.processes import ALONE, Peers, process_count, process_rank
-from hf_schatten.optim.matrix import Matrix
-
-T = TypeVar("T")
+from hf_schatten.distributed.owners import (
+    BUFFER,
+    AnyItem,
+    Compute,
+    Delivered,
+    Item,
+    Momenta,
+    assign,
+    elements,
+    take,
+)
+from hf_schatten.distributed.processes import Peers
 
 # Torch renames it: the old name warns from 2.13 on.
 _ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
 
-# Most elements that the processes of a group send together, padding included, over those of all matrices.
-_MOST_SENT = 1.5
-
-Round = list[list[Matrix]]  # the matrices that each process sends
-Steps = Callable[[list[Matrix]], Mapping[int, Tensor]]  # steps (m, n), m <= n, by the identity of the matrix
+Round = list[list[Any]]  # the items that each process sends
+_Transfer = tuple[Any, Round, Sequence[Tensor]]  # what to wait for; items, and the buffer of their updates, by sender
 
 
-def update_cost(matrix: Matrix) -> int:
-    """Return the cost of a matrix' update, proportional to its matrix products' operations: m² n for m <= n."""
-    m, n = matrix.wide_shape
-    return m * m * n
-
-
-def assign(costs: Sequence[int], processes: int) -> list[int]:
-    """Return the process of each task: the dearest tasks first, each to the process with the least cost so far."""
-    loads = [0] * processes
-    owners = [0] * len(costs)
-    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
-        owners[task] = loads.index(min(loads))
-        loads[owners[task]] += costs[task]
-    return owners
-
-
-def sharing_groups(matrices: Sequence[Matrix], processes: int, most: int) -> int:
-    """Return in how many groups processes share the updates of matrices.
-
-    In as few as possible, with which the matrices go round: what is sent is at most half padding of what it must be.
-    But in groups of one size, which fit into nodes, where there are less than twice as many of them.
+class Replicated:
+    """Updates that processes with the same gradients share.
 
     Args:
-        matrices: all of them.
-        processes: those that train together.
-        most: at most so many in a group.
+        items: all of them, in the same order on every process.
+        work_of: makes a piece of work from the items of one round that this process computes.
+        peers: the processes that share.
     """
-    costs = [update_cost(matrix) for matrix in matrices]
-    sizes = [_elements([matrix]) for matrix in matrices]
 
-    def go_round(groups: int) -> bool:
-        size, largest = processes // groups, -(-processes // groups)
-        if largest > most:
-            return False
-        sent = [0] * size
-        for owner, elements in zip(assign(costs, size), sizes, strict=True):
-            sent[owner] += elements
-        return largest * max(sent) <= _MOST_SENT * sum(sizes)
+    def __init__(self, items: Sequence[AnyItem], work_of: Callable[[Sequence[AnyItem]], Any], peers: Peers) -> None:
+        self.items, self.peers = items, peers
+        owners = assign([item.cost for item in items], peers.size)
+        self.rounds = list(rounds_of(items, owners, peers.size))
+        self.work = [work_of(current[peers.rank] if peers.rank < peers.size else []) for current in self.rounds]
 
-    fewest = next(groups for groups in range(1, processes + 1) if go_round(groups))
-    of_one_size = (groups for groups in range(fewest, 2 * fewest) if processes % groups == 0 and go_round(groups))
-    return next(of_one_size, fewest)
+    def deliver(self, compute: Compute, momenta: Momenta) -> Iterator[Delivered]:
+        """Yield all updates, in the same order on every process."""
+        one = None
+        for item, wide in self._exchanged(compute, momenta):
+            one = torch.ones((), device=wide.device) if one is None else one
+            weights = item.weights
+            yield Delivered(item, weights, item.stored(wide).reshape(weights.shape), one)
+
+    def _exchanged(self, compute: Compute, momenta: Momenta) -> Iterator[tuple[Any, Tensor]]:
+        """Yield every item with its update (m, n), in the parameter's dtype."""
+        under_way: _Transfer | None = None
+        for current, work in zip(self.rounds, self.work, strict=True):
+            for transfer in self._transfers(current, self._own(current, compute(work, momenta.write))):
+                if under_way is not None:
+                    yield from _arrived(*under_way)
+                under_way = transfer
+        if under_way is not None:
+            yield from _arrived(*under_way)
+
+    def _own(self, current: Round, computed: Any) -> Tensor:
+        """Return this process' updates of a round, one after another, filled up where all travel at once."""
+        like = next(item.parameter for items in current for item in items)
+        own = current[self.peers.rank] if self.peers.rank < self.peers.size else []
+        sent = like.new_zeros(max(map(elements, current)) if fits(current) else elements(own))
+        slots = {id(item): slot for item, slot in _slots(sent, own)}
+        for item, direction, factor in computed:
+            slots[id(item)].copy_(direction.mul_(factor))
+        return sent
+
+    def _transfers(self, current: Round, sent: Tensor) -> Iterator[_Transfer]:
+        return (_gather if fits(current) else _broadcasts)(current, sent, self.peers)
 
 
-def sharing_peers(matrices: Sequence[Matrix], most: int) -> Peers:
-    """Return the processes with which this one shares the updates of matrices: neighbours, by their number.
+def rounds_of(items: Sequence[Item], owners: Sequence[int], processes: int) -> Iterator[Round]:
+    """Yield the rounds in which the updates of items travel, large ones first, within :data:`BUFFER`.
 
-    All processes must call it at the same time, since it may create process groups.
+    Those of a round have one dtype and one device. An item that needs more travels alone.
 
     Args:
-        matrices: as in :func:`sharing_groups`.
-        most: as in :func:`sharing_groups`.
-    """
-    processes, rank = process_count(), process_rank()
-    count = sharing_groups(matrices, processes, most)
-    if count == processes:
-        return ALONE
-    groups = [list(range(*ends)) for ends in pairwise(number * processes // count for number in range(count + 1))]
-    group = dist.group.WORLD if count == 1 else dist.new_subgroups_by_enumeration(groups)[0]
-    own, size = next(ranks for ranks in groups if rank in ranks), processes // count
-    return Peers(group, size, own.index(rank), len(own) - size)
-
-
-def rounds_of(matrices: Sequence[Matrix], owners: Sequence[int], processes: int, buffer_mib: int) -> Iterator[Round]:
-    """Yield the rounds in which the updates of matrices travel, large ones first.
-
-    Those of a round have one dtype and one device.
-
-    Args:
-        matrices: all of them, in the same order on every process.
+        items: all of them, in the same order on every process.
         owners: process of each.
         processes: how many there are.
-        buffer_mib: most memory of a round's receiving buffer, in MiB; a matrix that needs more travels alone.
     """
-    alike: dict[Any, list[list[Matrix]]] = {}
-    for matrix, owner in zip(matrices, owners, strict=True):
-        kind = matrix.parameter.dtype, matrix.parameter.device
-        alike.setdefault(kind, [[] for _ in range(processes)])[owner].append(matrix)
+    alike: dict[Any, Round] = {}
+    for item, owner in zip(items, owners, strict=True):
+        kind = item.parameter.dtype, item.parameter.device
+        alike.setdefault(kind, [[] for _ in range(processes)])[owner].append(item)
     for (dtype, _), queues in alike.items():
-        limit = (buffer_mib << 20) // (processes * dtype.itemsize)
+        limit = BUFFER // (processes * dtype.itemsize)
         for queue in queues:
-            queue.sort(key=lambda matrix: -_elements([matrix]))
+            queue.sort(key=lambda item: -elements([item]))
         while any(queues):
-            yield [take(queue, limit, lambda matrix: _elements([matrix])) for queue in queues]
+            yield [take(queue, limit, lambda item: elements([item])) for queue in queues]
 
 
-def take(queue: list[T], limit: int, elements: Callable[[T], int]) -> list[T]:
-    """Remove what has at most ``limit`` elements together, but one item at least, from the head of a queue."""
-    taken: list[T] = []
-    room = limit
-    while queue and (not taken or elements(queue[0]) <= room):
-        room -= elements(queue[0])
-        taken.append(queue.pop(0))
-    return taken
-
-
-def fits(current: Round, buffer_mib: int) -> bool:
+def fits(current: Round) -> bool:
     """Return whether the parts of a round, filled up to one size, go into a buffer together."""
-    itemsize = next(matrix.parameter.itemsize for matrices in current for matrix in matrices)
-    return len(current) * max(map(_elements, current)) * itemsize <= buffer_mib << 20
-
-
-def exchange(
-    rounds: Iterable[Round], peers: Peers, steps_of: Steps, buffer_mib: int
-) -> Iterator[tuple[Matrix, Tensor]]:
-    """Yield every matrix of every round with its step, (m, n) with m <= n, in the same order on every process.
-
-    Args:
-        rounds: from :func:`rounds_of`.
-        peers: the processes that exchange.
-        steps_of: computes the steps of this process' matrices of a round. They travel in the parameter's dtype.
-        buffer_mib: as in :func:`rounds_of`. The parts of a round that needs more travel one after another.
-    """
-    under_way: _Transfer | None = None
-    for current in rounds:
-        like = next(matrix.parameter for matrices in current for matrix in matrices)
-        own = current[peers.rank] if peers.rank < peers.size else []
-        steps = steps_of(own)
-        together = fits(current, buffer_mib)
-        sent = like.new_zeros(max(map(_elements, current)) if together else _elements(own))
-        for matrix, slot in zip(own, _slots(sent, own), strict=True):
-            slot.copy_(steps[id(matrix)])
-        del steps
-        transfers = _gather(current, sent, peers) if together else _broadcasts(current, sent, peers)
-        for transfer in transfers:
-            if under_way is not None:
-                yield from _arrived(*under_way)
-            under_way = transfer
-    if under_way is not None:
-        yield from _arrived(*under_way)
-
-
-_Transfer = tuple[Any, Round, Sequence[Tensor]]  # what to wait for; matrices, and the buffer of their steps, by sender
+    itemsize = next(item.parameter.itemsize for items in current for item in items)
+    return len(current) * max(map(elements, current)) * itemsize <= BUFFER
 
 
 def _gather(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfer]:
@@ -178,27 +119,23 @@ def _gather(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfer]:
 
 def _broadcasts(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfer]:
     """Send the parts of a round one after another."""
-    for sender, matrices in enumerate(current):
-        if matrices:
-            buffer = sent if sender == peers.rank else sent.new_empty(_elements(matrices))
+    for sender, items in enumerate(current):
+        if items:
+            buffer = sent if sender == peers.rank else sent.new_empty(elements(items))
             work = dist.broadcast(buffer, group=peers.group, group_src=sender, async_op=True)
-            yield work, [matrices], [buffer]
+            yield work, [items], [buffer]
 
 
-def _arrived(work: Any, current: Round, buffers: Sequence[Tensor]) -> Iterator[tuple[Matrix, Tensor]]:
+def _arrived(work: Any, current: Round, buffers: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor]]:
     work.wait()
-    for matrices, buffer in zip(current, buffers, strict=True):
-        yield from zip(matrices, _slots(buffer, matrices), strict=True)
+    for items, buffer in zip(current, buffers, strict=True):
+        yield from _slots(buffer, items)
 
 
-def _slots(buffer: Tensor, matrices: Sequence[Matrix]) -> Iterator[Tensor]:
-    """Yield the views (m, n) of a flat buffer that belong to matrices, one after another."""
+def _slots(buffer: Tensor, items: Sequence[Item]) -> Iterator[tuple[Any, Tensor]]:
+    """Yield the items and their views (m, n) of a flat buffer, one after another."""
     start = 0
-    for matrix in matrices:
-        m, n = matrix.wide_shape
-        yield buffer[start : start + m * n].view(m, n)
+    for item in items:
+        m, n = item.wide_shape
+        yield item, buffer[start : start + m * n].view(m, n)
         start += m * n
-
-
-def _elements(matrices: Sequence[Matrix]) -> int:
-    return sum(matrix.wide_shape[0] * matrix.wide_shape[1] for matrix in matrices)

@@ -1,15 +1,14 @@
-"""Matrices whose parameters are sharded over processes (FSDP version 2): whole on one process, in shards on all.
+"""Weights that are sharded over processes (FSDP version 2): whole on one process, in shards on all.
 
 What cannot be divided further, a parameter or one expert of a stack of them, has an owner, chosen by the cost of its
-update. Every process sends its rows of the momentum to the owner and gets its rows of the step back, in rounds of
+update. Every process sends its rows of the momentum to the owner and gets its rows of the update back, in rounds of
 bounded size: an element crosses the network twice a step, where gathering parameters on every process would move it
 once for each process. Momentum and everything else that has the parameter's shape stays sharded as the parameter is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +16,18 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from hf_schatten.distributed.processes import Peers, UnsupportedEngineError
-from hf_schatten.distributed.replicated import Steps, assign, take, update_cost
-from hf_schatten.optim.matrix import MOMENTUM, Matrix, if_usable
+from hf_schatten.distributed.owners import (
+    BUFFER,
+    AnyItem,
+    Compute,
+    Delivered,
+    Item,
+    Momenta,
+    assign,
+    take,
+)
+from hf_schatten.distributed.processes import ALONE, Peers
+from hf_schatten.matrices.engines import UnsupportedEngineError
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -70,13 +78,13 @@ class Slab(NamedTuple):
         parameter: the parameter.
         start: the first row: of a stack of experts, the expert.
         rows: how many: all of the parameter's, or one expert.
-        matrices: the matrices in question that lie there.
+        items: the items in question that lie there.
     """
 
     parameter: Tensor
     start: int
     rows: int
-    matrices: list[Matrix]
+    items: list[Any]
 
     @property
     def shape(self) -> torch.Size:
@@ -112,97 +120,106 @@ def _rows_each(parameter: Tensor, count: int) -> int:
 _Owned = Sequence[tuple[Slab, int]]  # slabs and their owners, in the same order on every process
 
 
-def update_sharded(matrices: Iterable[Matrix], steps_of: Steps, buffer_mib: int) -> None:
-    """Update matrices of sharded parameters: whole on their owners, and back in shards.
+class Sharded:
+    """Updates of sharded weights, each computed by the process that owns it.
 
     Args:
-        matrices: those that take a step, in the same order on every process.
-        steps_of: computes the steps of matrices whose ``average`` is whole.
-        buffer_mib: as in :func:`_rounds`.
+        items: all of them, in the same order on every process.
+        work_of: makes a piece of work from the items of one round that this process owns.
     """
-    for peers, owned in _rounds(matrices, buffer_mib):
-        look_ahead = {slab.parameter: _look_ahead(slab.matrices[0]) for slab, _ in owned}
-        averages = gather_to_owners(peers, owned, [slab.here(look_ahead[slab.parameter], peers) for slab, _ in owned])
-        mine = [slab for slab, owner in owned if owner == peers.rank]
-        whole_here = [
-            [replace(matrix, average=matrix.of_expert(average)) for matrix in slab.matrices]
-            for slab, average in zip(mine, averages, strict=True)
+
+    def __init__(self, items: Sequence[AnyItem], work_of: Callable[[Sequence[AnyItem]], Any]) -> None:
+        self.items, self.peers = items, ALONE  # no two processes share what is left for one of them
+        self.rounds = list(_rounds(items))
+        self.work = [
+            work_of([item for slab in _owned_by(peers.rank, owned) for item in slab.items])
+            for peers, owned in self.rounds
         ]
-        steps = steps_of([matrix for of_slab in whole_here for matrix in of_slab])
-        joined = [
-            _joined(of_slab, steps, torch.empty_like(average))
-            for of_slab, average in zip(whole_here, averages, strict=True)
-        ]
-        rows = scatter_from_owners(peers, owned, joined, owned[0][0].parameter.dtype)
-        for (slab, _), step in zip(owned, rows, strict=True):
-            slab.matrices[0].apply_to_shard(slab.here(local(slab.parameter), peers), step)
+
+    def deliver(self, compute: Compute, momenta: Momenta) -> Iterator[Delivered]:
+        """Yield the updates of this process' rows."""
+        for (peers, owned), work in zip(self.rounds, self.work, strict=True):
+            rows = {slab.parameter: momenta.of_shard(slab.items[0]) for slab, _ in owned}
+            wholes = gather_to_owners(peers, owned, [slab.here(rows[slab.parameter], peers) for slab, _ in owned])
+            del rows
+            mine = _owned_by(peers.rank, owned)
+            whole_of = {id(item): whole for slab, whole in zip(mine, wholes, strict=True) for item in slab.items}
+
+            def write(item: Item, wide: Tensor, whole_of: Mapping[int, Tensor] = whole_of) -> None:
+                item.stored(wide).copy_(item.of_expert(whole_of[id(item)]))
+
+            updates = {id(item): direction.mul_(factor) for item, direction, factor in compute(work, write)}
+            joined = [
+                _joined(slab.items, updates, torch.empty_like(whole)) for slab, whole in zip(mine, wholes, strict=True)
+            ]
+            arrived = scatter_from_owners(peers, owned, joined, owned[0][0].parameter.dtype)
+            for (slab, _), update in zip(owned, arrived, strict=True):
+                one = torch.ones((), device=update.device)
+                yield Delivered(slab.items[0], slab.here(local(slab.parameter), peers), update, one)
 
 
-def owned_gradients(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tuple[Matrix, Tensor]]:
-    """Yield those matrices that this process owns with their whole gradients, (out, in); of what is not sharded, all.
+def on_owners(items: Iterable[AnyItem], tensor_of: Callable[[AnyItem], Tensor]) -> Iterator[tuple[AnyItem, Tensor]]:
+    """Yield those items that this process owns with something whole, (r, c) as stored; of what is not sharded, all.
 
-    Every process must exhaust it. A matrix without a gradient, or with one that is not finite, is left out.
+    Every process must exhaust it.
 
     Args:
-        matrices: in the same order on every process.
-        buffer_mib: as in :func:`_rounds`.
+        items: in the same order on every process.
+        tensor_of: a tensor of the shape of an item's parameter, sharded as that is.
     """
-    with_gradient = [matrix for matrix in matrices if matrix.parameter.grad is not None]
-    for matrix in with_gradient:
-        if not is_sharded(matrix.parameter):
-            yield from _if_finite(matrix, matrix.gradient)
-    sharded = [matrix for matrix in with_gradient if is_sharded(matrix.parameter)]
-    for peers, owned in _rounds(sharded, buffer_mib):
-        parts = [slab.here(local(slab.parameter.grad), peers) for slab, _ in owned]  # type: ignore[arg-type]
-        gradients = gather_to_owners(peers, owned, parts)
-        mine = [slab for slab, owner in owned if owner == peers.rank]
-        for slab, gradient in zip(mine, gradients, strict=True):
-            for matrix in slab.matrices:
-                yield from _if_finite(matrix, matrix.of_expert(gradient))
+    sharded: list[AnyItem] = []
+    for item in items:
+        if is_sharded(item.parameter):
+            sharded.append(item)
+        else:
+            yield item, item.of(tensor_of(item))
+    for peers, owned in _rounds(sharded):
+        parts = [slab.here(local(tensor_of(slab.items[0])), peers) for slab, _ in owned]
+        wholes = gather_to_owners(peers, owned, parts)
+        for slab, whole in zip(_owned_by(peers.rank, owned), wholes, strict=True):
+            for item in slab.items:
+                yield item, item.of_expert(whole)
 
 
-def _if_finite(matrix: Matrix, gradient: Tensor | None) -> Iterator[tuple[Matrix, Tensor]]:
-    """Yield a matrix with its gradient (r, c), as (out, in), if that is finite."""
-    if gradient is not None and gradient.isfinite().all():
-        yield matrix, gradient.mT if matrix.group["transposed"] else gradient
+def _owned_by(rank: int, owned: _Owned) -> list[Slab]:
+    return [slab for slab, owner in owned if owner == rank]
 
 
-def _rounds(matrices: Iterable[Matrix], buffer_mib: int) -> Iterator[tuple[Peers, _Owned]]:
+def _rounds(items: Iterable[Item]) -> Iterator[tuple[Peers, _Owned]]:
     """Yield rounds: who shares the parameters, and what of them is whole where.
 
-    What is large comes first; parameters of a round have dtype, device and processes in common.
+    What is large comes first; parameters of a round have dtype, device and processes in common. What one owner has
+    whole in a round takes :data:`BUFFER` in float32 at most; a slab that needs more travels alone.
 
     Args:
-        matrices: in the same order on every process.
-        buffer_mib: most memory, in MiB, of what one owner has whole in a round, in float32; a slab that needs more
-            travels alone.
+        items: in the same order on every process.
     """
-    kinds: dict[Any, dict[Tensor, list[Matrix]]] = {}
-    for matrix in matrices:
-        parameter: Any = matrix.parameter
+    kinds: dict[Any, dict[Tensor, list[Item]]] = {}
+    for item in items:
+        parameter: Any = item.parameter
         kind = parameter.dtype, parameter.device, parameter.device_mesh, parameter.placements
-        kinds.setdefault(kind, {}).setdefault(parameter, []).append(matrix)
+        kinds.setdefault(kind, {}).setdefault(parameter, []).append(item)
     for by_parameter in kinds.values():
         parameter, of_parameter = next(iter(by_parameter.items()))
         peers = shards_of(of_parameter[0].parameter_name, parameter)
         slabs = [slab for each, its in by_parameter.items() for slab in _slabs(each, its, peers.size)]
-        owners = assign([sum(map(update_cost, slab.matrices)) for slab in slabs], peers.size)
+        owners = assign([sum(item.cost for item in slab.items) for slab in slabs], peers.size)
         queues: list[list[Slab]] = [[] for _ in range(peers.size)]
         for slab, owner in sorted(zip(slabs, owners, strict=True), key=lambda pair: -pair[0].shape.numel()):
             queues[owner].append(slab)
         while any(queues):
-            taken = [take(queue, (buffer_mib << 20) // 4, lambda slab: slab.shape.numel()) for queue in queues]
+            taken = [take(queue, BUFFER // 4, lambda slab: slab.shape.numel()) for queue in queues]
             yield peers, [(slab, rank) for rank, of_rank in enumerate(taken) for slab in of_rank]
 
 
-def _slabs(parameter: Tensor, matrices: Sequence[Matrix], count: int) -> Iterator[Slab]:
-    """Yield the slabs of a parameter in which any of these matrices lies: one, or one for each expert.
+def _slabs(parameter: Tensor, items: Sequence[Item], count: int) -> Iterator[Slab]:
+    """Yield the slabs of a parameter in which any of these items lies: one, or one for each expert.
 
     Experts of different processes follow one another, so that most are given to the process that has them.
     """
-    by_expert: dict[str, list[Matrix]] = {}
-    for matrix in matrices:
-        by_expert.setdefault(matrix.expert, []).append(matrix)
+    by_expert: dict[str, list[Item]] = {}
+    for item in items:
+        by_expert.setdefault(item.expert, []).append(item)
     if parameter.ndim != 3:
         yield Slab(parameter, 0, parameter.shape[0], by_expert[""])
         return
@@ -211,20 +228,11 @@ def _slabs(parameter: Tensor, matrices: Sequence[Matrix], count: int) -> Iterato
         yield Slab(parameter, expert, 1, by_expert[str(expert)])
 
 
-def _look_ahead(matrix: Matrix) -> Tensor:
-    """Return this process' rows of the average that the parameter's update is made from."""
-    momentum = local(matrix.state[MOMENTUM])
-    if not matrix.group["nesterov"]:
-        return momentum
-    assert matrix.usable is not None
-    gradient = local(matrix.parameter.grad).to(momentum.dtype)  # type: ignore[arg-type]
-    return torch.lerp(momentum, if_usable(matrix.usable, gradient, momentum), 1 - matrix.group["momentum"])
-
-
-def _joined(matrices: list[Matrix], steps: Mapping[int, Tensor], out: Tensor) -> Tensor:
-    """Write the steps of all the matrices of a slab into ``out``, of the slab's shape."""
-    for matrix in matrices:
-        matrix.write_step(steps[id(matrix)], out)
+def _joined(items: list[Any], updates: Mapping[int, Tensor], out: Tensor) -> Tensor:
+    """Write the updates (m, n) of all the items of a slab into ``out``, of the slab's shape."""
+    for item in items:
+        place = item.place_in_expert(out)
+        place.copy_(item.stored(updates[id(item)]).reshape(place.shape))
     return out
 
 

@@ -18,9 +18,10 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from hf_schatten.adaptive.adaptation import Adaptation
+from hf_schatten.adaptive.schedule import ScheduledP
 from hf_schatten.distributed.processes import process_count
 from hf_schatten.integration.checkpoint import write_learned_p
-from hf_schatten.optim.policy import Policy, ScheduledP
+from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates

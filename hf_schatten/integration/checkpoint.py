@@ -15,7 +15,6 @@ import logging
 import os
 from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -30,16 +29,26 @@ from torch import Tensor
 from hf_schatten.distributed.sharded import is_sharded, like, local, whole
 from hf_schatten.matrices.layout import matrix_name
 from hf_schatten.optim.matrix import MOMENTUM, P, layout_of
-from hf_schatten.optim.saved_state import SCHEDULED, CheckpointError, require_same_parameters, require_same_state
-from hf_schatten.optim.schatten_p import OPTIONS, STATE_ELSEWHERE, SchattenP
-from hf_schatten.options import json_ready
+from hf_schatten.optim.saved_state import (
+    OPTIONS,
+    SCHEDULED,
+    STATE_ELSEWHERE,
+    CheckpointError,
+    present_group,
+    require_same_parameters,
+    require_same_state,
+)
+from hf_schatten.optim.schatten_p import SchattenP
+from hf_schatten.optim.state import expected_state
+from hf_schatten.option_text import json_ready
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "optimizer.safetensors"
 CONFIG_FILE = "optimizer_config.json"
 LEARNED_P_FILE = "learned_p.json"
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+_READ_VERSIONS = (3, FORMAT_VERSION)  # 3 had other names of groups and options, see present_group
 
 _TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
 _TRAINER_STATE_FILE = "trainer_state.json"
@@ -65,7 +74,7 @@ def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str], *, writ
     config = {
         "format_version": FORMAT_VERSION,
         "package_version": version("hf_schatten"),
-        "options": asdict(optimizer.options) if optimizer.options else None,
+        "options": optimizer.state_dict().get(OPTIONS),
         "groups": [
             {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
         ],
@@ -131,7 +140,7 @@ def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None
     saved = _read_state(folder / STATE_FILE)
     names = dict(_named_parameters(optimizer))
     require_same_parameters(str(folder / STATE_FILE), saved, names)
-    require_same_state(str(folder / STATE_FILE), saved, optimizer.expected_state())
+    require_same_state(str(folder / STATE_FILE), saved, expected_state(optimizer.param_groups))
     learning_rates = {name: group for group in config["groups"] for name in group["param_names"]}
     state_dict = optimizer.state_dict()
     ids = dict(zip(names, (i for group in state_dict["param_groups"] for i in group["params"]), strict=True))
@@ -260,7 +269,7 @@ def _as_the_parameter(value: Tensor, parameter: Tensor) -> Tensor:
 
 def _p_by_matrix(states: Mapping[str, Mapping[str, Tensor]], groups: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the p of every matrix by its name, from the states of its parameters and the groups of a checkpoint."""
-    layouts = {name: layout_of(group) for group in groups for name in group["param_names"]}
+    layouts = {name: layout_of(group) for group in map(present_group, groups) for name in group["param_names"]}
     return {
         matrix_name(name, part): p
         for name, state in states.items()
@@ -295,9 +304,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CheckpointError(f"{path} is no valid JSON ({error}): resume from an earlier checkpoint.") from error
     found = config.get("format_version") if isinstance(config, dict) else None
-    if found != FORMAT_VERSION:
+    if found not in _READ_VERSIONS:
         raise CheckpointError(
-            f"{path} has format_version {found!r}, and this version of hf_schatten reads {FORMAT_VERSION}: "
+            f"{path} has format_version {found!r}, and this version of hf_schatten reads "
+            f"{' and '.join(map(str, _READ_VERSIONS))}: "
             "resume with the version that wrote it."
         )
     if not isinstance(config.get("groups"), list):

@@ -6,36 +6,35 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from hf_schatten.adaptive.adaptation import Adaptation
+from hf_schatten.adaptive.schedule import ScheduledP
 from hf_schatten.adaptive.transfer import Transfer
-from hf_schatten.distributed.processes import is_main_process, refuse_unsupported_engines
-from hf_schatten.linalg.targets import POWER, TargetFunction, target_name
+from hf_schatten.distributed.processes import is_main_process
+from hf_schatten.integration.checkpoint import load_learned_p
+from hf_schatten.matrices.engines import refuse_unsupported_engines
 from hf_schatten.matrices.layout import matches, matrix_name
 from hf_schatten.matrices.routing import Route, require_matches, route_parameters
-from hf_schatten.optim.coupling import WeightFunction
-from hf_schatten.optim.policy import Policy, ScheduledP
+from hf_schatten.optim.matrix import Group
+from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.schatten_p import SchattenP
-from hf_schatten.options import CouplingWeights, SchattenOptions
-
-Group = dict[str, Any]
+from hf_schatten.option_text import POWER
+from hf_schatten.options import SchattenOptions
 
 
 def create_schatten_optimizer(
     model: nn.Module,
     lr: float = 1e-3,
     *,
+    options: SchattenOptions | None = None,
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
-    coupling_weights: CouplingWeights | WeightFunction = "uniform",
-    target: str | TargetFunction = POWER,
     verbose: bool = True,
-    **options: Any,
+    **fields: Any,
 ) -> SchattenP:
-    """Make the optimizer of a model: matrices to the Schatten-p update, everything else to AdamW.
+    """Make the optimizer of a model: matrices to the Schatten-p update, all other parameters to AdamW.
 
     With the default ``p="adaptive"``, hooks on the model sample the inputs of the routed layers on due steps, and
     the optimizer re-estimates each matrix' p in its own ``step()``: a bare training loop needs nothing else.
@@ -45,16 +44,13 @@ def create_schatten_optimizer(
             ``exclude``.
         lr: learning rate of AdamW; that of the matrices is ``lr * schatten_lr_ratio``. With the default scale rule
             AdamW's customary values fit both. Default 1e-3.
+        options: of the update and of the estimation of p. Default None: made of ``fields``.
         weight_decay: decoupled weight decay of matrices and embeddings; vectors get none. Default 0.1.
         betas: AdamW's decays, the second of them the preconditioner's too. Default (0.9, 0.999).
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
-        coupling_weights: the option of this name, or a function from a matrix' name and its (out, in) to its weight,
-            above 0; a function is not written to checkpoints. Default ``uniform``.
-        target: the option of this name, or a function of a NumPy array of singular values in (0, 1], relative to the
-            matrix' Schatten-8 norm, that replaces σ^{1/p}; of a function, checkpoints hold the name. It is fitted
-            here, which takes seconds. Default ``power``.
-        verbose: print the routing table, and a fitted target's accuracy, on the main process. Default True.
-        **options: fields of :class:`SchattenOptions`, such as ``p=4`` or ``p_interval=50``.
+        verbose: print the routing table, and a fitted target's accuracy, on the main process; the option
+            ``report="none"`` does not either. Default True.
+        **fields: of :class:`SchattenOptions`, in place of ``options``, such as ``p=4`` or ``p_interval=50``.
 
     Raises:
         OptionError: on an unknown or malformed option.
@@ -69,62 +65,39 @@ def create_schatten_optimizer(
         >>> loss.backward()
         >>> optimizer.step()
     """
-    named_weights = {} if callable(coupling_weights) else {"coupling_weights": coupling_weights}
-    parsed = SchattenOptions.from_mapping(options | named_weights | {"target": target_name(target)})
+    options = SchattenOptions.given(options, fields)
+    say = partial(print, flush=True) if verbose and options.report != "none" and is_main_process() else _say_nothing
     refuse_unsupported_engines(model)
     routing = route_parameters(
-        model,
-        parsed.exclude,
-        split_fused=parsed.split_fused,
-        fused_parts=parsed.fused_parts,
-        split_heads=parsed.split_heads,
+        model, options.exclude, fused_parts=options.fused_parts, split_heads=options.split_heads
     )
-    if verbose and is_main_process():
-        print(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}", flush=True)
+    say(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}")
     matrices, others = routing.to("schatten_p"), routing.to("adamw")
     names = [name for route in matrices for name in _matrix_names(route)]
-    require_matches("p_overrides", parsed.overrides, names)
-    transferred = Transfer.of(parsed, names) if isinstance(parsed.p_init, str) else None
-    if transferred is not None and verbose and is_main_process():
-        print(transferred, flush=True)
-    first_p = partial(_first_p, options=parsed, transferred=transferred.p if transferred else {})
+    require_matches("p_overrides", options.overrides, names)
+    transferred: Mapping[str, float] = {}
+    if isinstance(options.p_init, str):
+        transfer = Transfer.of(options, names, load_learned_p)
+        transferred = transfer.p
+        say(transfer)
+    first_p = partial(_first_p, options=options, transferred=transferred)
     groups = [
-        *_spectral_groups(matrices, weight_decay, parsed.initial_p, first_p),
+        *_spectral_groups(matrices, weight_decay, options.initial_p, first_p),
         *_adamw_group((route for route in others if route.decay), weight_decay),
         *_adamw_group((route for route in others if not route.decay), 0.0),
     ]
-    optimizer = SchattenP(
-        groups,
-        lr,
-        p=parsed.initial_p,
-        momentum=parsed.momentum,
-        nesterov=parsed.nesterov,
-        step_rule=parsed.step_rule,
-        scale=parsed.scale,
-        coupling_order=parsed.coupling_order,
-        coupling_weights=coupling_weights,
-        precondition=parsed.precondition,
-        precondition_exponent=parsed.precondition_exponent,
-        lr_ratio=parsed.schatten_lr_ratio,
-        betas=betas,
-        eps=eps,
-        ns_steps=parsed.ns_steps,
-        compute_dtype=None if parsed.compute_dtype == "auto" else getattr(torch, parsed.compute_dtype),
-        target=target,
-        workspace_mib=parsed.workspace_mib,
-        share_work=parsed.share_work,
-        share_processes=parsed.share_processes,
-        buffer_mib=parsed.buffer_mib,
-    )
-    optimizer.options = parsed
-    if verbose and is_main_process() and parsed.target != POWER:
-        accuracy = optimizer.target.accuracy(parsed.ns_steps)
-        print(f"schatten_p's target {optimizer.target.name}: {accuracy}.", flush=True)
-    free = [name for name in names if not any(matches(pattern, name) for pattern in parsed.overrides)]
-    policy = _policy(model, matrices, free, parsed)
+    optimizer = SchattenP(groups, options, lr=lr, betas=betas, eps=eps)
+    if options.target != POWER:
+        say(f"schatten_p's target {optimizer.target.name}: {optimizer.target.accuracy(options.ns_steps)}.")
+    free = [name for name in names if not any(matches(pattern, name) for pattern in options.overrides)]
+    policy = _policy(model, matrices, free, options)
     if policy is not None:
         optimizer.follow(policy)
     return optimizer
+
+
+def _say_nothing(text: object) -> None:
+    pass
 
 
 def _matrix_names(route: Route) -> list[str]:
@@ -144,7 +117,7 @@ def _spectral_groups(
                 "weight_decay": weight_decay,
                 "spectral": True,
                 "transposed": route.layout.transposed,
-                "sections": route.layout.sections,
+                "parts": route.layout.parts,
                 "blocks": route.layout.blocks,
                 "p_by_parameter": {},
             },
@@ -172,19 +145,8 @@ def _policy(
 ) -> Policy | None:
     """Return what changes the p of the named matrices, None where it is fixed."""
     if options.p == "schedule":
-        return ScheduledP(options.p_start, options.p_end, options.p_steps, names)
+        return ScheduledP(*options.schedule, names)
     if options.p == "adaptive" and names:
         layers = {route.name: route.module for route in routes if not set(_matrix_names(route)).isdisjoint(names)}
-        return Adaptation(model, layers, _groups(names, options.p_groups), options)
+        return Adaptation(model, layers, names, options)
     return None
-
-
-def _groups(names: Sequence[str], patterns: Sequence[str]) -> dict[str, int]:
-    """Return a number for each matrix: its own, or that of the first matrix that matches the same pattern."""
-    require_matches("p_groups", patterns, names)
-    first: dict[str, int] = {}
-    groups = {}
-    for number, name in enumerate(names):
-        pattern = next((pattern for pattern in patterns if matches(pattern, name)), name)
-        groups[name] = first.setdefault(pattern, number)
-    return groups

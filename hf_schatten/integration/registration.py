@@ -11,9 +11,9 @@ from transformers import trainer as transformers_trainer
 from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 from transformers.training_args import OptimizerNames, TrainingArguments
 
-from hf_schatten.distributed.processes import UnsupportedEngineError
 from hf_schatten.integration.callback import SchattenCallback, SchattenPrinterCallback, SchattenProgressCallback
 from hf_schatten.integration.factory import create_schatten_optimizer
+from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
@@ -103,8 +103,8 @@ def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
 class _Factory:
     """The callable that Trainer expects from handlers of optimizers that need the whole model."""
 
-    def __call__(self, model: nn.Module, *, options: SchattenOptions, **arguments: Any) -> SchattenP:
-        return create_schatten_optimizer(model, **arguments, **vars(options))
+    def __call__(self, model: nn.Module, **arguments: Any) -> SchattenP:
+        return create_schatten_optimizer(model, **arguments)
 
 
 def _refuse_unsupported_arguments(args: TrainingArguments) -> None:

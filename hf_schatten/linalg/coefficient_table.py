@@ -14,28 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-MIN_EXPONENT = -0.25
-MAX_EXPONENT = 1.0
-STEPS = (3, 4, 5, 6, 7, 8)
+from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT
+from hf_schatten.options import NS_STEPS
 
+STEPS = NS_STEPS
 Argument = TypeVar("Argument", np.ndarray, Tensor)
-
-
-def exponent_of(p: float) -> float:
-    """The spectral exponent ``s = 1/p`` of a Python number.
-
-    Args:
-        p: At least 1, ``inf``, or at most -4.
-
-    Raises:
-        ValueError: If 1/p lies outside [-0.25, 1].
-    """
-    if not (p >= 1 / MAX_EXPONENT or p <= 1 / MIN_EXPONENT):  # true of NaN too
-        raise ValueError(
-            f"p={p!r} is not allowed: p is at least 1 (inf for Muon), or at most -4 for spectral exponents 1/p "
-            "between -0.25 and 0."
-        )
-    return 1 / p
 
 
 @dataclass(frozen=True)
@@ -91,7 +74,7 @@ def load_table(steps: int) -> dict[str, Any]:
     """Read the stored table for ``steps`` Newton–Schulz steps.
 
     Args:
-        steps: Number of steps K, one of `STEPS`.
+        steps: Number of steps K, one of `NS_STEPS`.
 
     Returns:
         The file's content. ``columns``: one dict for each of the exponents ``s``, ascending from -0.25 to 1,
@@ -102,8 +85,8 @@ def load_table(steps: int) -> dict[str, Any]:
     Raises:
         ValueError: If no table is stored for ``steps``.
     """
-    if steps not in STEPS:
-        raise ValueError(f"steps must be one of {STEPS}, got {steps!r}")
+    if steps not in NS_STEPS:
+        raise ValueError(f"steps must be one of {NS_STEPS}, got {steps!r}")
     content: dict[str, Any] = json.loads(
         resources.files(__package__).joinpath(table_filename(steps)).read_text("utf-8")
     )

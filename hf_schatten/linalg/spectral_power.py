@@ -12,13 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hf_schatten.linalg.coefficient_table import (
-    MAX_EXPONENT,
-    MIN_EXPONENT,
-    Coefficients,
-    exponent_of,
-    interpolate,
-)
+from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT, exponent_of
+from hf_schatten.linalg.coefficient_table import Coefficients, interpolate
 from hf_schatten.linalg.compute_dtype import default_compute_dtype
 from hf_schatten.linalg.symmetric_product import symmetric_product
 
@@ -56,7 +51,7 @@ def spectral_power(
         ValueError: If a number p is NaN or in (-4, 1), X is not floating point or has fewer than two dimensions,
             or there is no table for ``steps``.
     """
-    return spectral_power_from_exponent(X, _exponent(p), steps=steps, compute_dtype=compute_dtype)
+    return spectral_power_from_exponent(X, exponent_of(p), steps=steps, compute_dtype=compute_dtype)
 
 
 def spectral_power_from_exponent(
@@ -125,16 +120,11 @@ def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
     Raises:
         ValueError: If the number p is NaN or in (-4, 1).
     """
-    s = torch.as_tensor(_exponent(p), dtype=torch.float64, device=X.device)
+    s = torch.as_tensor(exponent_of(p), dtype=torch.float64, device=X.device)
     U, sigma, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     negligible = sigma <= max(X.shape[-2:]) * torch.finfo(torch.float64).eps * sigma[..., :1]
     power = sigma.masked_fill(negligible, 1.0) ** s.unsqueeze(-1)
     return (U * power.masked_fill(negligible, 0.0).unsqueeze(-2)) @ Vh
-
-
-def _exponent(p: float | Tensor) -> float | Tensor:
-    """``s = 1/p``, after a check of p where p is a number."""
-    return p.reciprocal() if isinstance(p, Tensor) else exponent_of(p)
 
 
 def _scalar_dtype(X: Tensor) -> torch.dtype:

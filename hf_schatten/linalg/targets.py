@@ -5,7 +5,6 @@ value ("Interpolating Between SGD and Muon"). Functions become polynomials that 
 polynomial of that degree is, becomes subspace iteration.
 """
 
-import difflib
 import functools
 import math
 from collections.abc import Callable
@@ -20,12 +19,10 @@ from hf_schatten.linalg.coefficient_table import Coefficients
 from hf_schatten.linalg.multiscale_fit import Array
 from hf_schatten.linalg.spectral_power import spectral_function, spectral_power
 from hf_schatten.linalg.top_singular import top_singular_direction
-
-TargetFunction = Callable[[Array], Array]
+from hf_schatten.option_text import POWER, function_name, json_ready, parse_target
+from hf_schatten.options import TargetFunction
 
 LOWEST = 0.01  # fits cover [LOWEST, 1] of the Schatten-8 norm
-POWER = "power"
-FUNCTION_PREFIX = "function:"  # of the name that stands for a Python function
 
 _ACCURACY_POINTS = 1000
 _START_SEED = 0
@@ -151,7 +148,7 @@ class Target(Protocol):
 
     @property
     def name(self) -> str:
-        """What `parse_target` takes; of a Python function, a name that it refuses."""
+        """As the option has it; of a Python function, ``function:NAME``."""
 
     def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
         """Apply the target to matrices (B, m, n).
@@ -184,17 +181,9 @@ class Power:
 
 @dataclass(frozen=True)
 class TopK:
-    """1 for the k largest singular values, 0 for the rest.
-
-    Raises:
-        ValueError: when k is below 1.
-    """
+    """1 for the k largest singular values, 0 for the rest."""
 
     k: int
-
-    def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be at least 1, got {self.k!r}")
 
     @property
     def name(self) -> str:
@@ -234,15 +223,9 @@ class SoftThreshold:
 
     Where the largest relative singular value, which is between ``rank^{-1/8}`` and 1, is below tau, nothing is left
     but the error of the fit, which a pinned norm would blow up: stay below 0.3.
-
-    Raises:
-        ValueError: when tau lies outside (0, 1).
     """
 
     tau: float
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.tau)
 
     def __call__(self, x: Array) -> Array:
         """Return the values at x."""
@@ -255,95 +238,30 @@ class SoftStep:
 
     It is as close as a polynomial comes to keeping the largest singular values alone; how many are above tau is left
     to the spectrum. With the largest below tau, see `SoftThreshold`.
-
-    Raises:
-        ValueError: when tau lies outside (0, 1).
     """
 
     tau: float
-
-    def __post_init__(self) -> None:
-        _require_fraction(self.tau)
 
     def __call__(self, x: Array) -> Array:
         """Return the values at x."""
         return 1 / (1 + (self.tau / x) ** _STEP_SHARPNESS)
 
 
-def _require_fraction(tau: float) -> None:
-    if not 0 < tau < 1:
-        raise ValueError(f"tau must lie in (0, 1), got {tau!r}")
-
-
 def target_of(target: str | TargetFunction) -> Target:
-    """The target that a name or a Python function stands for.
+    """Return the target that an option's text, or a Python function, stands for.
 
     Raises:
-        ValueError: As `parse_target`.
+        OptionError: as :func:`hf_schatten.option_text.parse_target`.
     """
-    return parse_target(target) if isinstance(target, str) else Function(target_name(target), target)
+    if not isinstance(target, str):
+        return Function(json_ready(target), target)
+    name, number = parse_target(target)
+    return _NAMED[name](number)
 
 
-def target_name(target: str | TargetFunction) -> str:
-    """The name under which a target is stored: ``function:NAME`` for a Python function."""
-    return target if isinstance(target, str) else FUNCTION_PREFIX + function_name(target)
-
-
-def function_name(f: TargetFunction) -> str:
-    """The name of a function, or the type of another callable."""
-    return getattr(f, "__qualname__", type(f).__name__)
-
-
-def parse_target(text: str) -> Target:
-    """Read a target's name.
-
-    Args:
-        text: ``power``, ``top_k:K``, ``soft_threshold:TAU`` or ``soft_step:TAU``.
-
-    Raises:
-        ValueError: when it is none of these; the message names the text and the fix.
-    """
-    name, separator, argument = text.partition(":")
-    if text.startswith(FUNCTION_PREFIX):
-        raise ValueError(
-            f"target={text!r} is not allowed: it names a Python function, which a text cannot hold. Pass the function "
-            "itself, as create_schatten_optimizer(model, target=function)."
-        )
-    if name not in _FAMILIES:
-        nearest = difflib.get_close_matches(name, _FAMILIES, n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        forms = ", ".join(family.form for family in _FAMILIES.values())
-        raise ValueError(f"target={text!r} is not allowed: one of {forms}.{hint}")
-    family = _FAMILIES[name]
-    if bool(separator) == (family.form == name):
-        raise ValueError(f"target={text!r} is not allowed: write {family.form}, {family.rule}.")
-    try:
-        return family.make(argument)
-    except ValueError as error:
-        raise ValueError(f"target={text!r} is not allowed: write {family.form}, {family.rule}.") from error
-
-
-def _canonical(name: str, function: Callable[[float], TargetFunction]) -> Callable[[str], Target]:
-    """A maker of the named target from the text of its number."""
-    return lambda text: Function(f"{name}:{float(text):g}", function(float(text)))
-
-
-@dataclass(frozen=True)
-class _Family:
-    form: str
-    rule: str
-    make: Callable[[str], Target]
-
-
-_FAMILIES = {
-    POWER: _Family(POWER, "whose exponent is 1/p", lambda text: Power()),
-    "top_k": _Family("top_k:K", "K a whole number from 1, such as top_k:8", lambda text: TopK(int(text))),
-    "soft_threshold": _Family(
-        "soft_threshold:TAU",
-        "TAU between 0 and 1, such as soft_threshold:0.1",
-        _canonical("soft_threshold", SoftThreshold),
-    ),
-    "soft_step": _Family(
-        "soft_step:TAU", "TAU between 0 and 1, such as soft_step:0.2", _canonical("soft_step", SoftStep)
-    ),
+_NAMED: dict[str, Callable[[float], Target]] = {
+    POWER: lambda number: Power(),
+    "top_k": lambda k: TopK(int(k)),
+    "soft_threshold": lambda tau: Function(f"soft_threshold:{tau:g}", SoftThreshold(tau)),
+    "soft_step": lambda tau: Function(f"soft_step:{tau:g}", SoftStep(tau)),
 }

@@ -16,53 +16,32 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_schatten.matrices.layout import matches
+from hf_schatten.option_text import parse_fused_parts
 
-Sections = tuple[tuple[str, int], ...]
+Parts = tuple[tuple[str, int], ...]
 
 
 class Cut(NamedTuple):
     """How the outputs of a layer are cut.
 
     Attributes:
-        sections: name and number of outputs of each part in a block; () where the layer is one matrix.
+        parts: name and number of outputs of each part in a block; () where the layer is one matrix.
         blocks: how many blocks there are.
     """
 
-    sections: Sections = ()
+    parts: Parts = ()
     blocks: int = 1
 
     @property
     def outputs(self) -> int:
         """How many outputs the layer has."""
-        return self.blocks * sum(size for _, size in self.sections)
+        return self.blocks * sum(size for _, size in self.parts)
 
 
 WHOLE = Cut()
 
 # PEFT's: the outputs of a layer's adapter B are the layer's.
 _ADAPTER = re.compile(r"\.lora_B\.[^.]+$")
-
-_GIVEN_PART = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:\*(?P<weight>[1-9]\d*))?")
-
-
-def parse_fused_parts(entry: str) -> tuple[str, list[tuple[str, int]], int]:
-    """Return the layer pattern, the parts with their weights, and the number of blocks of an entry of the option.
-
-    Args:
-        entry: ``pattern:part/part*weight@blocks``; without parts, the layer stays whole.
-
-    Raises:
-        ValueError: when the entry is no such text.
-    """
-    pattern, separator, rest = entry.rpartition(":")
-    cut, _, blocks = rest.partition("@")
-    parts = [_GIVEN_PART.fullmatch(part) for part in cut.split("/")] if cut else []
-    if not (pattern and separator) or not all(parts) or (blocks and not (blocks.isdecimal() and int(blocks))):
-        raise ValueError(
-            f"{entry!r} says no parts; write for example *.Wqkv:q*4/k/v for queries four times as large as keys and "
-            "values, *.query_key_value:q/k/v@32 for 32 blocks that each hold the three, or *.c_attn: for one matrix."
-        )
-    return pattern, [(part["name"], int(part["weight"] or 1)) for part in parts if part], int(blocks or 1)
 
 
 def cut_of(
@@ -123,16 +102,16 @@ def _given(name: str, outputs: int, fused_parts: Iterable[str]) -> Cut | None:
 def _by_head(cut: Cut, parent: nn.Module | None) -> Cut:
     """Return the cut with a part for each head, where its parts are queries, keys and values of a known head size."""
     size = next((getattr(parent, key) for key in _HEAD_SIZES if isinstance(getattr(parent, key, None), int)), 0)
-    names = {name for name, _ in cut.sections}
-    if not (size and names and names <= {"", "q", "k", "v"}) or any(part % size for _, part in cut.sections):
+    names = {name for name, _ in cut.parts}
+    if not (size and names and names <= {"", "q", "k", "v"}) or any(part % size for _, part in cut.parts):
         return WHOLE if "" in names else cut
     heads: Counter[str] = Counter()
-    sections = []
-    for name, part in cut.sections * cut.blocks:
+    parts = []
+    for name, part in cut.parts * cut.blocks:
         for _ in range(part // size):
-            sections.append((".".join(filter(None, (name, str(heads[name])))), size))
+            parts.append((".".join(filter(None, (name, str(heads[name])))), size))
             heads[name] += 1
-    return Cut(tuple(sections))
+    return Cut(tuple(parts))
 
 
 # Layers whose outputs are the heads of attention, and where their module keeps the size of one.

@@ -20,23 +20,23 @@ class Layout:
 
     Attributes:
         transposed: matrices are stored (in, out), as in GPT-2's ``Conv1D``.
-        sections: name and number of outputs of each part of a fused projection, in order; () where it is not fused.
-        blocks: how many times the sections follow one another: a part consists of its outputs in every block.
+        parts: name and number of outputs of each part of a fused projection, in order; () where it is not fused.
+        blocks: how many times the parts follow one another: a part consists of its outputs in every block.
     """
 
     transposed: bool = False
-    sections: Sequence[tuple[str, int]] = ()
+    parts: Sequence[tuple[str, int]] = ()
     blocks: int = 1
 
     def part_names(self, shape: Sequence[int]) -> list[str]:
         """Return a name for each matrix of a parameter of this shape; ``[""]`` where the parameter is one matrix."""
         experts = [str(expert) for expert in range(shape[0])] if len(shape) == 3 else [""]
-        sections = [name for name, _ in self.sections] or [""]
-        return [".".join(filter(None, pair)) for pair in product(experts, sections)]
+        parts = [name for name, _ in self.parts] or [""]
+        return [".".join(filter(None, pair)) for pair in product(experts, parts)]
 
     def expert(self, shape: Sequence[int], index: int) -> str:
         """Return the name of the expert that a matrix belongs to, "" where the parameter has no experts."""
-        return str(index // (len(self.sections) or 1)) if len(shape) == 3 else ""
+        return str(index // (len(self.parts) or 1)) if len(shape) == 3 else ""
 
     def part(self, tensor: Tensor, index: int) -> Tensor:
         """Return one matrix as a view in the shape in which it is stored.
@@ -49,17 +49,17 @@ class Layout:
             (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs) where
             transposed, of a part that lies in several blocks.
         """
-        expert, section = divmod(index, len(self.sections) or 1)
+        expert, part = divmod(index, len(self.parts) or 1)
         if tensor.ndim == 3:
             tensor = tensor[expert]
-        if not self.sections:
+        if not self.parts:
             return tensor
         dim = 1 if self.transposed else 0
         if self.blocks > 1:
             tensor = tensor.unflatten(dim, (self.blocks, -1))
             dim += 1
-        sizes = [size for _, size in self.sections]
-        return tensor.narrow(dim, sum(sizes[:section]), sizes[section])
+        sizes = [size for _, size in self.parts]
+        return tensor.narrow(dim, sum(sizes[:part]), sizes[part])
 
     def matrix(self, tensor: Tensor, index: int) -> Tensor:
         """Return one matrix as (rows, columns); a copy where it lies in several blocks, else a view.
@@ -75,8 +75,8 @@ class Layout:
         """Return (rows, columns) of one matrix of a parameter of this shape, as stored."""
         rows, *others = shape[1:] if len(shape) == 3 else shape
         columns = math.prod(others)
-        if self.sections:
-            outputs = self.blocks * self.sections[index % len(self.sections)][1]
+        if self.parts:
+            outputs = self.blocks * self.parts[index % len(self.parts)][1]
             return (rows, outputs) if self.transposed else (outputs, columns)
         return rows, columns
 
@@ -84,7 +84,7 @@ class Layout:
         """Raise unless a parameter of this shape consists of such matrices.
 
         Raises:
-            ValueError: when it has one dimension or more than four, or its sections do not add up to its outputs.
+            ValueError: when it has one dimension or more than four, or its parts do not add up to its outputs.
         """
         if not 2 <= len(shape) <= 4:
             raise ValueError(
@@ -92,12 +92,12 @@ class Layout:
                 "or let hf_schatten.create_schatten_optimizer(model) make the groups."
             )
         outputs = shape[0] if len(shape) == 4 else shape[-1 if self.transposed else -2]
-        total = self.blocks * sum(size for _, size in self.sections)
-        if self.sections and total != outputs:
+        total = self.blocks * sum(size for _, size in self.parts)
+        if self.parts and total != outputs:
             blocks = f" in {self.blocks} blocks" if self.blocks > 1 else ""
             raise ValueError(
-                f"Parameter {name!r} has {outputs} outputs, and its sections "
-                f"{dict(self.sections)} have {total}{blocks}: give sections that add up."
+                f"Parameter {name!r} has {outputs} outputs, and its parts "
+                f"{dict(self.parts)} have {total}{blocks}: give parts that add up."
             )
 
 

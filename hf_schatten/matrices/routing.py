@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,15 +10,16 @@ from typing import Literal, cast
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
-from hf_schatten.distributed.processes import UnsupportedEngineError
-from hf_schatten.matrices.fused_projections import WHOLE, Cut, cut_of, parse_fused_parts
+from hf_schatten.matrices.engines import refuse_emptied
+from hf_schatten.matrices.fused_projections import Cut, cut_of
 from hf_schatten.matrices.layout import Layout, matches
+from hf_schatten.option_text import parse_fused_parts
 
 Destination = Literal["schatten_p", "adamw", "frozen"]
 _IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 # Wrappers that put a component of their own into a parameter's name.
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
@@ -91,7 +93,6 @@ def route_parameters(
     model: nn.Module,
     exclude: Sequence[str] = (),
     *,
-    split_fused: bool = True,
     fused_parts: Sequence[str] = (),
     split_heads: bool = False,
 ) -> Routing:
@@ -106,9 +107,8 @@ def route_parameters(
     Args:
         model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
         exclude: parameter name patterns (``fnmatch``) that go to AdamW whatever they are.
-        split_fused: read fused projections as the matrices that they consist of.
         fused_parts: ``pattern:part/part`` of projections that are not known, or known wrongly; see
-            :func:`hf_schatten.matrices.fused_projections.parse_fused_parts`.
+            :func:`hf_schatten.option_text.parse_fused_parts`.
         split_heads: read queries, keys and values as a matrix for each head.
 
     Raises:
@@ -118,8 +118,7 @@ def route_parameters(
     model = extract_model_from_parallel(model)
     backbone = {id(module) for module in _backbone(model).modules()}
     embeddings = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
-    decayed = set(Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type] # needs no self
-    split = partial(_cut, model, fused_parts=fused_parts, split_heads=split_heads) if split_fused else _whole
+    split = partial(_cut, model, fused_parts=fused_parts, split_heads=split_heads)
     routes = []
     for raw_name, parameter in model.named_parameters():
         module = model.get_submodule(raw_name.rpartition(".")[0])
@@ -135,13 +134,13 @@ def route_parameters(
         layout = Layout()
         if destination == "schatten_p":
             layout = _layout(name, parameter, module, split)
-        routes.append(Route(name, parameter, module, destination, reason, layout, decay=raw_name in decayed))
+        routes.append(Route(name, parameter, module, destination, reason, layout, _decays(raw_name, module)))
     routing = Routing(tuple(routes))
     require_matches("exclude", exclude, [route.name for route in routes])
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
     require_matches("fused_parts", patterns, [route.name for route in routing.to("schatten_p")])
     if not routing.to("schatten_p"):
-        _refuse_emptied(model)
+        refuse_emptied(model)
         raise RoutingError(_nothing_routed(model, routing))
     return routing
 
@@ -149,6 +148,11 @@ def route_parameters(
 def clean_name(name: str) -> str:
     """Remove the components that ``torch.compile`` and checkpoint wrappers insert into a parameter name."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
+
+
+def _decays(name: str, module: nn.Module) -> bool:
+    """Return whether weight decay applies, as a Trainer decides for its own optimizers."""
+    return not (isinstance(module, nn.LayerNorm) or _UNDECAYED.search(name.lower()))
 
 
 def _destination(
@@ -200,7 +204,7 @@ def _layout(
     transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
     rows, columns = _matrix_shape(parameter)
     cut = split(name, columns if transposed else rows, module)
-    return Layout(transposed, cut.sections, cut.blocks)
+    return Layout(transposed, cut.parts, cut.blocks)
 
 
 def _cut(
@@ -215,10 +219,6 @@ def _cut(
         return cut_of(name, outputs, module, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
     except ValueError as error:
         raise RoutingError(str(error)) from error
-
-
-def _whole(name: str, outputs: int, module: nn.Module) -> Cut:
-    return WHOLE
 
 
 def _backbone(model: nn.Module) -> nn.Module:
@@ -250,15 +250,6 @@ def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) 
         if not any(matches(pattern, name) for name in names):
             shown = ", ".join(names[:3])
             raise RoutingError(f"{option} has {pattern!r}, which matches nothing; names look like {shown}.")
-
-
-def _refuse_emptied(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if not parameter.numel():
-            raise UnsupportedEngineError(
-                f"{name!r} of {type(model).__name__} has no elements, as under stage 3 of DeepSpeed ZeRO, which keeps "
-                "the parameters elsewhere. Use DDP or FSDP version 2, or optim='adamw_torch' with this engine."
-            )
 
 
 def _nothing_routed(model: nn.Module, routing: Routing) -> str:

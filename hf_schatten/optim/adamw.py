@@ -1,4 +1,4 @@
-"""AdamW's step for the parameters that are no matrices, by torch's functional form, in fp32 where they are not."""
+"""AdamW's step for all parameters that are not matrices, by torch's functional form, in fp32 where they are not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 from hf_schatten.distributed.sharded import local
-from hf_schatten.optim.finite_gradients import Usable
-from hf_schatten.optim.matrix import STEP, Group, State, if_usable, state_dtype
+from hf_schatten.optim.finite_gradients import FiniteGradients
+from hf_schatten.optim.matrix import STEP, Group, State, state_dtype
 
 AVERAGE, SQUARES = "exp_avg", "exp_avg_sq"  # as torch.optim.AdamW names them
 
@@ -21,25 +21,26 @@ def new_adamw_state(parameter: Tensor) -> State:
     return {STEP: torch.tensor(0.0), AVERAGE: average, SQUARES: torch.zeros_like(average)}
 
 
-def adamw_step(group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], usable: Usable) -> None:
+def adamw_step(
+    group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], gradients: FiniteGradients
+) -> None:
     """Update the parameters in place.
 
     Args:
         group: with AdamW's ``lr``, ``weight_decay``, ``betas`` and ``eps``.
         parameters: those of the group that have a gradient.
         states: of each of them, as `new_adamw_state` makes it; advanced in place.
-        usable: whether each gradient is finite; one that is not counts as zero.
+        gradients: one that is not finite counts as zero.
     """
+    if not parameters:
+        return
     own = [states[parameter] for parameter in parameters]
     # Half-precision parameters are updated through an fp32 copy, since their state is fp32.
     masters = [local(parameter).to(state_dtype(parameter)) for parameter in parameters]
     beta1, beta2 = group["betas"]
     adamw(
         masters,
-        [
-            if_usable(usable[parameter], local(parameter.grad), 0.0).to(state_dtype(parameter))  # type: ignore[arg-type]
-            for parameter in parameters
-        ],
+        [gradients.gradient(parameter, state_dtype(parameter), 0.0) for parameter in parameters],
         [local(state[AVERAGE]) for state in own],
         [local(state[SQUARES]) for state in own],
         [],

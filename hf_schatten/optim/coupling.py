@@ -1,38 +1,32 @@
-"""How far the matrices go where the step is one of Schattor's oracles, alone or coupled.
+"""Whether the lengths of all matrices' updates depend on each other.
 
-With ``O = U Σ^s Vᵀ`` of the momentum M and s = 1/p, the norms that the oracles ask for come from one inner product,
-without a singular value: ``⟨M, O⟩ = Σ σ^{1+s}``, hence the dual norm ``d = ‖M‖_{1+s} = ⟨M, O⟩^{1/(1+s)}`` and
-``‖O‖_{p+1} = d^s``. A matrix goes ``lr · ℓ · O / d^s``, whose Schatten-(p + 1) norm is ``lr · ℓ``, with the length ℓ
+Coupled, the norm of all updates together is ``(Σ (w ‖T‖)^a)^{1/a}``, with the order a and a weight w for each matrix:
+the balls of :mod:`hf_schatten.optim.step_rules` are one ball of this norm, and the penalties one penalty. With
+``c = coupling_factors(d)`` of the dual norms d, an update has the length c (``ball``) or c Σ d c (``regularized``).
 
-=============  ==========  =======================================================
-``step_rule``  alone       coupled, with c = ``coupling_factors(d)`` and D = Σ d c
-=============  ==========  =======================================================
-ball           1           c
-regularized    d           D c
-=============  ==========  =======================================================
-
-lr is the radius of the ball, or the reciprocal of the penalty. Coupled, the norm of all steps together is
-``(Σ (w ‖T‖)^a)^{1/a}``, with ``coupling_order`` a and a weight w for each matrix: the balls are one ball of this norm,
-and the penalties one penalty.
-
-Source: B. Ma, J. Zhang and C. He 2026, "Schattor: Schatten-family methods for deep learning optimization", lemmas 1
-and 2. Its momentum is the moving average of gradients without look-ahead (``nesterov=False``); its bound holds for the
-bias-corrected average too, which is a mean of the gradients with weights that fall as fast, and whose first value is
-the first gradient.
+Source: B. Ma, J. Zhang and C. He 2026, "Schattor: Schatten-family methods for deep learning optimization", lemma 2.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from hf_schatten.linalg import coupling_factors
-from hf_schatten.options import CouplingWeights, StepRule
+from hf_schatten.distributed.owners import Delivery
+from hf_schatten.linalg.oracles import coupling_factors
+from hf_schatten.optim.matrix import Matrix
+from hf_schatten.optim.preconditioning import Direction
+from hf_schatten.optim.stack import Stack, WriteMomentum
+from hf_schatten.optim.step_rules import ORACLES, Ball, Update
+from hf_schatten.options import CouplingWeights, SchattenOptions, WeightFunction
 
-WeightFunction = Callable[[str, tuple[int, int]], float]
+# From stacks, and what writes their momenta, to their updates and what the directions are multiplied by, (B,).
+ScaledUpdates = Callable[[Sequence[Stack], WriteMomentum], Iterator[tuple[Update, Tensor]]]
 
 # Of a matrix (m, n) = (out, in).
 COUPLING_WEIGHTS: dict[CouplingWeights, WeightFunction] = {
@@ -44,32 +38,85 @@ COUPLING_WEIGHTS: dict[CouplingWeights, WeightFunction] = {
 }
 
 
-def dual_norms(products: Tensor, s: Tensor) -> Tensor:
-    """Return ``‖M‖_{1+s}`` from ``⟨M, O⟩`` and the spectral exponents s, tensors of one shape."""
-    return products.clamp_min(0.0) ** (1 / (1 + s))
+class Coupling(Protocol):
+    """How far the updates of a step's matrices depend on each other."""
+
+    def start(self, delivery: Delivery, write: WriteMomentum, direction: Direction) -> ScaledUpdates:
+        """Begin a step.
+
+        Args:
+            delivery: of all matrices of the step, with the stacks that this process computes.
+            write: the momentum of a matrix that is whole on this process.
+            direction: as in :meth:`hf_schatten.optim.stack.Stack.update`.
+        """
 
 
-def unit_factors(dual: Tensor, s: Tensor) -> Tensor:
-    """Return what O is multiplied by to have the Schatten-(p + 1) norm 1: ``d^{-s}``, 0 where d is 0."""
-    return torch.where(dual > 0, dual**-s, dual)
+class Independent:
+    """Every matrix for itself: a stack's updates are computed when they are asked for."""
+
+    def start(self, delivery: Delivery, write: WriteMomentum, direction: Direction) -> ScaledUpdates:  # noqa: D102
+        def scaled(stacks: Sequence[Stack], write: WriteMomentum) -> Iterator[tuple[Update, Tensor]]:
+            for stack in stacks:
+                update = stack.update(write, direction)
+                yield update, stack.rule.factors(update)
+
+        return scaled
 
 
-def lengths_alone(rule: StepRule, dual: Tensor) -> Tensor:
-    """Return ℓ of matrices that do not know of each other, of the shape of their dual norms."""
-    return dual if rule == "regularized" else torch.ones_like(dual)
+class Coupled:
+    """All matrices together: their directions, one copy of the matrices, are kept until all are known.
 
-
-def lengths_coupled(rule: StepRule, dual: Tensor, order: float, weights: Tensor) -> Tensor:
-    """Return ℓ of all matrices together.
+    Nothing waits for the device.
 
     Args:
-        rule: of the step.
-        dual: dual norms (matrices,). One NaN or inf makes all lengths NaN.
-        order: of the norm of all steps, in [1, inf].
-        weights: (matrices,), above 0.
-
-    Returns:
-        (matrices,), 0 for a matrix of dual norm 0.
+        rule: the oracle of all of them.
+        order: of the norm of all updates, in [1, inf].
+        weights: a name, or a function of the matrix' name and its (out, in).
     """
-    factors = coupling_factors(dual, order, weights)
-    return factors * (dual * factors).sum() if rule == "regularized" else factors
+
+    def __init__(self, rule: Ball, order: float, weights: CouplingWeights | WeightFunction) -> None:
+        self.rule = rule
+        self.order = order
+        self.weight_of = weights if callable(weights) else COUPLING_WEIGHTS[weights]
+
+    def start(self, delivery: Delivery, write: WriteMomentum, direction: Direction) -> ScaledUpdates:  # noqa: D102
+        stacks = [stack for work in delivery.work for stack in work]
+        updates = [stack.update(write, direction) for stack in stacks]
+        scaled = {
+            id(stack): (update, length.to(update.exponents) * update.unit_factors())
+            for stack, update, length in zip(stacks, updates, self._lengths(updates, delivery), strict=True)
+        }
+        return lambda some, write: (scaled[id(stack)] for stack in some)
+
+    def _lengths(self, updates: Sequence[Update], delivery: Delivery) -> Sequence[Tensor]:
+        """Return the lengths of each update's matrices, (B,).
+
+        Raises:
+            ValueError: when a weight is not above 0.
+        """
+        matrices, peers = delivery.items, delivery.peers
+        position = {id(matrix): number for number, matrix in enumerate(matrices)}
+        numbers = [position[id(matrix)] for update in updates for matrix in update.matrices]
+        index = torch.tensor(numbers, dtype=torch.long).to(matrices[0].momentum.device, non_blocking=True)
+        duals = matrices[0].momentum.new_zeros(len(matrices))
+        if updates:
+            duals[index] = torch.cat([update.dual_norms.to(duals) for update in updates])
+        if peers.size > 1:
+            dist.all_reduce(duals, group=peers.group)
+        weights = torch.tensor([self._weight(matrix) for matrix in matrices], dtype=duals.dtype)
+        factors = coupling_factors(duals, self.order, weights.to(duals.device, non_blocking=True))
+        lengths = self.rule.coupled_lengths(factors, duals)
+        return lengths[index].split([len(update.matrices) for update in updates])
+
+    def _weight(self, matrix: Matrix) -> float:
+        weight = self.weight_of(matrix.name, matrix.shape)
+        if not 0 < weight < math.inf:
+            raise ValueError(f"coupling_weights gives {matrix.name!r} the weight {weight!r}: return a number above 0.")
+        return weight
+
+
+def coupling_of(options: SchattenOptions) -> Coupling:
+    """Return the coupling that options ask for."""
+    if options.coupling_order is None:
+        return Independent()
+    return Coupled(ORACLES[options.step_rule], options.coupling_order, options.coupling_weights)

@@ -9,10 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schatten.adaptive.criterion import CURVES, NODES
-from hf_schatten.linalg.coefficient_table import exponent_of
 from hf_schatten.matrices.layout import Layout, matrix_name
-from hf_schatten.optim.preconditioning import SECOND_MOMENTS
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
@@ -23,23 +20,11 @@ STEP, SKIPPED, MOMENTUM, P = "step", "skipped", "momentum", "p"
 STATISTICS, STATISTICS_WEIGHT = "statistics", "statistics_weight"
 PER_MATRIX = P, STATISTICS, STATISTICS_WEIGHT
 
-
-def if_usable(usable: Tensor, gradient: Tensor, otherwise: Tensor | float) -> Tensor:
-    """Return the gradient, or something else where it is not usable.
-
-    Nothing waits for a device. On a CPU there is nothing to wait for, and the gradient is not copied.
-
-    Args:
-        usable: a bool scalar on the gradient's device.
-        gradient: may have elements that are not finite where it is not usable.
-        otherwise: of the gradient's shape, or a number for all elements.
-    """
-    if usable.device.type == "cpu" and usable:
-        return gradient
-    return torch.where(usable, gradient, otherwise)
+# Of a criterion, whose moving averages are state: the most curves that one has, and the points of each curve.
+CURVES, NODES = 3, 63
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Matrix:
     """One matrix of a spectral group: its parameter, and where in it the matrix lies.
 
@@ -50,8 +35,6 @@ class Matrix:
         index: its number among the parameter's matrices.
         group: the parameter's group.
         state: the parameter's state, empty before the first step.
-        usable: whether the parameter's gradient is finite, a bool scalar on its device; None outside a step.
-        average: (look-ahead) momentum, (r, c) as stored, where the state has a shard of the parameter's; else None.
     """
 
     name: str
@@ -60,8 +43,6 @@ class Matrix:
     index: int
     group: Group
     state: State
-    usable: Tensor | None = None
-    average: Tensor | None = None
 
     @property
     def input_name(self) -> str:
@@ -71,17 +52,27 @@ class Matrix:
     @property
     def expert(self) -> str:
         """The name of the expert that it belongs to, "" where the parameter has no experts."""
-        return layout_of(self.group).expert(self.parameter.shape, self.index)
+        return self.layout.expert(self.parameter.shape, self.index)
+
+    @property
+    def layout(self) -> Layout:
+        """How its parameter is read as matrices."""
+        return layout_of(self.group)
 
     @property
     def momentum(self) -> Tensor:
         """The moving average of the gradient, (r, c) as stored."""
-        return self._matrix(self.state[MOMENTUM]) if self.average is None else self.average
+        return self.of(self.state[MOMENTUM])
 
     @property
     def gradient(self) -> Tensor | None:
         """The gradient, (r, c) as stored, or None."""
-        return None if self.parameter.grad is None else self._matrix(self.parameter.grad)
+        return None if self.parameter.grad is None else self.of(self.parameter.grad)
+
+    @property
+    def weights(self) -> Tensor:
+        """The weights, a view in the shape in which the parameter holds them."""
+        return self.layout.part(self.parameter, self.index)
 
     @property
     def p(self) -> Tensor:
@@ -91,7 +82,7 @@ class Matrix:
     @property
     def first_p(self) -> float:
         """The exponent that it starts with."""
-        count = len(layout_of(self.group).part_names(self.parameter.shape))
+        count = len(self.layout.part_names(self.parameter.shape))
         return initial_p(self.group, self.parameter_name, count)[self.index]
 
     @property
@@ -112,54 +103,24 @@ class Matrix:
 
     @property
     def wide_shape(self) -> tuple[int, int]:
-        """The shape with the shorter side first, in which equal matrices and their transposes share a batch."""
+        """The shape with the shorter side first, in which equal matrices and their transposes share a stack."""
         m, n = self.shape
         return min(m, n), max(m, n)
+
+    @property
+    def cost(self) -> int:
+        """The cost of its update, proportional to the operations of its matrix products: m² n for m <= n."""
+        m, n = self.wide_shape
+        return m * m * n
 
     @property
     def learning_rate(self) -> float:
         """The present learning rate of the matrix."""
         return float(self.group["lr"]) * self.group["lr_ratio"]
 
-    def weight_norm(self) -> Tensor:
-        """Return the Frobenius norm of the weights, a scalar."""
-        return torch.linalg.vector_norm(self._part(self.parameter), dtype=self.momentum.dtype)
-
-    def look_ahead(self, out: Tensor | None = None) -> Tensor:
-        """Return what the moving average would be if the gradient came once more, (r, c) as stored.
-
-        A gradient that is not usable leaves it as it is.
-        """
-        gradient = self.gradient.to(self.momentum.dtype)  # type: ignore[union-attr]
-        if self.usable is not None:
-            gradient = if_usable(self.usable, gradient, self.momentum)
-        return torch.lerp(self.momentum, gradient, 1 - self.group["momentum"], out=out)
-
-    def write_momentum(self, wide: Tensor) -> None:
-        """Write the (look-ahead) momentum into ``wide``, still with the bias of a start at zero."""
-        if self.group["nesterov"] and self.average is None:
-            self.look_ahead(out=self._stored(wide))
-        else:
-            self._stored(wide).copy_(self.momentum)
-
-    def write_second_moment(self, wide: Tensor) -> None:
-        """Write the second moment into ``wide``, still with the bias of a start at zero."""
-        second_moment = SECOND_MOMENTS[self.group["precondition"]]
-        layout, shape = layout_of(self.group), self.parameter.shape
-        second_moment.write(self.state, layout, shape, self.index, out=self._stored(wide))
-
-    def apply(self, wide: Tensor, factor: Tensor, keep: Tensor) -> None:
-        """Decay the weights and take the step ``factor * wide``.
-
-        Args:
-            wide: of :attr:`wide_shape`.
-            factor: a scalar; 0 where the gradient is not usable.
-            keep: 1, or 0 where the gradient is not usable: a scalar.
-        """
-        weights = self._part(self.parameter)
-        if self.group["weight_decay"]:
-            weights.addcmul_(weights, keep, value=-self.learning_rate * self.group["weight_decay"])
-        weights.addcmul_(self._stored(wide).reshape(weights.shape), factor, value=-self.learning_rate)
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return this matrix, (r, c) as stored, of a tensor of the parameter's shape."""
+        return self.layout.matrix(tensor, self.index)
 
     def of_expert(self, tensor: Tensor) -> Tensor:
         """Return this matrix, (r, c) as stored.
@@ -167,38 +128,24 @@ class Matrix:
         Args:
             tensor: of the parameter's shape, but with this matrix' expert alone where there are experts.
         """
-        return layout_of(self.group).matrix(tensor, self._section)
+        return self.layout.matrix(tensor, self._index_in_expert)
 
-    def write_step(self, wide: Tensor, whole: Tensor) -> None:
-        """Write the step of this matrix to its place in a tensor as of :meth:`of_expert`."""
-        place = layout_of(self.group).part(whole, self._section)
-        place.copy_(self._stored(wide).reshape(place.shape))
+    def place_in_expert(self, tensor: Tensor) -> Tensor:
+        """Return where :attr:`weights` would lie in a tensor as of :meth:`of_expert`."""
+        return self.layout.part(tensor, self._index_in_expert)
 
-    def apply_to_shard(self, weights: Tensor, step: Tensor) -> None:
-        """Decay this process' rows of the parameter and take their step, unless the gradient is not usable."""
-        assert self.usable is not None
-        keep = self.usable.to(weights.dtype)
-        weights.addcmul_(weights, keep, value=-self.learning_rate * self.group["weight_decay"])
-        weights.addcmul_(step, keep, value=-self.learning_rate)
+    def stored(self, wide: Tensor) -> Tensor:
+        """Return a tensor of :attr:`wide_shape` as (r, c), a view."""
+        rows, columns = self._stored_shape
+        return wide if rows <= columns else wide.mT
 
     @property
-    def _section(self) -> int:
-        """Its number among the matrices of its expert."""
-        return self.index % (len(self.group["sections"]) or 1)
+    def _index_in_expert(self) -> int:
+        return self.index % (len(self.group["parts"]) or 1)
 
     @property
     def _stored_shape(self) -> tuple[int, int]:
-        return layout_of(self.group).matrix_shape(self.parameter.shape, self.index)
-
-    def _part(self, tensor: Tensor) -> Tensor:
-        return layout_of(self.group).part(tensor, self.index)
-
-    def _matrix(self, tensor: Tensor) -> Tensor:
-        return layout_of(self.group).matrix(tensor, self.index)
-
-    def _stored(self, wide: Tensor) -> Tensor:
-        rows, columns = self._stored_shape
-        return wide if rows <= columns else wide.mT
+        return self.layout.matrix_shape(self.parameter.shape, self.index)
 
 
 def named_parameters(group: Group) -> Iterator[tuple[str, Tensor]]:
@@ -209,24 +156,17 @@ def named_parameters(group: Group) -> Iterator[tuple[str, Tensor]]:
 
 def layout_of(group: Mapping[str, Any]) -> Layout:
     """Return how the parameters of a spectral group are read as matrices."""
-    return Layout(group["transposed"], group["sections"], group["blocks"])
+    return Layout(group["transposed"], group["parts"], group["blocks"])
 
 
 def initial_p(group: Group, name: str, count: int) -> list[float]:
     """Return the p that each of the ``count`` matrices of a parameter of this name starts with.
 
     Raises:
-        ValueError: when one is out of range, or belongs to no norm where the step is an oracle's, or their number is
-            not that of the matrices.
+        ValueError: when their number is not that of the matrices.
     """
     first = group["p_by_parameter"].get(name, group["p"])
     values = list(first) if isinstance(first, Sequence) else [first] * count
-    for p in values:
-        if exponent_of(p) < 0 and group["step_rule"] != "pinned":
-            raise ValueError(
-                f"p={p!r} is not allowed with step_rule={group['step_rule']!r}: the order p + 1 of its norm is at "
-                "least 2. Use p of at least 1, or step_rule='pinned'."
-            )
     if len(values) != count:
         raise ValueError(f"p={values!r} has {len(values)} values for a parameter of {count} matrices.")
     return values
@@ -235,24 +175,3 @@ def initial_p(group: Group, name: str, count: int) -> list[float]:
 def state_dtype(parameter: Tensor) -> torch.dtype:
     """Return the dtype of a parameter's moments: at least fp32."""
     return torch.promote_types(parameter.dtype, torch.float32)
-
-
-def new_matrix_state(name: str, parameter: Tensor, group: Group) -> State:
-    """Return the state of a spectral group's parameter, by name, before its first step."""
-    layout = layout_of(group)
-    count = len(layout.part_names(parameter.shape))
-    second_moment = SECOND_MOMENTS.get(group["precondition"])
-    average = torch.zeros_like(parameter, dtype=state_dtype(parameter))
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
-
-    return {
-        STEP: torch.tensor(0.0),  # on the host, as in torch.optim: reading it synchronises nothing
-        SKIPPED: zeros(),
-        MOMENTUM: average,
-        **(second_moment.new_state(average, layout) if second_moment else {}),
-        P: torch.tensor(initial_p(group, name, count), dtype=torch.float32, device=parameter.device),
-        STATISTICS: zeros(count, CURVES, NODES),
-        STATISTICS_WEIGHT: zeros(count),
-    }

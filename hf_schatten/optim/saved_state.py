@@ -4,27 +4,69 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_schatten.optim.matrix import PER_MATRIX
-from hf_schatten.options import SchattenOptions, json_ready
+from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 logger = logging.getLogger(__name__)
 
 # The only hyperparameters that a schedule changes; every other one is the present run's.
 SCHEDULED = ("lr", "initial_lr")
 
+STATE_ELSEWHERE = "schatten_p_state_file"  # marks a state_dict without state, and says which file has it
+OPTIONS = "schatten_p_options"  # where a state_dict has the options of the run
+
 # Options of a group that say what its parameters are, and not how they are updated.
-_STRUCTURE = "spectral", "transposed", "sections", "blocks", "p", "p_by_parameter", "param_names"
+_STRUCTURE = "spectral", "transposed", "parts", "blocks", "p", "p_by_parameter", "param_names"
 _STATE_DICT = "The optimizer's saved state"  # in messages, where no file is known
 
 
 class CheckpointError(ValueError):
     """A checkpoint cannot be read, or is not of this model; the message names the file and what is wrong."""
+
+
+def require_own_state(state_dict: Mapping[str, Any]) -> None:
+    """Raise unless a state_dict is one of SchattenP's, with state.
+
+    Raises:
+        ValueError: with what to do instead.
+    """
+    if STATE_ELSEWHERE in state_dict:
+        raise ValueError(
+            "optimizer.pt holds no state: hf_schatten.SchattenTrainer wrote this checkpoint, and the state into "
+            f"{state_dict[STATE_ELSEWHERE]} beside it. Resume with hf_schatten.SchattenTrainer, or start a new run "
+            "from the model's weights."
+        )
+    if any("spectral" not in group for group in state_dict["param_groups"]):
+        raise ValueError(
+            "The state is not SchattenP's but another optimizer's: resume with the optimizer that wrote the "
+            f"checkpoint, or start a new run with {OPTIMIZER_NAME} from the model's weights."
+        )
+
+
+def present_group(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved group under the present names: the first format had ``sections`` and two of ``precondition``."""
+    group = dict(group)
+    if "sections" in group:
+        group["parts"] = group.pop("sections")
+    if group.pop("precondition_exponent", "scaled") == "fixed":
+        group["precondition"] = "muadam"
+    return group
+
+
+def _present_options(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved options under the present names."""
+    saved = dict(saved)
+    if "p_start" in saved:
+        schedule = saved["p_start"], saved["p_end"], saved["p_steps"]
+        saved["p_schedule"] = ":".join(f"{float(number):g}" for number in schedule if number is not None)
+    if saved.get("precondition_exponent") == "fixed":
+        saved["precondition"] = "muadam"
+    return saved
 
 
 def require_same_parameters(source: str, saved: Collection[str], present: Collection[str]) -> None:
@@ -78,8 +120,8 @@ def require_same_state(
             if key in PER_MATRIX and found[1:] == shape[1:]:
                 raise CheckpointError(
                     f"{source} holds {name}/{key} of shape {tuple(found)}, and this model needs {tuple(shape)}: the "
-                    "parameter consisted of another number of matrices. Use the options split_fused, split_heads and "
-                    "fused_parts of the run that wrote it."
+                    "parameter consisted of another number of matrices. Use the options split_heads and fused_parts "
+                    "of the run that wrote it."
                 )
             raise CheckpointError(
                 f"{source} holds {name}/{key} of shape {tuple(found)}, and this model needs {tuple(shape)}: the "
@@ -91,11 +133,11 @@ def say_changed_options(saved: Mapping[str, Any], present: SchattenOptions) -> f
     """Return the names of the options that differ from a checkpoint's, and log them as a warning.
 
     Args:
-        saved: as :func:`hf_schatten.options.json_ready` gives them.
+        saved: as :meth:`hf_schatten.SchattenOptions.as_json` gives them, now or in an earlier version.
         present: of this run, which are used.
     """
-    options: Mapping[str, Any] = json_ready(asdict(present))
-    changed = {name: value for name, value in options.items() if saved.get(name) != value}
+    saved = _present_options(saved)
+    changed = {name: value for name, value in present.as_json().items() if saved.get(name, value) != value}
     if changed:
         logger.warning(
             "Options changed since the checkpoint was written, and the new values are used: %s.",
@@ -123,7 +165,7 @@ def groups_to_load(
     Raises:
         CheckpointError: as :func:`require_same_parameters` and :func:`require_same_state`.
     """
-    saved = state_dict["param_groups"]
+    saved = list(map(present_group, state_dict["param_groups"]))
     if all("param_names" in group for group in (*saved, *present)):
         ids, names = _numbers(saved), _numbers(present).keys()
         require_same_parameters(_STATE_DICT, ids, names)

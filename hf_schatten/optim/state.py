@@ -1,0 +1,85 @@
+"""The state of parameters: what it consists of, created at the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from hf_schatten.distributed.sharded import is_sharded, shards_of
+from hf_schatten.matrices.engines import UnsupportedEngineError
+from hf_schatten.optim.adamw import new_adamw_state
+from hf_schatten.optim.matrix import (
+    CURVES,
+    MOMENTUM,
+    NODES,
+    SKIPPED,
+    STATISTICS,
+    STATISTICS_WEIGHT,
+    STEP,
+    Group,
+    P,
+    State,
+    initial_p,
+    layout_of,
+    named_parameters,
+    state_dtype,
+)
+from hf_schatten.optim.preconditioning import PRECONDITIONERS
+
+
+def new_state(name: str, parameter: Tensor, group: Group) -> State:
+    """Return the state of a parameter, by name, before its first step."""
+    if not group["spectral"]:
+        return new_adamw_state(parameter)
+    count = len(layout_of(group).part_names(parameter.shape))
+    average = torch.zeros_like(parameter, dtype=state_dtype(parameter))
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
+
+    return {
+        STEP: torch.tensor(0.0),  # on the host, as in torch.optim: reading it synchronises nothing
+        SKIPPED: zeros(),
+        MOMENTUM: average,
+        **PRECONDITIONERS[group["precondition"]].new_state(average),
+        P: torch.tensor(initial_p(group, name, count), dtype=torch.float32, device=parameter.device),
+        STATISTICS: zeros(count, CURVES, NODES),
+        STATISTICS_WEIGHT: zeros(count),
+    }
+
+
+def expected_state(groups: Iterable[Group]) -> dict[str, dict[str, torch.Size]]:
+    """Return the shape of every state tensor that each named parameter has or will have."""
+    shapes = {}
+    for group in groups:
+        for name, parameter in named_parameters(group):
+            state = new_state(name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), group)
+            shapes[name] = {key: value.shape for key, value in state.items()}
+    return shapes
+
+
+def require_matrix(name: str, parameter: Tensor, needs_whole: Mapping[str, object]) -> None:
+    """Raise unless a parameter of a spectral group still consists of matrices.
+
+    Args:
+        name: of the parameter.
+        parameter: as the training engine has left it.
+        needs_whole: options in use that need whole matrices on every process, by name.
+
+    Raises:
+        UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
+    """
+    if is_sharded(parameter):
+        shards_of(name, parameter)
+        for option, value in needs_whole.items():
+            raise UnsupportedEngineError(
+                f"{option}={value!r} is not supported where FSDP shards the parameters: leave it out, or use DDP."
+            )
+    if parameter.ndim < 2:
+        raise UnsupportedEngineError(
+            f"A matrix has become a tensor of shape {tuple(parameter.shape)}: the training engine (DeepSpeed ZeRO "
+            "or FSDP version 1) hands the optimizer flat pieces. Use DDP or FSDP version 2, or "
+            "optim='adamw_torch' with this engine."
+        )

@@ -1,0 +1,216 @@
+r"""How long an update is: pinned by a scale rule, or the step of one of Schattor's oracles.
+
+With the direction ``O = U Σ^s Vᵀ`` of the momentum M and s = 1/p, the norms that both ask for come from one inner
+product, without a singular value: ``⟨M, O⟩ = Σ σ^{1+s}``, hence the dual norm ``d = ‖M‖_{1+s} = ⟨M, O⟩^{1/(1+s)}`` and
+the Schatten norm ``‖O‖_{p+1} = d^s``.
+
+A **pinned** update has a Frobenius norm that a scale rule gives, so that one learning rate serves every p:
+
+``schatten``
+    That with which the Schatten-(p + 1) norm, whose steepest descent the update is, is 0.2 √max(m, n) for every
+    p ≥ 1. At p = ∞ and beyond, where there is no such norm, it is that of ``match_rms_adamw``, which is never
+    exceeded. Updates that are no spectral powers of a momentum are scaled as there.
+``match_rms_adamw``
+    0.2 √(mn), whatever the exponent: entries as large as AdamW's, so AdamW's learning rate carries over.
+``muon``
+    √min(m, n) · √max(1, m/n): Muon's original rule, at every exponent.
+``interpolate``
+    √min(m, n) · κ^s with κ = ρ √max(m, n) / lr_ratio and ρ = √((1 − β₁)/(1 + β₁)): the norm of the polar factor at
+    s = 0, the norm of Adam's update under a pure-noise gradient at s = 1.
+``none``
+    The update's own norm: that of the momentum at s = 1, hence SGD, or Adam where the momentum is preconditioned;
+    √min(m, n) at s = 0. The learning rate depends on p and on the size of gradients.
+
+An **oracle's** update is ``ℓ · O / d^s``, whose Schatten-(p + 1) norm is its length ℓ. The learning rate is the radius
+of the ball, or the reciprocal of the penalty. Alone, ℓ is 1 (``ball``) or d (``regularized``);
+:mod:`hf_schatten.optim.coupling` has the lengths of coupled matrices.
+
+Sources: T. Massena 2026 (``interpolate``); Liu et al. 2025, "Muon is scalable for LLM training" (``match_rms_adamw``);
+B. Ma, J. Zhang and C. He 2026, "Schattor: Schatten-family methods for deep learning optimization", lemma 1. Its
+momentum is the moving average of gradients without look-ahead (``nesterov=False``); its bound holds for the
+bias-corrected average too, which is a mean of the gradients with weights that fall as fast, and whose first value is
+the first gradient.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_schatten.optim.matrix import Matrix
+from hf_schatten.option_text import POWER
+from hf_schatten.options import ScaleRule, SchattenOptions
+
+# AdamW's updates have a root mean square of about 0.2 to 0.4 on language models (Liu et al. 2025, section 2.2).
+ADAMW_RMS = 0.2
+
+
+@dataclass(frozen=True)
+class Update:
+    """The updates of a stack before their length is known.
+
+    Attributes:
+        matrices: B of one wide shape.
+        directions: (B, m, n), m <= n, of any length.
+        exponents: spectral exponents s, (B,).
+        products: ``⟨M, O⟩`` (B,) of momenta and directions where the length depends on them, else None.
+    """
+
+    matrices: list[Matrix]
+    directions: Tensor
+    exponents: Tensor
+    products: Tensor | None
+
+    @property
+    def dual_norms(self) -> Tensor:
+        """The dual norms ``‖M‖_{1+s}`` of the momenta, (B,)."""
+        assert self.products is not None
+        return self.products.clamp_min(0.0) ** (1 / (1 + self.exponents))
+
+    def unit_factors(self) -> Tensor:
+        """Return what gives the directions the Schatten-(p + 1) norm 1, (B,): ``d^{-s}``, 0 where d is 0."""
+        dual = self.dual_norms
+        return torch.where(dual > 0, dual**-self.exponents, dual)
+
+
+class StepRule(Protocol):
+    """How long the updates of a stack are, where every matrix is for itself."""
+
+    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:
+        """Return ``⟨M, O⟩`` (B,) of (B, m, n) tensors where the rule depends on it."""
+
+    def factors(self, update: Update) -> Tensor:
+        """Return what the directions are multiplied by, (B,)."""
+
+
+def _inner_products(momenta: Tensor, directions: Tensor) -> Tensor:
+    return torch.linalg.vecdot(momenta.flatten(1), directions.flatten(1))
+
+
+class Scale(Protocol):
+    """A rule of a pinned update's norm."""
+
+    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:
+        """As :meth:`StepRule.measure`."""
+
+    def norms(self, update: Update, own: Tensor) -> Tensor:
+        """Return the Frobenius norms (B,) that directions of the Frobenius norms ``own`` (B,) are scaled to."""
+
+
+@dataclass(frozen=True)
+class Pinned:
+    """Updates of a Frobenius norm that a scale rule gives."""
+
+    scale: Scale
+
+    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102 - the protocol's
+        return self.scale.measure(momenta, directions)
+
+    def factors(self, update: Update) -> Tensor:  # noqa: D102
+        own = torch.linalg.matrix_norm(update.directions)  # (B,)
+        return torch.where(own > 0, self.scale.norms(update, own) / own, 0.0)
+
+
+class MatchRmsAdamW:
+    """``match_rms_adamw``."""
+
+    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102
+        return None
+
+    def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
+        m, n = update.matrices[0].wide_shape
+        return own.new_full(own.shape, ADAMW_RMS * math.sqrt(m * n))
+
+
+class Schatten(MatchRmsAdamW):
+    """``schatten``."""
+
+    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102
+        return _inner_products(momenta, directions)
+
+    def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
+        largest, s = super().norms(update, own), update.exponents
+        schatten = update.dual_norms**s  # ‖O‖_{p+1}
+        norms = ADAMW_RMS * math.sqrt(max(update.matrices[0].shape)) * own / schatten
+        return torch.where(s > 0, norms.minimum(largest), largest)
+
+
+class Muon(MatchRmsAdamW):
+    """``muon``."""
+
+    def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
+        return _numbers(update, lambda matrix, m, n: math.sqrt(min(m, n) * max(1.0, m / n)), own)
+
+
+class Interpolate(MatchRmsAdamW):
+    """``interpolate``."""
+
+    def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
+        def kappa(matrix: Matrix, m: int, n: int) -> float:
+            beta1 = matrix.group["betas"][0]
+            return math.sqrt((1 - beta1) / (1 + beta1)) / matrix.group["lr_ratio"] * math.sqrt(max(m, n))
+
+        return math.sqrt(min(update.matrices[0].shape)) * _numbers(update, kappa, own) ** update.exponents
+
+
+class Own(MatchRmsAdamW):
+    """``none``."""
+
+    def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
+        return own
+
+
+def _numbers(update: Update, number: Callable[[Matrix, int, int], float], like: Tensor) -> Tensor:
+    """Return a number for each matrix and its (out, in), (B,), of a tensor's dtype and device."""
+    numbers = [number(matrix, *matrix.shape) for matrix in update.matrices]
+    return torch.tensor(numbers, dtype=like.dtype).to(like.device, non_blocking=True)
+
+
+_SCALES: dict[ScaleRule, Scale] = {
+    "schatten": Schatten(),
+    "match_rms_adamw": MatchRmsAdamW(),
+    "muon": Muon(),
+    "interpolate": Interpolate(),
+    "none": Own(),
+}
+
+
+class Ball:
+    """Updates of length 1: the minimum of ``⟨M, T⟩`` over a ball whose radius is the learning rate."""
+
+    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102
+        return _inner_products(momenta, directions)
+
+    def factors(self, update: Update) -> Tensor:  # noqa: D102
+        return update.unit_factors()
+
+    def coupled_lengths(self, factors: Tensor, duals: Tensor) -> Tensor:
+        """Return the lengths (N,) of matrices that are coupled by these factors (N,) and have dual norms (N,)."""
+        return factors
+
+
+class Regularized(Ball):
+    """Updates as long as the dual norm: the minimum of ``⟨M, T⟩ + ‖T‖²/2``, divided by the penalty."""
+
+    def factors(self, update: Update) -> Tensor:  # noqa: D102
+        return update.dual_norms * update.unit_factors()
+
+    def coupled_lengths(self, factors: Tensor, duals: Tensor) -> Tensor:  # noqa: D102
+        return factors * (duals * factors).sum()
+
+
+ORACLES = {"ball": Ball(), "regularized": Regularized()}
+
+
+def step_rule_of(options: SchattenOptions) -> StepRule:
+    """Return the rule that options ask for."""
+    if options.step_rule in ORACLES:
+        return ORACLES[options.step_rule]
+    # The Schatten norm of a direction is known where that is the spectral power of a momentum.
+    known = options.target == POWER and options.precondition == "none"
+    return Pinned(_SCALES[options.scale if known or options.scale != "schatten" else "match_rms_adamw"])
