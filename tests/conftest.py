@@ -10,11 +10,15 @@ import tempfile
 os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Read by torch at its import, and by the processes that tests start. One thread, for tiny products: several wait for
+# each other longer than they work, and pytest-xdist has a process on every core.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
 import torch
 from torch import Tensor
@@ -30,13 +34,19 @@ from transformers import (
 import hf_schatten  # noqa: F401 - makes optim="schatten_p" valid
 from hf_schatten.linalg import compute_dtype
 
-# One thread, for tiny products: several wait for each other longer than they work, and add up in another order.
-torch.set_num_threads(1)
 # Updates in float32 on every machine, whatever its CPU multiplies fast: tests of bfloat16 ask for it.
 compute_dtype.CPU_MULTIPLIES_BFLOAT16 = False
 
 VOCABULARY = 64
 LENGTH = 16
+
+pictures.install()
+
+
+@pytest.hookimpl(tryfirst=True)  # before the fixtures, some of which train
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Render pictures where the test is marked to."""
+    pictures.rendered = item.get_closest_marker("pictures") is not None
 
 
 def pytest_unconfigure() -> None:

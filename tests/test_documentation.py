@@ -367,6 +367,7 @@ def test_the_readers_script_trains_by_every_launcher(page, tmp_path):
         assert any("schatten_p_median" in entry for entry in state["log_history"])
 
 
+@pytest.mark.pictures
 def test_pictures_and_table_are_drawn_by_their_command(tmp_path, capsys):
     module = runpy.run_path(str(DOCS / "draw_figures.py"))
     module["main"](["--output", str(tmp_path)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+import pytest
 import torch
 from matplotlib.image import imread
 
@@ -12,6 +13,8 @@ from hf_schatten.adaptive.adaptation import Choice
 from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates
 from hf_schatten.report.figures import plot_p_of_runs
 from hf_schatten.report.log import history_entry
+
+pytestmark = pytest.mark.pictures
 
 
 def test_a_log_entry_has_summary_and_layers():

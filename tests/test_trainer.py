@@ -34,6 +34,7 @@ def train(trainer_class, model, dataset, arguments, resume=None):
     return recorder.values, weights, trainer.state.log_history
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("trainer_class", [Trainer, SchattenTrainer])
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_both_trainers_learn_on_both_architectures(trainer_class, name, request, token_dataset, training_arguments):
@@ -185,6 +186,7 @@ def test_a_schedule_lasts_as_long_as_the_training_and_is_logged(gpt2, token_data
     assert logged[:10] == pytest.approx([0.5 - 0.6 * step / 9 for step in range(10)], abs=1e-6)
 
 
+@pytest.mark.pictures
 def test_the_pictures_are_drawn_at_every_save(gpt2, token_dataset, training_arguments):
     arguments = training_arguments(optim_args=ADAPTIVE, save_strategy="steps", save_steps=4, max_steps=5)
     folder, drawn = Path(arguments.output_dir) / "figures", []

@@ -70,6 +70,7 @@ def assert_equal(found, expected, where=""):
         assert found == expected, where
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_script_trains_with_adaptive_p_and_resumes_exactly(name, run_script, tmp_path, capfd):
     assert "hf_schatten" not in (materials.SCRIPTS / f"{name}.py").read_text()

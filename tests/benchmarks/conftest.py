@@ -4,10 +4,16 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pictures
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+
+
+def pytest_runtest_setup() -> None:
+    """Render the pictures of all tests here, as if they were marked to: few draw, and those look at them."""
+    pictures.rendered = True
 
 
 @pytest.fixture(autouse=True)

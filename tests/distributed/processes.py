@@ -13,13 +13,14 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import pictures
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
 from hf_schatten.linalg import compute_dtype
 
-PATIENCE = 120.0  # seconds, after which processes are killed and their test fails
+PATIENCE = 300.0  # seconds, after which processes are killed and their test fails; a busy machine takes 120
 
 # Imported once, by the process that all others are forked from.
 _PRELOADED = ["torch.distributed", "transformers.trainer", "transformers.models.gpt2.modeling_gpt2", "hf_schatten"]
@@ -105,6 +106,8 @@ def _work(
     os.environ |= {"WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
+    pictures.install()
+    pictures.rendered = False
     compute_dtype.CPU_MULTIPLIES_BFLOAT16 = False  # as in the process that compares
     try:
         dist.init_process_group("gloo", timeout=timeout)
