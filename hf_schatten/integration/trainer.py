@@ -10,7 +10,6 @@ import torch
 from accelerate.utils import save_fsdp_model
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
@@ -31,6 +30,7 @@ from hf_schatten.integration.checkpoint import (
 from hf_schatten.integration.converted_weights import load_converted_weights
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME
+from hf_schatten.private_api import SCHEDULER_FILE, require_trainer_methods
 from hf_schatten.report import card_section, plot_p_by_layer, read_card_section, write_card_section
 from hf_schatten.report.figures import P_BY_LAYER
 
@@ -55,6 +55,7 @@ class SchattenTrainerMixin(_Base):
 
     Raises:
         TypeError: when a class names it after a Trainer, whose methods would then hide the mixin's.
+        PrivateApiError: when the installed transformers saves and loads by methods of other names.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -68,6 +69,7 @@ class SchattenTrainerMixin(_Base):
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        require_trainer_methods()
         super().__init__(*args, **kwargs)
         if unwrap_optimizer(self.optimizer) is None and self.args.optim != OPTIMIZER_NAME:
             name, other = type(self).__name__, OptimizerNames(self.args.optim).value
@@ -136,12 +138,12 @@ class SchattenTrainerMixin(_Base):
         if self.args.should_save:
             assert self.lr_scheduler is not None  # made with the optimizer
             write_refusal(output_dir)
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE.resolve()))
 
     def _save_sharded_model(self, output_dir: str) -> None:
         """Save what a resume under FSDP loads the weights from; every process must call it."""
         plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         schatten = self._schatten_optimizer()
@@ -160,7 +162,7 @@ class SchattenTrainerMixin(_Base):
             return
         assert self.lr_scheduler is not None  # made with the optimizer
         load_optimizer(schatten, checkpoint)
-        path = os.path.join(checkpoint, SCHEDULER_NAME)
+        path = os.path.join(checkpoint, SCHEDULER_FILE.resolve())
         try:
             self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
         except Exception as error:  # whatever torch raises on a missing, truncated or foreign file

@@ -15,11 +15,10 @@ from transformers.pytorch_utils import Conv1D
 from hf_schatten.distributed.processes import UnsupportedEngineError
 from hf_schatten.matrices.fused_projections import WHOLE, Cut, cut_of, parse_fused_parts
 from hf_schatten.matrices.layout import Layout, matches
+from hf_schatten.private_api import WRAPPER_COMPONENTS, has_gate
 
 Destination = Literal["schatten_p", "adamw", "frozen"]
 _IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
-# Wrappers that put a component of their own into a parameter's name.
-_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
 class RoutingError(ValueError):
@@ -148,7 +147,7 @@ def route_parameters(
 
 def clean_name(name: str) -> str:
     """Remove the components that ``torch.compile`` and checkpoint wrappers insert into a parameter name."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
 
 
 def _destination(
@@ -184,7 +183,7 @@ def _holds_matrices(name: str, parameter: nn.Parameter, module: nn.Module) -> bo
         return module.groups == 1
     if parameter.ndim == 3:  # the experts of transformers, which share this interface
         known = name.rpartition(".")[2] in ("gate_up_proj", "down_proj")
-        return known and getattr(module, "num_experts", None) == len(parameter) and hasattr(module, "_apply_gate")
+        return known and getattr(module, "num_experts", None) == len(parameter) and has_gate(module)
     return isinstance(module, nn.Linear | Conv1D)
 
 
