@@ -28,6 +28,7 @@ PreconditionExponent = Literal["scaled", "fixed"]
 CriterionName = Literal["kronecker", "holder", "alignment", "decrease"]
 Sync = Literal["statistics", "gram"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
+Report = Literal["full", "summary", "none"]
 
 # The options that take one of several names.
 OPTION_VALUES: dict[str, tuple[str, ...]] = {
@@ -40,6 +41,7 @@ OPTION_VALUES: dict[str, tuple[str, ...]] = {
     "precondition": get_args(Precondition),
     "precondition_exponent": get_args(PreconditionExponent),
     "compute_dtype": get_args(ComputeDtype),
+    "report": get_args(Report),
 }
 
 # What the caller sets for AdamW and the matrices alike: names under which it may be given as an option, the argument
@@ -135,6 +137,9 @@ class SchattenOptions:
             ``*.qkv:q/k/v@32`` repeats the three in 32 blocks, ``*.c_attn:`` stays whole. Default none.
         split_heads: update queries, keys and values as a matrix for each head of attention. Default False.
         exclude: parameter name patterns, joined by ``;``, that go to AdamW although they are matrices. Default none.
+        report: what a run shows of the optimizer: ``full`` (default): the routing table, p of all layers in the logs,
+            and figures at the end of training; ``summary``: the table, and minimum, median and maximum of p in the
+            logs; or ``none`` of these.
 
     Patterns are those of ``fnmatch``, on names with or without "weight": ``*.mlp.*``. One without a match is an error.
 
@@ -180,6 +185,7 @@ class SchattenOptions:
     fused_parts: tuple[str, ...] = ()
     split_heads: bool = False
     exclude: tuple[str, ...] = ()
+    report: Report = "full"
 
     def __post_init__(self) -> None:
         if not isinstance(self.p, str):

@@ -53,7 +53,8 @@ def create_schatten_optimizer(
         target: the option of this name, or a function of a NumPy array of singular values in (0, 1], relative to the
             matrix' Schatten-8 norm, that replaces σ^{1/p}; of a function, checkpoints hold the name. It is fitted
             here, which takes seconds. Default ``power``.
-        verbose: print the routing table, and a fitted target's accuracy, on the main process. Default True.
+        verbose: print the routing table, which ``report="none"`` leaves out too, and a fitted target's accuracy, on
+            the main process. Default True.
         **options: fields of :class:`SchattenOptions`, such as ``p=4`` or ``p_interval=50``.
 
     Raises:
@@ -79,7 +80,7 @@ def create_schatten_optimizer(
         fused_parts=parsed.fused_parts,
         split_heads=parsed.split_heads,
     )
-    if verbose and is_main_process():
+    if verbose and parsed.report != "none" and is_main_process():
         print(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}", flush=True)
     matrices, others = routing.to("schatten_p"), routing.to("adamw")
     names = [name for route in matrices for name in _matrix_names(route)]

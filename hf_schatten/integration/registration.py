@@ -12,8 +12,9 @@ from transformers.training_args import OptimizerNames
 
 from hf_schatten import private_api
 from hf_schatten.distributed.processes import UnsupportedEngineError
-from hf_schatten.integration.callback import SchattenCallback, SchattenPrinterCallback, SchattenProgressCallback
+from hf_schatten.integration.callback import SchattenCallback
 from hf_schatten.integration.factory import create_schatten_optimizer
+from hf_schatten.integration.terminal import SchattenPrinterCallback, SchattenProgressCallback
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 

@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_schatten.integration.callback import unwrap_optimizer
+from hf_schatten.integration.callback import report_of, unwrap_optimizer
 from hf_schatten.integration.checkpoint import (
     STATE_FILE,
     CheckpointError,
@@ -32,7 +32,7 @@ from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME
 from hf_schatten.private_api import SCHEDULER_FILE, require_trainer_methods
 from hf_schatten.report import card_section, plot_p_by_layer, read_card_section, write_card_section
-from hf_schatten.report.figures import P_BY_LAYER
+from hf_schatten.report.figures import P_BY_LAYER, has_p_by_layer
 
 logger = logging.get_logger(__name__)
 
@@ -108,13 +108,24 @@ class SchattenTrainerMixin(_Base):
         if not (self.is_world_process_zero() and card.is_file()):
             return
         if schatten is not None:
-            drawn = plot_p_by_layer(self.state.log_history, folder / P_BY_LAYER)
             section = card_section(
-                schatten.options, schatten.destinations(), schatten.learned_p(), P_BY_LAYER if drawn else None
+                schatten.options, schatten.destinations(), schatten.learned_p(), self._figure_of_p(folder)
             )
             write_card_section(card, section, _CARD_TAGS)
         elif self.optimizer is None and earlier:
             write_card_section(card, earlier, _CARD_TAGS)
+
+    def _figure_of_p(self, folder: Path) -> Path | None:
+        """Return the picture of p that a card in the folder shows, relative to it, if there is one.
+
+        The end of training draws it. A card that is written earlier, at a save, names the picture that will be there.
+        """
+        schatten = self._schatten_optimizer()
+        if schatten is None or report_of(schatten) != "full" or not has_p_by_layer(self.state.log_history):
+            return None
+        if not (self.is_in_train or (folder / P_BY_LAYER).is_file()):  # its callback was removed, or the folder moved
+            plot_p_by_layer(self.state.log_history, folder / P_BY_LAYER)
+        return P_BY_LAYER
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._schatten_optimizer() is not None and self.args.should_save:
