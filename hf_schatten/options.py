@@ -124,8 +124,9 @@ class SchattenOptions:
             ``*.qkv:q/k/v@32`` repeats the three in 32 blocks, ``*.c_attn:`` stays whole. Default none.
         split_heads: update queries, keys and values as a matrix for each head of attention. Default False.
         exclude: parameter name patterns, joined by ``;``, that go to AdamW although they are matrices. Default none.
-        report: what a run shows: ``full`` (default), ``summary``, which leaves out the logs of single layers and the
-            figures, or ``none``, which leaves out the routing table and the summary of p as well.
+        report: what a run shows of the optimizer: ``full`` (default): the routing table, p of all layers in the logs,
+            and figures at the end of training; ``summary``: the table, and minimum, median and maximum of p in the
+            logs; or ``none`` of these.
 
     Patterns are those of ``fnmatch``, on names with or without "weight": ``*.mlp.*``. One without a match is an error.
 

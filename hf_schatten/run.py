@@ -21,13 +21,13 @@ from typing import Any, NoReturn
 from torch import distributed as dist
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers import trainer as transformers_trainer
 
 from hf_schatten.integration.callback import unwrap_optimizer
 from hf_schatten.integration.checkpoint import naming_damaged_files
 from hf_schatten.integration.converted_weights import load_converted_weights
 from hf_schatten.integration.registration import is_registered
 from hf_schatten.options import OPTIMIZER_NAME
+from hf_schatten.private_api import default_callbacks, require_trainer_methods
 
 _PROGRAM = "python -m hf_schatten.run"
 _USAGE = f"""usage: {_PROGRAM} SCRIPT.py [ARGUMENT …]
@@ -53,7 +53,7 @@ def main() -> None:
     if not target or target[0].startswith("-"):
         _refuse(f"{_USAGE}\n\nerror: name a script, or a module after -m; its own options come after it")
     watch = _Watch()
-    transformers_trainer.DEFAULT_CALLBACKS.append(watch)  # type: ignore[arg-type] # inferred too narrowly
+    default_callbacks().append(watch)
     _resume_as_this_package_does()
     sys.argv = target
     try:
@@ -126,6 +126,7 @@ def _resume_as_this_package_does() -> None:
 
     In the runner only: a program that imports this package keeps transformers' Trainer as it is.
     """
+    require_trainer_methods()
     load = Trainer._load_from_checkpoint
     load_best = Trainer._load_best_model
     load_optimizer = Trainer._load_optimizer_and_scheduler

@@ -24,8 +24,8 @@ TEMPLATE = CARDS / "template.md"
 
 
 @pytest.fixture(autouse=True)
-def no_pictures_of_the_callback(monkeypatch):
-    """Leave only the picture that the card draws itself: the others take most of a tiny run's time."""
+def no_pictures(monkeypatch):
+    """Leave the end of training without pictures, which take most of a tiny run's time."""
     monkeypatch.setattr(SchattenCallback, "_draw", lambda *args: None)
 
 
@@ -52,7 +52,7 @@ def table_rows(text):
         "p=adaptive,criterion=alignment,p_interval=50,p_max=inf,p_ema_decay=0.95",
         "p=inf,nesterov=false,schatten_lr_ratio=20,exclude=*.mlp.*;*.gate",
         "p=4.5,p_overrides=*.c_proj:inf;*.q_proj:2,coupling_order=2,step_rule=ball,workspace_mib=64",
-        "p=schedule,p_steps=300",
+        "p=schedule,p_steps=300,report=summary",
     ],
 )
 def test_the_options_shown_are_those_that_give_the_same_run(optim_args):
@@ -184,8 +184,20 @@ def test_the_mixin_works_with_a_trainer_that_rewrites_its_card(gpt2, token_datas
     card = ModelCard.load(folder / "README.md")
     assert "# own, save 2" in card.text
     assert "(figures/p_by_layer.png)" in section_of(card.text)
-    assert (folder / "figures" / "p_by_layer.png").is_file()
     assert card.data.tags == ["own", "schatten-p"]
+    assert not (folder / "figures").exists()  # a card that a save writes names what the end of training draws
+    trainer.create_model_card(model_name="own")
+    assert (folder / "figures" / "p_by_layer.png").is_file()  # and one after it draws what is missing
+
+
+def test_a_card_shows_the_picture_that_the_training_drew(gpt2, token_dataset, training_arguments, monkeypatch):
+    monkeypatch.undo()
+    arguments = training_arguments(optim_args=ADAPTIVE, max_steps=2)
+    trainer = SchattenTrainer(model=gpt2, args=arguments, train_dataset=token_dataset)
+    trainer.train()
+    monkeypatch.setattr("hf_schatten.integration.trainer.plot_p_by_layer", None)
+    trainer.create_model_card()
+    assert "(figures/p_by_layer.png)" in section_of((Path(arguments.output_dir) / "README.md").read_text())
 
 
 def test_a_resume_through_the_mixin_is_bitwise(gpt2, token_dataset, training_arguments):

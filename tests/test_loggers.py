@@ -12,7 +12,7 @@ from trackio.sqlite_storage import SQLiteStorage
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 
 from hf_schatten import SchattenCallback
-from hf_schatten.integration.callback import SchattenProgressCallback
+from hf_schatten.integration.terminal import SchattenProgressCallback
 
 # p_max=inf: one of the layers takes it at once, so that every logger meets an infinite p.
 INFINITE = "p=adaptive,p_interval=2,p_first_step=1,p_max=inf"

@@ -11,8 +11,9 @@ from matplotlib.image import imread
 
 from hf_schatten.adaptive.adaptation import Choice
 from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates
+from hf_schatten.report.__main__ import main
 from hf_schatten.report.figures import plot_p_of_runs
-from hf_schatten.report.log import history_entry
+from hf_schatten.report.log import LogError, history_entry, read_log_history
 
 pytestmark = pytest.mark.pictures
 
@@ -98,3 +99,60 @@ def test_updates_that_moved_nothing_are_drawn_as_nothing(tmp_path):
     for value in (0.0, "inf", "nan"):
         entry = {"step": 1, "schatten_stable_rank/a": 2.0, "schatten_relative_size/a": value}
         assert plot_updates([entry], tmp_path / f"{value}.png")
+
+
+# The command that draws a run's log
+
+
+def write_state(folder, history):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+    return folder / "trainer_state.json"
+
+
+def estimate(step, p=2.0):
+    values = {"a.weight": p, "b.weight": math.inf}
+    return {"step": step, **history_entry(log_entry(values, values, {"a.weight": 0.1, "b.weight": 0.2}))}
+
+
+def test_the_log_of_a_run_is_its_own_or_its_newest_checkpoints(tmp_path):
+    for step in (5, 20, 100):
+        write_state(tmp_path / f"checkpoint-{step}", [{"step": step}])
+    write_state(tmp_path / "checkpoint-best", [{"step": 1000}])
+    damaged = tmp_path / "checkpoint-200"
+    damaged.mkdir()
+    (damaged / "trainer_state.json").write_text('{"log_history": [')
+    assert read_log_history(tmp_path) == (tmp_path / "checkpoint-100" / "trainer_state.json", [{"step": 100}])
+    assert read_log_history(tmp_path / "checkpoint-20")[1] == [{"step": 20}]
+    write_state(tmp_path, [{"step": 7}])
+    assert read_log_history(tmp_path) == (tmp_path / "trainer_state.json", [{"step": 7}])
+    with pytest.raises(LogError, match=r"has no log: neither it nor a checkpoint in it holds a readable trainer_stat"):
+        read_log_history(damaged)
+
+
+def test_the_command_draws_what_the_log_holds_and_says_what_it_does_not(tmp_path, capsys):
+    source = write_state(tmp_path / "checkpoint-20", [estimate(10), {"step": 15, "loss": 1.0}, estimate(20)])
+    main(["figures", str(tmp_path)])
+    figures = tmp_path / "figures"
+    assert {path.name for path in figures.iterdir()} == {"p_by_layer.png", "updates.png"}
+    assert capsys.readouterr().out == (
+        f"{figures / 'p_by_layer.png'} and {figures / 'updates.png'} are drawn from {source}.\n"
+        "Not spectra.png: the log holds no spectra; a training draws it at its end.\n"
+    )
+    write_state(tmp_path / "schedule", [{"step": 1, **log_entry({"a.weight": 3.0})}])
+    main(["figures", str(tmp_path / "schedule")])
+    shown = capsys.readouterr().out
+    assert "p_by_layer.png is drawn from" in shown
+    assert "Not updates.png: the log holds no sizes of updates" in shown
+
+
+@pytest.mark.parametrize("history", [None, [], [{"step": 1, "loss": 2.0, "schatten_p_median": 2.0}]])
+def test_a_run_without_p_by_layer_is_explained(tmp_path, history):
+    if history is not None:
+        write_state(tmp_path, history)
+    expected = (
+        "has no log" if history is None else "has no p by layer: .* no estimate yet, or the option report=summary"
+    )
+    with pytest.raises(SystemExit, match=expected):
+        main(["figures", str(tmp_path)])
+    assert not (tmp_path / "figures").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from transformers import (
 )
 
 from hf_schatten import RoutingError, UnsupportedEngineError, create_schatten_optimizer, route_parameters
+from hf_schatten.matrices.layout import matches
 
 
 def names(routing, destination):
@@ -208,8 +211,83 @@ def test_a_model_in_an_engines_wrapper_is_refused(wrapper, engine):
             create_schatten_optimizer(model)
 
 
-def test_the_table_counts_every_parameter_once(gpt2):
-    table = str(route_parameters(gpt2)).splitlines()
-    assert table[0].split()[:4] == ["update", "tensors", "parameters", "reason"]
-    counts = [int(line.split()[2].replace(",", "")) for line in table[2:]]
-    assert sum(counts) == sum(parameter.numel() for parameter in gpt2.parameters())
+def table(model):
+    """Return the lines of the printed table, and (tensors, parameters, pattern) of each kind."""
+    lines = str(route_parameters(model)).splitlines()
+    found = [re.fullmatch(r" +([\d,]+) +([\d,]+)  (\S+)(?:  .*)?", line) for line in lines]
+    return lines, [(*(int(row[i].replace(",", "")) for i in (1, 2)), row[3]) for row in found if row]
+
+
+def test_the_table_has_a_row_for_each_kind_and_a_total_for_each_update(gpt2):
+    assert (
+        str(route_parameters(gpt2))
+        == """\
+  tensors  parameters  name                                (out, in)
+schatten_p: 8 tensors, 24,576 parameters
+  matrix of Conv1D in the backbone
+        2       6,144  transformer.h.*.attn.c_attn.weight  (96, 32) q/k/v
+        2       2,048  transformer.h.*.attn.c_proj.weight  (32, 32)
+        2       8,192  transformer.h.*.mlp.c_fc.weight     (128, 32)
+        2       8,192  transformer.h.*.mlp.c_proj.weight   (32, 128)
+adamw: 20 tensors, 3,456 parameters
+  embedding, or tied to one
+        1       2,048  transformer.wte.weight
+        1         512  transformer.wpe.weight
+  vector or scalar
+        2          64  transformer.h.*.ln_1.weight
+        2          64  transformer.h.*.ln_1.bias
+        2         192  transformer.h.*.attn.c_attn.bias
+        2          64  transformer.h.*.attn.c_proj.bias
+        2          64  transformer.h.*.ln_2.weight
+        2          64  transformer.h.*.ln_2.bias
+        2         256  transformer.h.*.mlp.c_fc.bias
+        2          64  transformer.h.*.mlp.c_proj.bias
+        1          32  transformer.ln_f.weight
+        1          32  transformer.ln_f.bias"""
+    )
+
+
+def test_the_table_counts_every_parameter_once_and_its_names_are_patterns(llama):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama, peft.LoraConfig(r=4, target_modules="all-linear"))
+    lines, rows = table(model)
+    assert max(map(len, lines)) <= 100
+    parameters = dict(model.named_parameters())
+    assert sum(tensors for tensors, *_ in rows) == len(parameters)
+    assert sum(size for _, size, _ in rows) == sum(parameter.numel() for parameter in parameters.values())
+    for tensors, _, pattern in rows:
+        assert sum(matches(pattern, name) for name in parameters) == tensors
+
+
+def test_experts_and_shapes_that_differ_are_shown_in_a_row():
+    config = MixtralConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=30,
+        num_local_experts=2,
+    )
+    lines, _ = table(MixtralForCausalLM(config))
+    (experts,) = (line for line in lines if "gate_up_proj" in line)
+    assert experts.split() == [
+        *("3", f"{3 * 2 * 48 * 16:,}", "model.layers.*.mlp.experts.gate_up_proj"),
+        *("(2,", "48,", "16)", "gate/up"),
+    ]
+    lines, _ = table(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 8)))
+    assert lines[1:] == [
+        *("schatten_p: 3 tensors, 96 parameters", "  matrix of Linear in the backbone"),
+        "        3          96  *.weight  2 shapes",
+        *("adamw: 3 tensors, 20 parameters", "  vector or scalar", "        3          20  *.bias"),
+    ]
+
+
+def test_a_long_name_goes_on_without_its_first_components():
+    model = nn.Sequential(nn.Linear(2, 3))
+    for name in ("inner_" + "x" * 40, "middle_" + "y" * 40, "outer_" + "z" * 40):
+        model = nn.ModuleDict({name: model})
+    lines, ((_, _, weight), (_, _, bias)) = table(model)
+    assert weight == f"*.inner_{'x' * 40}.*"
+    assert bias == f"*.inner_{'x' * 40}.*.bias"
+    assert max(map(len, lines)) <= 100

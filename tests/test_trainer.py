@@ -187,22 +187,50 @@ def test_a_schedule_lasts_as_long_as_the_training_and_is_logged(gpt2, token_data
 
 
 @pytest.mark.pictures
-def test_the_pictures_are_drawn_at_every_save(gpt2, token_dataset, training_arguments):
+def test_the_pictures_are_drawn_at_the_end_and_by_no_save(gpt2, token_dataset, training_arguments):
     arguments = training_arguments(optim_args=ADAPTIVE, save_strategy="steps", save_steps=4, max_steps=5)
     folder, drawn = Path(arguments.output_dir) / "figures", []
 
     class Watch(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
-            drawn.append(sorted(path.name for path in folder.iterdir()))
+            drawn.append(folder.exists())
 
     trainer = Trainer(model=gpt2, args=arguments, train_dataset=token_dataset, callbacks=[Watch()])
     trainer.train()
-    pictures = ["p_by_layer.png", "spectra.png", "updates.png"]
-    assert drawn == [pictures, pictures]
+    assert drawn == [False, False]
+    assert sorted(path.name for path in folder.iterdir()) == ["p_by_layer.png", "spectra.png", "updates.png"]
     entry = next(entry for entry in trainer.state.log_history if "schatten_p_median" in entry)
     layers = {key.partition("/")[2] for key in entry if key.startswith("schatten_p/")}
     assert layers == {key.partition("/")[2] for key in entry if key.startswith("schatten_stable_rank/")}
     assert all(entry[f"schatten_relative_size/{layer}"] > 0 for layer in layers)
+
+
+SUMMARY = {"schatten_p_min", "schatten_p_median", "schatten_p_max"}
+
+
+@pytest.mark.parametrize(("report", "logged", "tables"), [("summary", SUMMARY, 1), ("none", set(), 0)])
+@pytest.mark.parametrize("policy", [ADAPTIVE, "p=schedule"])
+def test_report_leaves_out_layers_and_pictures_or_everything(
+    policy, report, logged, tables, gpt2, token_dataset, training_arguments, capsys
+):
+    arguments = training_arguments(optim_args=f"{policy},report={report}", max_steps=3, save_steps=2, logging_steps=3)
+    trainer = SchattenTrainer(model=gpt2, args=arguments, train_dataset=token_dataset)
+    trainer.train()
+    trainer.create_model_card()
+    shown = capsys.readouterr()
+    names = {name for entry in trainer.state.log_history for name in entry if name.startswith("schatten")}
+    assert names == logged
+    assert shown.out.count("schatten_p routes the parameters") == tables
+    assert "median p" not in shown.err
+    assert not (Path(arguments.output_dir) / "figures").exists()
+    assert "figures/" not in (Path(arguments.output_dir) / "README.md").read_text()
+
+
+def test_the_bar_is_silent_too_with_report_none(gpt2, token_dataset, training_arguments, capsys):
+    for report, shown in (("summary", True), ("none", False)):
+        arguments = training_arguments(optim_args=f"{ADAPTIVE},report={report}", max_steps=3, disable_tqdm=False)
+        Trainer(model=gpt2, args=arguments, train_dataset=token_dataset).train()
+        assert ("median p" in capsys.readouterr().err) == shown
 
 
 def test_a_worker_thread_estimates_while_a_trainer_trains(gpt2, token_dataset, training_arguments):

@@ -9,10 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils.module_tracker import ModuleTracker
 
 from hf_schatten.adaptive.row_sample import RowSample
 from hf_schatten.adaptive.rows import Rows, input_rows, output_rows
 from hf_schatten.matrices.layout import matrix_name
+
+_TRACKER = ModuleTracker()  # never entered: only asked whether backward runs
 
 
 class _EagerCompiler:
@@ -168,9 +172,17 @@ def _call_and_forget(functions: list[Callable[[], None]]) -> None:
 
 def _autograd_keeps(inputs: Tensor) -> bool:
     """Whether a layer keeps this very tensor for its backward pass, and not a packed or converted copy."""
-    packed = torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    return not packed and not torch.is_autocast_enabled(inputs.device.type)
+    return not _autograd_packs() and not torch.is_autocast_enabled(inputs.device.type)
+
+
+def _autograd_packs() -> bool:
+    """Whether hooks, such as those of a checkpoint or an offload to the CPU, replace what autograd saves."""
+    try:
+        with disable_saved_tensors_hooks("asked only whether there are any"):
+            return False
+    except RuntimeError:
+        return True
 
 
 def _inside_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
+    return _TRACKER.is_bw

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from hf_schatten.private_api import apply_gate
+
 Masks = Mapping[str, Tensor]
 
 
@@ -100,7 +102,7 @@ def _patches(module: nn.Conv2d, inputs: Tensor) -> Rows:
     """What the filters see: rows (in · h · w), one for each image and position."""
     inputs = inputs.detach()
     images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)  # (N, in, H, W)
-    left, right, top, bottom = module._reversed_padding_repeated_twice
+    (top, bottom), (left, right) = _padding(module)
     (h, w), (step_y, step_x), (gap_y, gap_x) = module.kernel_size, module.stride, module.dilation
     down = (images.shape[2] + top + bottom - gap_y * (h - 1) - 1) // step_y + 1
     across = (images.shape[3] + left + right - gap_x * (w - 1) - 1) // step_x + 1
@@ -116,6 +118,16 @@ def _patches(module: nn.Conv2d, inputs: Tensor) -> Rows:
         return patches.permute(0, 3, 1, 2).flatten(1)
 
     return Rows("", len(images) * down * across, pick)
+
+
+def _padding(module: nn.Conv2d) -> list[tuple[int, int]]:
+    """Return what a convolution adds on either side, of the height and of the width."""
+    if module.padding == "valid":
+        return [(0, 0), (0, 0)]
+    if module.padding == "same":
+        total = [gap * (size - 1) for gap, size in zip(module.dilation, module.kernel_size, strict=True)]
+        return [(both // 2, both - both // 2) for both in total]
+    return [(int(side), int(side)) for side in module.padding]
 
 
 def _expert_rows(attribute: str, experts: nn.Module, hidden: Tensor, chosen: Tensor, masks: Masks) -> Iterator[Rows]:
@@ -149,4 +161,4 @@ def _activated(experts: Any, expert: int, pick: Callable[[Tensor], Tensor], inde
     gate_up = hidden @ (weight if getattr(experts, "is_transposed", False) else weight.mT)
     if getattr(experts, "has_bias", False):
         gate_up += experts.gate_up_proj_bias[expert]
-    return experts._apply_gate(gate_up)
+    return apply_gate(experts, gate_up)

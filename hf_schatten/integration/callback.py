@@ -1,4 +1,4 @@
-"""What a Trainer shows of the optimizer: p in its logs and at its progress bar, and the pictures at the end."""
+"""What a Trainer keeps of the optimizer: p in its logs, and the pictures at the end."""
 
 from __future__ import annotations
 
@@ -7,14 +7,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from transformers import (
-    PrinterCallback,
-    ProgressCallback,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from hf_schatten.adaptive.adaptation import Adaptation
@@ -23,10 +16,10 @@ from hf_schatten.distributed.processes import process_count
 from hf_schatten.integration.checkpoint import write_learned_p
 from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.schatten_p import SchattenP
-from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
-from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates
-from hf_schatten.report.figures import P_BY_LAYER, SPECTRA, UPDATES
-from hf_schatten.report.log import MEDIAN, SKIPPED_STEPS, SUMMARY_PREFIX, history_entry, summary, without_layers
+from hf_schatten.options import OPTIMIZER_NAME, ReportLevel, SchattenOptions
+from hf_schatten.report import draw_log, log_entry, plot_choices, summary_entry
+from hf_schatten.report.figures import SPECTRA
+from hf_schatten.report.log import SKIPPED_STEPS, history_entry
 
 _ILLUSTRATED = 3  # matrices whose spectra and criterion are drawn: the first, the middle and the last
 
@@ -39,21 +32,22 @@ class SchattenCallback(TrainerCallback):
     and ``schatten_p_max``, and per layer ``schatten_p/<layer>`` and the update's ``schatten_stable_rank/<layer>`` and
     ``schatten_relative_size/<layer>``. Once a gradient was not finite, ``schatten_skipped_steps`` is the most steps
     that a matrix has skipped. An infinite p is the number for the loggers, and the string ``inf`` in
-    ``trainer_state.json``. At every save and at the end, pictures of them, and of what p was chosen from, go into the
-    folder ``figures`` of the output folder. The cadence of the estimates itself is the optimizer's
-    (:class:`hf_schatten.adaptive.adaptation.Adaptation`), which works without a Trainer too.
+    ``trainer_state.json``. At the end of training, pictures of them, and of what p was chosen from, go into the folder
+    ``figures`` of the output folder; ``python -m hf_schatten.report figures`` draws them from the log at any time. The
+    option ``report`` leaves out the layers and the pictures (``summary``), or everything (``none``). The cadence of
+    the estimates itself is the optimizer's (:class:`hf_schatten.adaptive.adaptation.Adaptation`), which works without
+    a Trainer too.
 
     It stands before all loggers in the Trainer's list of callbacks, since it adds to what they get.
     """
 
     def __init__(self) -> None:
         self._logged_estimates = 0
-        self._drawn_step: int | None = None
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Report malformed options when the Trainer is made, not when training starts."""
+        """ReportLevel malformed options when the Trainer is made, not when training starts."""
         if args.optim == OPTIMIZER_NAME:
             SchattenOptions.from_optim_args(args.optim_args)
 
@@ -80,10 +74,9 @@ class SchattenCallback(TrainerCallback):
                 "alone: pass --use_cpu where there is no GPU."
             )
         self._logged_estimates = schatten.policy.estimates if schatten.policy else 0
-        self._drawn_step = None
         if schatten.policy is not None:
             schatten.policy.after_update(schatten)
-        if isinstance(schatten.policy, Adaptation) and state.is_world_process_zero:
+        if isinstance(schatten.policy, Adaptation) and state.is_world_process_zero and report_of(schatten) == "full":
             schatten.policy.illustrated = _ILLUSTRATED
         if isinstance(schatten.policy, ScheduledP) and schatten.policy.steps is None:
             schatten.policy.steps = state.max_steps
@@ -129,11 +122,15 @@ class SchattenCallback(TrainerCallback):
             most = {SKIPPED_STEPS: float(max(skipped.values()))}
             logs.update(most)
             state.log_history[-1].update(most)
-        if not (self._has_news(optimizer) or isinstance(policy, ScheduledP)):
+        scheduled = isinstance(policy, ScheduledP) and report_of(schatten) != "none"
+        if not (self._has_news(optimizer) or scheduled):
             return
         assert policy is not None
         self._logged_estimates = policy.estimates
-        entry = log_entry(schatten.learned_p(), *_updates(policy))
+        if report_of(schatten) == "full":
+            entry = log_entry(schatten.learned_p(), *_updates(policy))
+        else:
+            entry = summary_entry(schatten.learned_p())
         logs.update(entry)
         state.log_history[-1].update(history_entry(entry))  # type: ignore[arg-type] # declared as floats alone
 
@@ -162,8 +159,7 @@ class SchattenCallback(TrainerCallback):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Draw the pictures of the run so far, and keep p where the checkpoint's own file cannot be read for it."""
-        self._draw(args, state, optimizer)
+        """Keep p where the checkpoint's own file cannot be read for it."""
         schatten = unwrap_optimizer(optimizer)
         if schatten is not None and state.is_world_process_zero and args.output_dir and not args.save_only_model:
             write_learned_p(schatten, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -171,87 +167,21 @@ class SchattenCallback(TrainerCallback):
     def _draw(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
         """Draw into the output folder what was logged and measured: p, its criterion, the updates."""
         schatten = unwrap_optimizer(optimizer)
-        if schatten is None or not (state.is_world_process_zero and args.output_dir):
+        if schatten is None or report_of(schatten) != "full":
             return
-        if self._drawn_step == state.global_step:  # the save of the last step has drawn the same
+        if not (state.is_world_process_zero and args.output_dir):
             return
-        self._drawn_step = state.global_step
         folder = Path(args.output_dir)
-        plot_p_by_layer(state.log_history, folder / P_BY_LAYER)
-        plot_updates(state.log_history, folder / UPDATES)
+        draw_log(state.log_history, folder)
         if isinstance(schatten.policy, Adaptation):
             plot_choices(schatten.policy.choices, folder / SPECTRA)
 
     def _has_news(self, optimizer: Any) -> bool:
         schatten = unwrap_optimizer(optimizer)
-        policy = schatten.policy if schatten else None
+        if schatten is None or report_of(schatten) == "none":
+            return False
+        policy = schatten.policy
         return policy is not None and policy.estimates > self._logged_estimates
-
-
-class SchattenProgressCallback(ProgressCallback):
-    """Transformers' progress bar with the median p, and without per-layer values, which would fill the terminal."""
-
-    def __init__(self, max_str_len: int = 100) -> None:
-        super().__init__(max_str_len)
-        self._shown_estimates = 0
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Open the bar."""
-        super().on_train_begin(args, state, control, **kwargs)
-        self._shown_estimates = 0
-
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        """Advance the bar, and show the median p of every estimate, logged or not; after a resume, of the last one."""
-        super().on_step_end(args, state, control, optimizer=optimizer, **kwargs)
-        schatten = unwrap_optimizer(optimizer)
-        if self.training_bar is None or schatten is None or not isinstance(schatten.policy, Adaptation):
-            return
-        if schatten.policy.estimates != self._shown_estimates:
-            self._shown_estimates = schatten.policy.estimates
-            self._show(summary(schatten.learned_p())[MEDIAN])
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write the logs above the bar, with the summary of p instead of every layer's; a schedule's p at the bar."""
-        logs = logs or {}
-        super().on_log(args, state, control, logs=without_layers(logs), **kwargs)
-        median = logs.get(SUMMARY_PREFIX + MEDIAN)
-        if self.training_bar is not None and median is not None:
-            self._show(median)
-
-    def _show(self, median: float) -> None:
-        bar: Any = self.training_bar  # tqdm's, which transformers declares as None
-        bar.set_postfix_str(f"median p {median:.3g}")
-
-
-class SchattenPrinterCallback(PrinterCallback):
-    """Transformers' printed logs, which a disabled progress bar leaves, without the per-layer values."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Print the logs with the summary of p instead of every layer's."""
-        super().on_log(args, state, control, logs=without_layers(logs or {}), **kwargs)
 
 
 def _updates(policy: Policy) -> tuple[dict[str, float], dict[str, float]]:
@@ -268,3 +198,8 @@ def unwrap_optimizer(optimizer: Optimizer | None) -> SchattenP | None:
     """Return the SchattenP inside accelerate's wrapper, or None when it is another optimizer."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, SchattenP) else None
+
+
+def report_of(optimizer: SchattenP) -> ReportLevel:
+    """Return what is to be shown of an optimizer; all of one that was made without options."""
+    return optimizer.options.report if optimizer.options else "full"

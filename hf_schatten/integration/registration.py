@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback
-from transformers import trainer as transformers_trainer
-from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
-from transformers.training_args import OptimizerNames, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers.trainer_optimizer import OptimizerContext
+from transformers.training_args import OptimizerNames
 
-from hf_schatten.integration.callback import SchattenCallback, SchattenPrinterCallback, SchattenProgressCallback
+from hf_schatten import private_api
+from hf_schatten.integration.callback import SchattenCallback
 from hf_schatten.integration.factory import create_schatten_optimizer
+from hf_schatten.integration.terminal import SchattenPrinterCallback, SchattenProgressCallback
 from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
@@ -25,15 +26,16 @@ _registered: set[str] = set()
 def register() -> None:
     """Add the optimizer's name, its handler and its callbacks to transformers; a second call changes nothing.
 
-    The registries are private to transformers: ``pyproject.toml`` pins its major version, and a test watches them.
+    Raises:
+        PrivateApiError: when the installed transformers keeps its registries elsewhere.
     """
     register_optimizer(OPTIMIZER_NAME, _handle)
-    if transformers_trainer.DEFAULT_PROGRESS_CALLBACK is ProgressCallback:  # a notebook has another
-        transformers_trainer.DEFAULT_PROGRESS_CALLBACK = SchattenProgressCallback
-    if transformers_trainer.PrinterCallback is PrinterCallback:  # in place of a disabled progress bar
-        transformers_trainer.PrinterCallback = SchattenPrinterCallback  # type: ignore[misc]
-    if SchattenCallback not in transformers_trainer.DEFAULT_CALLBACKS:
-        transformers_trainer.DEFAULT_CALLBACKS.append(SchattenCallback)  # type: ignore[arg-type] # inferred narrowly
+    private_api.replace_in_trainer(private_api.PROGRESS, SchattenProgressCallback, ProgressCallback)
+    # In place of a disabled progress bar.
+    private_api.replace_in_trainer(private_api.PRINTER, SchattenPrinterCallback, PrinterCallback)
+    callbacks = private_api.default_callbacks()
+    if SchattenCallback not in callbacks:
+        callbacks.append(SchattenCallback)
 
 
 def register_optimizer(name: str, handler: Handler) -> None:
@@ -48,12 +50,13 @@ def register_optimizer(name: str, handler: Handler) -> None:
     Raises:
         ValueError: when another handler has the name, such as that of an optimizer of transformers.
     """
-    if name in OptimizerNames._value2member_map_ or name.upper() in OptimizerNames._member_map_:
-        if not _is_same_function(_OPTIMIZER_HANDLERS.get(name), handler):
+    handlers, members = private_api.optimizer_handlers(), OptimizerNames.__members__
+    if name in members.values() or name.upper() in members:
+        if not _is_same_function(handlers.get(name), handler):
             raise ValueError(f"optim={name!r} is taken by another optimizer: register it under another name.")
-        _OPTIMIZER_HANDLERS[name] = handler
+        handlers[name] = handler
     else:
-        _OPTIMIZER_HANDLERS[_new_optimizer_name(name)] = handler
+        handlers[private_api.add_optimizer_name(name)] = handler
     _registered.add(name)
 
 
@@ -68,23 +71,6 @@ def _is_same_function(registered: Handler | None, handler: Handler) -> bool:
         handler.__module__,
         handler.__qualname__,
     )
-
-
-def _new_optimizer_name(name: str) -> OptimizerNames:
-    """Add a real member to the enumeration: argument parsers list the members, so a lookup hook is not enough."""
-    attribute = name.upper()
-    member: Any = str.__new__(OptimizerNames, name)
-    member._name_ = attribute
-    member._value_ = name
-    member.__objclass__ = OptimizerNames
-    member._sort_order_ = len(OptimizerNames._member_names_)
-    # Pickled as a plain string, so that training_args.bin loads where this package is not installed.
-    member.__reduce_ex__ = lambda protocol: (str, (name,))
-    type.__setattr__(OptimizerNames, attribute, member)
-    OptimizerNames._member_names_.append(attribute)
-    OptimizerNames._member_map_[attribute] = member
-    OptimizerNames._value2member_map_[name] = member
-    return member
 
 
 def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:

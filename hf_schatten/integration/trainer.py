@@ -10,12 +10,11 @@ import torch
 from accelerate.utils import save_fsdp_model
 from torch import nn
 from transformers import Trainer
-from transformers.trainer import SCHEDULER_NAME, get_fsdp_ckpt_kwargs
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_schatten.integration.callback import unwrap_optimizer
+from hf_schatten.integration.callback import report_of, unwrap_optimizer
 from hf_schatten.integration.checkpoint import (
     STATE_FILE,
     CheckpointError,
@@ -31,8 +30,9 @@ from hf_schatten.integration.checkpoint import (
 from hf_schatten.integration.converted_weights import load_converted_weights
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME
+from hf_schatten.private_api import SCHEDULER_FILE, require_trainer_methods
 from hf_schatten.report import card_section, plot_p_by_layer, read_card_section, write_card_section
-from hf_schatten.report.figures import P_BY_LAYER
+from hf_schatten.report.figures import P_BY_LAYER, has_p_by_layer
 
 logger = logging.get_logger(__name__)
 
@@ -55,6 +55,7 @@ class SchattenTrainerMixin(_Base):
 
     Raises:
         TypeError: when a class names it after a Trainer, whose methods would then hide the mixin's.
+        PrivateApiError: when the installed transformers saves and loads by methods of other names.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -68,6 +69,7 @@ class SchattenTrainerMixin(_Base):
                 )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        require_trainer_methods()
         super().__init__(*args, **kwargs)
         if unwrap_optimizer(self.optimizer) is None and self.args.optim != OPTIMIZER_NAME:
             name, other = type(self).__name__, OptimizerNames(self.args.optim).value
@@ -106,13 +108,24 @@ class SchattenTrainerMixin(_Base):
         if not (self.is_world_process_zero() and card.is_file()):
             return
         if schatten is not None:
-            drawn = plot_p_by_layer(self.state.log_history, folder / P_BY_LAYER)
             section = card_section(
-                schatten.options, schatten.destinations(), schatten.learned_p(), P_BY_LAYER if drawn else None
+                schatten.options, schatten.destinations(), schatten.learned_p(), self._figure_of_p(folder)
             )
             write_card_section(card, section, _CARD_TAGS)
         elif self.optimizer is None and earlier:
             write_card_section(card, earlier, _CARD_TAGS)
+
+    def _figure_of_p(self, folder: Path) -> Path | None:
+        """Return the picture of p that a card in the folder shows, relative to it, if there is one.
+
+        The end of training draws it. A card that is written earlier, at a save, names the picture that will be there.
+        """
+        schatten = self._schatten_optimizer()
+        if schatten is None or report_of(schatten) != "full" or not has_p_by_layer(self.state.log_history):
+            return None
+        if not (self.is_in_train or (folder / P_BY_LAYER).is_file()):  # its callback was removed, or the folder moved
+            plot_p_by_layer(self.state.log_history, folder / P_BY_LAYER)
+        return P_BY_LAYER
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         if self._schatten_optimizer() is not None and self.args.should_save:
@@ -136,12 +149,12 @@ class SchattenTrainerMixin(_Base):
         if self.args.should_save:
             assert self.lr_scheduler is not None  # made with the optimizer
             write_refusal(output_dir)
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE.resolve()))
 
     def _save_sharded_model(self, output_dir: str) -> None:
         """Save what a resume under FSDP loads the weights from; every process must call it."""
         plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, **get_fsdp_ckpt_kwargs())
+        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         schatten = self._schatten_optimizer()
@@ -160,7 +173,7 @@ class SchattenTrainerMixin(_Base):
             return
         assert self.lr_scheduler is not None  # made with the optimizer
         load_optimizer(schatten, checkpoint)
-        path = os.path.join(checkpoint, SCHEDULER_NAME)
+        path = os.path.join(checkpoint, SCHEDULER_FILE.resolve())
         try:
             self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
         except Exception as error:  # whatever torch raises on a missing, truncated or foreign file

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, cast
+from typing import Literal, cast, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -16,12 +16,13 @@ from hf_schatten.matrices.engines import refuse_emptied
 from hf_schatten.matrices.fused_projections import Cut, cut_of
 from hf_schatten.matrices.layout import Layout, matches
 from hf_schatten.option_text import parse_fused_parts
+from hf_schatten.private_api import WRAPPER_COMPONENTS, has_gate
 
 Destination = Literal["schatten_p", "adamw", "frozen"]
+_COLUMNS, _GAP = 100, "  "  # of the table
+_PARTS_SHOWN = 4  # of a fused projection, by name
 _IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-# Wrappers that put a component of their own into a parameter's name.
-_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
 class RoutingError(ValueError):
@@ -53,7 +54,11 @@ class Route:
 
 @dataclass(frozen=True)
 class Routing:
-    """The routes of a model, in the order of ``named_parameters``; ``str()`` is the printable table."""
+    """The routes of a model, in the order of ``named_parameters``; ``str()`` is the printable table.
+
+    The table has a row for each kind of parameter: what differs in the numbers of its name alone. Names in it are
+    patterns of ``exclude``.
+    """
 
     routes: tuple[Route, ...]
 
@@ -62,31 +67,33 @@ class Routing:
         return tuple(route for route in self.routes if route.destination == destination)
 
     def __str__(self) -> str:
-        groups: dict[tuple[str, str], list[Route]] = {}
-        for destination in ("schatten_p", "adamw", "frozen"):
+        by_reason: dict[tuple[Destination, str], dict[str, list[Route]]] = {}
+        for destination in get_args(Destination):
             for route in self.to(destination):
-                groups.setdefault((destination, route.reason), []).append(route)
-        header = ("update", "tensors", "parameters", "reason", "for example")
-        rows = [
-            (
-                destination,
-                f"{len(routes):,}",
-                f"{sum(route.parameter.numel() for route in routes):,}",
-                reason,
-                ", ".join(route.name for route in routes[:2]) + (", …" if len(routes) > 2 else ""),
-            )
-            for (destination, reason), routes in groups.items()
-        ]
-        widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-        right_aligned = {1, 2}
-        lines = [
-            "  ".join(
-                cell.rjust(width) if column in right_aligned else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in [header, tuple("-" * width for width in widths), *rows]
-        ]
-        return "\n".join(lines)
+                kinds = by_reason.setdefault((destination, route.reason), {})
+                kinds.setdefault(_kind(route.name), []).append(route)
+        return "\n".join(self._lines(by_reason))
+
+    def _lines(self, by_reason: Mapping[tuple[Destination, str], Mapping[str, list[Route]]]) -> Iterator[str]:
+        """Yield the lines of the table: for each destination its total, its reasons, and a row for each kind."""
+        kinds = [_row(kind, routes) for group in by_reason.values() for kind, routes in group.items()]
+        rows = [("  tensors", "parameters", "name", "(out, in)"), *kinds]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        room = _COLUMNS - sum(widths) - 2 * len(_GAP)
+        beside_shape = room - len(_GAP) - max(len(row[3]) for row in rows)
+        rows = [(*row[:2], _shortened(row[2], beside_shape if row[3] else room), row[3]) for row in rows]
+        widths.append(max(len(row[2]) for row in rows if row[3]))
+        lines = iter([_aligned(row, widths) for row in rows])
+        yield next(lines)
+        named = None
+        for (destination, reason), group in by_reason.items():
+            if destination != named:
+                routes = self.to(destination)
+                size = sum(route.parameter.numel() for route in routes)
+                yield f"{destination}: {len(routes):,} tensor{'s' * (len(routes) > 1)}, {size:,} parameters"
+                named = destination
+            yield f"  {reason}"
+            yield from (next(lines) for _ in group)
 
 
 def route_parameters(
@@ -147,7 +154,48 @@ def route_parameters(
 
 def clean_name(name: str) -> str:
     """Remove the components that ``torch.compile`` and checkpoint wrappers insert into a parameter name."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPER_COMPONENTS)
+    return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
+
+
+def _kind(name: str) -> str:
+    """Return what layers of one kind have in common: their name with every number as ``*``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def _row(kind: str, routes: Sequence[Route]) -> tuple[str, str, str, str]:
+    """Return the cells of the parameters of one kind."""
+    size = sum(route.parameter.numel() for route in routes)
+    shapes = {_shown_shape(route): None for route in routes}
+    shape = next(iter(shapes)) if len(shapes) == 1 else f"{len(shapes)} shapes"
+    return f"{len(routes):,}", f"{size:,}", kind, shape
+
+
+def _shown_shape(route: Route) -> str:
+    """Return (out, in) of a parameter that consists of matrices, the number of experts before it, and its parts."""
+    if route.destination != "schatten_p":
+        return ""
+    shape = tuple(route.parameter.shape)
+    if route.layout.transposed:
+        shape = (*shape[:-2], shape[-1], shape[-2])
+    parts = [name for name, _ in route.layout.parts]
+    named = "/".join(parts) if 0 < len(parts) <= _PARTS_SHOWN else f"{len(parts)} parts" if parts else ""
+    return f"{shape} {named}".rstrip()
+
+
+def _shortened(name: str, length: int) -> str:
+    """Return a pattern of at most this length for a kind: without ``weight``, then without its first components."""
+    if len(name) <= length:
+        return name
+    parts = name.removesuffix(".weight").split(".")
+    while len(".".join(parts)) > length and len(parts) > 2:
+        parts = ["*", *parts[2:]]
+    return ".".join(parts)
+
+
+def _aligned(row: tuple[str, str, str, str], widths: Sequence[int]) -> str:
+    tensors, parameters, name, shape = row
+    cells = (tensors.rjust(widths[0]), parameters.rjust(widths[1]), name.ljust(widths[2]), shape)
+    return _GAP.join(cells).rstrip()
 
 
 def _decays(name: str, module: nn.Module) -> bool:
@@ -188,7 +236,7 @@ def _holds_matrices(name: str, parameter: nn.Parameter, module: nn.Module) -> bo
         return module.groups == 1
     if parameter.ndim == 3:  # the experts of transformers, which share this interface
         known = name.rpartition(".")[2] in ("gate_up_proj", "down_proj")
-        return known and getattr(module, "num_experts", None) == len(parameter) and hasattr(module, "_apply_gate")
+        return known and getattr(module, "num_experts", None) == len(parameter) and has_gate(module)
     return isinstance(module, nn.Linear | Conv1D)
 
 

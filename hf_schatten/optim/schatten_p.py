@@ -332,8 +332,8 @@ class SchattenP(Optimizer):
     def _require_one_oracle(self, group: Group) -> None:
         if self.options.coupling_order is not None and group["step_rule"] != self.options.step_rule:
             raise OptionError(
-                f"step_rule={group['step_rule']!r} of a group is not allowed: coupled updates have one oracle, and the "
-                f"optimizer's is {self.options.step_rule!r}. Give all groups the same."
+                f"step_rule={group['step_rule']!r} of a group is not allowed: coupled updates have one oracle, and "
+                f"the optimizer's is {self.options.step_rule!r}. Give all groups the same."
             )
 
     def _needs_whole(self, group: Group) -> dict[str, object]:

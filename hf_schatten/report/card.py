@@ -1,4 +1,7 @@
-"""The model card: the optimizer's section in any Trainer's card, and whole cards from a template."""
+"""The model card: the optimizer's section in any Trainer's card, and whole cards from a template.
+
+What writes cards is imported when one is written: a training may never do so.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import jinja2
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import Trainer
-from transformers.modelcard import TrainingSummary, make_markdown_table
-from transformers.training_args import OptimizerNames
+from typing import TYPE_CHECKING, Any
 
 from hf_schatten.matrices.layout import layer_name
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report.log import p_label, summary
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCard
+    from transformers import Trainer
+    from transformers.modelcard import TrainingSummary
 
 SECTION_START = "<!-- hf_schatten: start of the optimizer section -->"
 SECTION_END = "<!-- hf_schatten: end of the optimizer section -->"
@@ -105,6 +107,8 @@ def write_card_section(card_path: Path, section: str, tags: Iterable[str]) -> No
         section: Markdown, from :func:`card_section`.
         tags: added to the card's tags.
     """
+    from huggingface_hub import ModelCard  # noqa: PLC0415 - as the module says
+
     card = ModelCard.load(card_path)
     before, _, after = _split(card.text)
     marked = f"{SECTION_START}\n{section.strip()}\n{SECTION_END}"
@@ -119,6 +123,8 @@ def read_card_section(card_path: Path) -> str | None:
     """Return the optimizer's section of a model card, or None where there is no card, or none in it."""
     if not card_path.is_file():
         return None
+    from huggingface_hub import ModelCard  # noqa: PLC0415 - as the module says
+
     return _split(ModelCard.load(card_path).text)[1]
 
 
@@ -138,8 +144,12 @@ def card_from_template(template: Path, trainer: Trainer, texts: Mapping[str, str
     Raises:
         jinja2.UndefinedError: when the template names something that is not given.
     """
-    names = TrainingSummary.__dataclass_fields__
-    record = TrainingSummary.from_trainer(trainer, **{key: metadata.pop(key) for key in set(metadata) & set(names)})
+    import jinja2  # noqa: PLC0415 - as the module says
+    from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415
+    from transformers.modelcard import TrainingSummary  # noqa: PLC0415
+
+    names = {field.name for field in fields(TrainingSummary)}
+    record = TrainingSummary.from_trainer(trainer, **{key: metadata.pop(key) for key in set(metadata) & names})
     data = record.create_metadata() | metadata
     if not any(model["results"] for model in data["model-index"]):
         del data["model-index"]
@@ -187,6 +197,8 @@ def _split(text: str) -> tuple[str, str | None, str]:
 
 def _training_table(record: TrainingSummary) -> str:
     """Return the evaluations during training, without the time that Trainer took to prepare the model."""
+    from transformers.modelcard import make_markdown_table  # noqa: PLC0415 - as the module says
+
     evaluations: Any = record.eval_lines or []  # dictionaries, declared as text
     lines = [{name: value for name, value in line.items() if name != "Model Preparation Time"} for line in evaluations]
     return make_markdown_table(lines).strip() if lines else ""
@@ -198,7 +210,7 @@ def _hyperparameters(trainer: Trainer, record: TrainingSummary) -> list[tuple[st
     return list(
         {
             **(record.hyperparameters or {}),
-            "optimizer": OptimizerNames(args.optim).value,
+            "optimizer": getattr(args.optim, "value", args.optim),
             "adam_betas": (args.adam_beta1, args.adam_beta2),
             "adam_epsilon": args.adam_epsilon,
             "weight_decay": args.weight_decay,

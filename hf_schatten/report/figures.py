@@ -1,21 +1,25 @@
-"""Pictures of a run: p by layer, what it was chosen from, and what the updates were like."""
+"""Pictures of a run: p by layer, what it was chosen from, and what the updates were like.
+
+matplotlib is imported when something is drawn: most processes of a training never draw.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hf_schatten.adaptive.adaptation import Choice
 from hf_schatten.matrices.layout import layer_name
 from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX, p_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # In a run's output folder.
 FOLDER = Path("figures")
@@ -26,6 +30,26 @@ _P_TICKS = (1, 1.5, 2, 3, 4, 6, 10, math.inf, -10, -6, -4)
 
 Array = NDArray[np.float64]
 LogHistory = Iterable[Mapping[str, Any]]
+
+
+def draw_log(log_history: LogHistory, folder: Path) -> list[Path]:
+    """Draw all that a log holds of the optimizer: p by layer, and the updates.
+
+    Args:
+        log_history: entries as in ``trainer_state.json``.
+        folder: a run's output folder.
+
+    Returns:
+        The pictures, relative to the folder.
+    """
+    log_history = list(log_history)
+    drawings = ((P_BY_LAYER, plot_p_by_layer), (UPDATES, plot_updates))
+    return [picture for picture, draw in drawings if draw(log_history, folder / picture)]
+
+
+def has_p_by_layer(log_history: LogHistory) -> bool:
+    """Return whether a log holds what :func:`plot_p_by_layer` draws."""
+    return any(name.startswith(LAYER_PREFIX) for entry in log_history for name in entry)
 
 
 def plot_p_by_layer(log_history: LogHistory, path: Path) -> bool:
@@ -60,7 +84,7 @@ def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
     first_layers = next(iter(runs.values()))[1]
     columns = min(len(runs), _PANELS_IN_A_ROW)
     rows = math.ceil(len(runs) / columns)
-    figure = _figure(3.5 + 4.5 * columns, rows * len(first_layers))
+    figure = _layers_figure(3.5 + 4.5 * columns, rows * len(first_layers))
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     while len(panels) > len(runs):
         panels.pop().remove()
@@ -96,11 +120,11 @@ def plot_updates(log_history: LogHistory, path: Path) -> bool:
     values = [_by_layer(log_history, prefix) for prefix, _ in panels]
     if not values[0][1]:
         return False
-    figure = _figure(13, len(values[0][1]))
+    figure = _layers_figure(13, len(values[0][1]))
     for axes, (steps, layers, matrix), (_, title) in zip(figure.subplots(1, 2), values, panels, strict=True):
         shown = np.where((matrix > 0) & np.isfinite(matrix), matrix, np.nan)
         # Before the first step that moves anything there is nothing to show, and the colours need a range.
-        norm = LogNorm() if np.isfinite(shown).any() else LogNorm(0.1, 1.0)
+        norm = _log_colours() if np.isfinite(shown).any() else _log_colours(0.1, 1.0)
         image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
         _label_layers_and_steps(axes, layers, steps)
         axes.set_title(title)
@@ -121,7 +145,7 @@ def plot_choices(choices: Sequence[Choice], path: Path) -> bool:
     """
     if not choices:
         return False
-    figure = Figure(figsize=(11, 3.2 * len(choices)), dpi=120, layout="constrained")
+    figure = _figure(11, 3.2 * len(choices))
     for (spectra, criterion), choice in zip(figure.subplots(len(choices), 2, squeeze=False), choices, strict=True):
         _draw_spectra(spectra, choice)
         _draw_criterion(criterion, choice)
@@ -168,8 +192,21 @@ def _by_layer(log_history: LogHistory, prefix: str) -> tuple[list[int], list[str
     return [entry["step"] for entry in entries], [key.removeprefix(prefix) for key in keys], values
 
 
-def _figure(width: float, layers: int) -> Figure:
-    return Figure(figsize=(width, min(40, 1.6 + 0.2 * layers)), dpi=120, layout="constrained")
+def _layers_figure(width: float, layers: int) -> Figure:
+    return _figure(width, min(40, 1.6 + 0.2 * layers))
+
+
+def _figure(width: float, height: float) -> Figure:
+    """Return a figure of this size in inches, which belongs to no window."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - as the module says
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _log_colours(lowest: float | None = None, highest: float | None = None) -> Any:
+    from matplotlib.colors import LogNorm  # noqa: PLC0415 - as the module says
+
+    return LogNorm(lowest, highest)
 
 
 def _label_layers_and_steps(axes: Axes, layers: Sequence[str], steps: Sequence[int]) -> None:

@@ -1,9 +1,12 @@
-"""What a log entry holds of the optimizer, and under which names."""
+"""What a log entry holds of the optimizer, under which names, and where a run keeps its log."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from hf_schatten.matrices.layout import layer_name
 
@@ -17,6 +20,12 @@ SUMMARY_PREFIX = "schatten_p_"  # of the entries that summarise the p of all lay
 MEDIAN = "median"
 
 SKIPPED_STEPS = "schatten_skipped_steps"
+
+_STATE_FILE = "trainer_state.json"
+
+
+class LogError(ValueError):
+    """A folder has no log that can be read; the message says what was looked for."""
 
 
 def log_entry(
@@ -33,9 +42,14 @@ def log_entry(
     """
     by_layer = zip(LAYER_PREFIXES, (learned_p, stable_ranks or {}, relative_sizes or {}), strict=True)
     return {
-        **{SUMMARY_PREFIX + name: p for name, p in summary(learned_p).items()},
+        **summary_entry(learned_p),
         **{prefix + layer_name(name): value for prefix, values in by_layer for name, value in values.items()},
     }
+
+
+def summary_entry(learned_p: Mapping[str, float]) -> dict[str, float]:
+    """Return what a log entry of one estimate holds without the layers: the summary of p."""
+    return {SUMMARY_PREFIX + name: p for name, p in summary(learned_p).items()}
 
 
 def history_entry(entry: Mapping[str, float]) -> dict[str, float | str]:
@@ -44,6 +58,29 @@ def history_entry(entry: Mapping[str, float]) -> dict[str, float | str]:
     ``float(value)`` reads both kinds of value back. What is not a number becomes ``nan``.
     """
     return {name: value if math.isfinite(value) else str(value) for name, value in entry.items()}
+
+
+def read_log_history(run: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Return the log history of a run, after the file that holds it.
+
+    Args:
+        run: a checkpoint, or an output folder, whose own ``trainer_state.json`` is read, or its newest checkpoint's.
+
+    Raises:
+        LogError: when there is none that can be read.
+    """
+    checkpoints = (path for path in run.glob(f"checkpoint-*/{_STATE_FILE}") if _step_of(path) >= 0)
+    for path in (run / _STATE_FILE, *sorted(checkpoints, key=_step_of, reverse=True)):
+        try:
+            return path, json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        except (OSError, ValueError, KeyError):  # missing, or of a run that was killed while it saved
+            continue
+    raise LogError(f"{run} has no log: neither it nor a checkpoint in it holds a readable {_STATE_FILE}.")
+
+
+def _step_of(state_file: Path) -> int:
+    number = state_file.parent.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
 
 
 def without_layers(entry: Mapping[str, object]) -> dict[str, object]:

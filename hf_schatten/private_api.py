@@ -1,0 +1,172 @@
+"""All that the package uses of torch, transformers and accelerate without their promise to keep it, in one place.
+
+:data:`NAMES` lists it. ``tests/test_private_api.py`` has a canary for each entry, and fails on a use that is not
+listed. ``torch._foreach_*`` is not here: torch documents it, as beta. What has a public form is used in that form:
+``ModuleTracker.is_bw`` tells a recomputation in backward, and ``disable_saved_tensors_hooks`` whether autograd packs
+what it saves.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, MutableMapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+# By package: the lowest version in pyproject.toml, and the one that the tests run with. Both have every name.
+VERSIONS = {"transformers": ("5.3.0", "5.23.0")}
+
+
+class PrivateApiError(ImportError):
+    """A private name that the package needs is gone from the installed version; the message says what to install."""
+
+
+@dataclass(frozen=True)
+class PrivateName:
+    """One name without a promise.
+
+    Attributes:
+        path: module and attributes, joined by a colon.
+        purpose: what would not work without it.
+    """
+
+    path: str
+    purpose: str
+
+    def resolve(self) -> Any:
+        """Return the object.
+
+        Raises:
+            PrivateApiError: when it is gone.
+        """
+        module, _, attributes = self.path.partition(":")
+        try:
+            found = importlib.import_module(module)
+            for attribute in attributes.split("."):
+                found = getattr(found, attribute)
+        except (ImportError, AttributeError) as error:
+            package = module.partition(".")[0]
+            lowest, tested = VERSIONS[package]
+            raise PrivateApiError(
+                f"{package} {version(package)} has no {self.path.replace(':', '.')}, without which hf_schatten cannot "
+                f"{self.purpose}. Versions {lowest} to {tested} have it: pip install {package}=={tested}."
+            ) from error
+        return found
+
+
+HANDLERS = PrivateName("transformers.trainer_optimizer:_OPTIMIZER_HANDLERS", "make optim='schatten_p' valid")
+# What Python's enum fills when the class is made, and never again.
+ENUM_NAMES, ENUM_MEMBERS, ENUM_VALUES = (
+    PrivateName(f"transformers.training_args:OptimizerNames.{attribute}", "make optim='schatten_p' valid")
+    for attribute in ("_member_names_", "_member_map_", "_value2member_map_")
+)
+CALLBACKS = PrivateName("transformers.trainer:DEFAULT_CALLBACKS", "log p in every Trainer")
+PROGRESS = PrivateName("transformers.trainer:DEFAULT_PROGRESS_CALLBACK", "keep p by layer off the progress bar")
+PRINTER = PrivateName("transformers.trainer:PrinterCallback", "keep p by layer off the terminal")
+SCHEDULER_FILE = PrivateName(
+    "transformers.trainer:SCHEDULER_NAME", "save the learning-rate schedule where a Trainer reads it"
+)
+DECAYED = PrivateName(  # public, but called without a Trainer
+    "transformers:Trainer.get_decay_parameter_names", "leave out of weight decay what a Trainer leaves out"
+)
+
+# Methods of Trainer that SchattenTrainerMixin overrides or calls, and hf_schatten.run wraps, with the parameters that
+# we rely on. Were one renamed, ours would never be called, and a checkpoint would lose what it should hold.
+TRAINER_METHODS: dict[str, tuple[PrivateName, tuple[str, ...]]] = {
+    method: (PrivateName(f"transformers:Trainer.{method}", purpose), parameters)
+    for method, purpose, parameters in (
+        ("_get_output_dir", "find a run's checkpoints", ("trial",)),
+        ("_save_checkpoint", "mark a checkpoint as incomplete while it is written", ("model", "trial")),
+        ("_save_rng_state", "wait until every process has saved", ("output_dir",)),
+        ("_save_optimizer_and_scheduler", "save the optimizer's state as safetensors", ("output_dir",)),
+        ("_load_optimizer_and_scheduler", "load the optimizer's state exactly", ("checkpoint",)),
+        ("_load_from_checkpoint", "load weights under their files' names", ("resume_from_checkpoint", "model")),
+        ("_load_best_model", "load the best weights under their files' names", ()),
+    )
+}
+
+NAMES: tuple[PrivateName, ...] = (
+    HANDLERS,
+    *(ENUM_NAMES, ENUM_MEMBERS, ENUM_VALUES),
+    *(CALLBACKS, PROGRESS, PRINTER),
+    SCHEDULER_FILE,
+    DECAYED,
+    *(name for name, _ in TRAINER_METHODS.values()),
+)
+
+# Components that torch's wrappers (torch.compile, checkpoint_wrapper) put into a parameter's name.
+WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+
+
+def optimizer_handlers() -> MutableMapping[str, Callable[..., Any]]:
+    """Return transformers' handlers by optimizer name, to be added to."""
+    return HANDLERS.resolve()
+
+
+def default_callbacks() -> list[Any]:
+    """Return the callbacks, classes or instances, that every Trainer gets, to be added to."""
+    return CALLBACKS.resolve()
+
+
+def replace_in_trainer(name: PrivateName, ours: type, theirs: type) -> None:
+    """Replace a callback class that every Trainer looks up by a subclass of it.
+
+    Args:
+        name: :data:`PROGRESS` or :data:`PRINTER`.
+        ours: the subclass.
+        theirs: what is replaced; another, such as a notebook's, stays.
+    """
+    if name.resolve() is theirs:
+        module, _, attribute = name.path.partition(":")
+        setattr(importlib.import_module(module), attribute, ours)
+
+
+def add_optimizer_name(name: str) -> str:
+    """Add a real member to transformers' enumeration of optimizers, and return it.
+
+    Argument parsers list the members, so a lookup hook is not enough.
+
+    Args:
+        name: value of the member, in lower case; no member has it.
+    """
+    names, members, values = (entry.resolve() for entry in (ENUM_NAMES, ENUM_MEMBERS, ENUM_VALUES))
+    enumeration: Any = importlib.import_module("transformers.training_args").OptimizerNames
+    attribute = name.upper()
+    member: Any = str.__new__(enumeration, name)
+    member._name_ = attribute
+    member._value_ = name
+    member.__objclass__ = enumeration
+    member._sort_order_ = len(names)
+    # Pickled as a plain string, so that training_args.bin loads where this package is not installed.
+    member.__reduce_ex__ = lambda protocol: (str, (name,))
+    type.__setattr__(enumeration, attribute, member)
+    names.append(attribute)
+    members[attribute] = member
+    values[name] = member
+    return member
+
+
+def require_trainer_methods() -> None:
+    """Check that Trainer has every method that is overridden.
+
+    Raises:
+        PrivateApiError: naming the one that is gone.
+    """
+    for name, _ in TRAINER_METHODS.values():
+        name.resolve()
+
+
+def has_gate(experts: Any) -> bool:
+    """Return whether a module is one of transformers' layers of experts, by its interface."""
+    return hasattr(experts, "_apply_gate")
+
+
+def apply_gate(experts: Any, gate_up: Any) -> Any:
+    """Return what the experts' ``down_proj`` gets, (tokens, features), of the outputs of their ``gate_up_proj``.
+
+    Args:
+        experts: a module that :func:`has_gate`.
+        gate_up: (tokens, 2 features).
+    """
+    return experts._apply_gate(gate_up)
