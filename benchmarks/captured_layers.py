@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset, DatasetDict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,11 +20,9 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_schatten import create_schatten_optimizer
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
-sys.path.insert(0, str(Path(__file__).parents[1] / "recipes" / "pretrain_clm"))
-import corpus
-from datasets import Dataset, DatasetDict
-from recipe_parts import blocks
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from recipes.pretrain_clm import data
+from recipes.recipe_parts import blocks
 
 _VALIDATION_FRACTION = 0.05  # the recipe's; its train split is the text here
 
@@ -140,7 +139,7 @@ def _capture(run: TrainingRun) -> Iterator[tuple[str, Tensor]]:
 
 
 def _text(run: TrainingRun) -> Dataset:
-    documents = corpus.load_python(corpus.source_root(corpus.STDLIB), _VALIDATION_FRACTION)["train"]
+    documents = data.load_python(data.source_root(data.STDLIB), _VALIDATION_FRACTION)["train"]
     total = len(documents)
     return documents.select([row * total // run.documents for row in range(run.documents)])
 

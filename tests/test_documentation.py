@@ -162,13 +162,9 @@ def parse(monkeypatch):
             patch.setattr(sys, "argv", [str(program), *arguments])
             patch.setattr(sys, "path", [str(Path(program).parent), *sys.path])
             sys.modules.pop(f"{program}.__main__", None)  # of a test before, which runpy would warn of
-            before = set(sys.modules)
             run = runpy.run_path if str(program).endswith(".py") else runpy.run_module
             with pytest.raises(Parsed):
                 run(str(program), run_name="__main__")
-            for name in sys.modules.keys() - before:  # other scripts have modules of the same names
-                if Path(getattr(sys.modules[name], "__file__", None) or "").parent == Path(program).parent:
-                    del sys.modules[name]
 
     return call
 
@@ -209,7 +205,7 @@ def check_python(words, parse):
 def imports_the_package(words):
     """Whether a script does, or takes the recipes' parts, which do; the reader's knows nothing of the package."""
     script = ROOT / words[0]
-    imported = re.compile(r"^(import|from) (hf_schatten|recipe_parts)\b", flags=re.MULTILINE)
+    imported = re.compile(r"^(import|from) (hf_schatten|recipes)\b", flags=re.MULTILINE)
     return script.is_file() and imported.search(script.read_text(encoding="utf-8"))
 
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import torch
 from datasets import DatasetDict
-from recipe_parts.documents import load_library, ordered_files
+
+from recipes.recipe_parts.documents import load_library, ordered_files
 
 HEADERS_NAME = "C++ headers of torch"
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import headers
-from recipe_parts.command_line import InputError, parse, require_at_least, require_fraction, require_one_text
-from recipe_parts.documents import BUILDERS
 from transformers import TrainingArguments
+
+from recipes.lora_sft import data
+from recipes.recipe_parts.command_line import InputError, parse, require_at_least, require_fraction, require_one_text
+from recipes.recipe_parts.documents import BUILDERS
 
 DEFAULT_BASE = "outputs/pretrain_clm"  # where the recipe pretrain_clm saves its model
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the output's
@@ -127,7 +128,7 @@ class DataTrainingArguments:
     @property
     def source(self) -> str:
         """Name of the data, for logs and the model card."""
-        return self.dataset_name or self.train_file or headers.HEADERS_NAME
+        return self.dataset_name or self.train_file or data.HEADERS_NAME
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as Pictures
-from recipe_parts.command_line import InputError
-from recipe_parts.splits import held_out_rows
 from sklearn.datasets import load_digits
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.splits import held_out_rows
 
 DIGITS_NAME = "scikit-learn's handwritten digits"
 VALIDATION_SPLITS = ("validation", "test")

@@ -5,13 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-import headers
 import torch
-from answers import AnswerCheck
-from recipe_parts.command_line import InputError
-from recipe_parts.language_model import LanguageModelTrainer
-from recipe_parts.run_record import RunRecord, examples_per_step, quantity, source_name
-from sft_arguments import ALL_LINEAR, DataTrainingArguments, ModelArguments
+
+from recipes.lora_sft import data
+from recipes.lora_sft.answers import AnswerCheck
+from recipes.lora_sft.arguments import ALL_LINEAR, DataTrainingArguments, ModelArguments
+from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.language_model import LanguageModelTrainer
+from recipes.recipe_parts.run_record import RunRecord, examples_per_step, quantity, source_name
 
 
 @dataclass(kw_only=True)
@@ -110,9 +111,9 @@ def _data(run: Run) -> str:
     args = run.data_args
     kind = "documents" if args.prompt_column is None else "prompts with completions"
     counts = f"{run.rows['train']:,} {kind} to train on, {run.rows['validation']:,} held out"
-    if args.source == headers.HEADERS_NAME:
+    if args.source == data.HEADERS_NAME:
         origin = (
-            f"The C++ headers of torch {torch.__version__} in {_listed(headers.FOLDERS)}, without generated ones: "
+            f"The C++ headers of torch {torch.__version__} in {_listed(data.FOLDERS)}, without generated ones: "
             f"{counts}. Another version or build has other files, and gives other numbers."
         )
     else:

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import images
-from recipe_parts.command_line import InputError, parse, require_at_least, require_fraction
 from transformers import TrainingArguments
+
+from recipes.image_classification import data
+from recipes.recipe_parts.command_line import InputError, parse, require_at_least, require_fraction
 
 MODEL_TYPES = ("vit", "resmlp")
 SCRIPT_DEFAULTS = {
@@ -97,7 +98,7 @@ class DataTrainingArguments:
     @property
     def source(self) -> str:
         """Name of the images, for logs and the model card."""
-        return self.dataset_name or images.DIGITS_NAME
+        return self.dataset_name or data.DIGITS_NAME
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:

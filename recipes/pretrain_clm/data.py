@@ -6,8 +6,9 @@ import tokenize
 from pathlib import Path
 
 from datasets import DatasetDict
-from recipe_parts.command_line import InputError
-from recipe_parts.documents import load_library, ordered_files
+
+from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.documents import load_library, ordered_files
 
 logger = logging.getLogger(__name__)
 

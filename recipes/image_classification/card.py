@@ -4,9 +4,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import images
-from image_arguments import DataTrainingArguments, ModelArguments
-from recipe_parts.run_record import RecipeTrainer, RunRecord, examples_per_step, quantity, source_name, whole_model
+from recipes.image_classification import data
+from recipes.image_classification.arguments import DataTrainingArguments, ModelArguments
+from recipes.recipe_parts.run_record import (
+    RecipeTrainer,
+    RunRecord,
+    examples_per_step,
+    quantity,
+    source_name,
+    whole_model,
+)
 
 
 @dataclass(kw_only=True)
@@ -61,7 +68,7 @@ class ImageClassificationTrainer(RecipeTrainer):
 
 def _data(run: Run) -> str:
     counts = f"{run.pictures['train']:,} to train on, {run.pictures['validation']:,} to evaluate on"
-    if run.data_args.source == images.DIGITS_NAME:
+    if run.data_args.source == data.DIGITS_NAME:
         origin = (
             f"The handwritten digits of scikit-learn, 8 by 8 pixels, grey: {counts}. The same share of every digit is "
             "held out, chosen by a hash of the images' numbers; writers are not kept apart."
