@@ -511,7 +511,7 @@ def test_numbers_of_the_readme_are_those_of_the_pages_that_it_links():
         "h100": "takes {} times Muon's, and {} times at width 1024",
     }
     for file, sentence in sentences.items():
-        rows = json.loads((ROOT / f"benchmarks/results/step_overhead_{file}.json").read_text())["rows"]
+        rows = json.loads((ROOT / f"benchmarks/comparison/results/step_overhead_{file}.json").read_text())["rows"]
         ratios = sorted(f"{row['step']['median']:.2f}" for row in rows)
         assert sentence.format(ratios[0], ratios[-1]) in " ".join(RESULTS.split())
     for rounded, measured in (("1.32 times", "| 1.320 ("), ("0.24 times", "| 0.239 ("), ("0.48 %", "| +0.48 %")):

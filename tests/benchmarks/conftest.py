@@ -1,13 +1,9 @@
-"""Makes the modules of the benchmark importable, as they are when its script runs."""
+"""What the tests of benchmarks share."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 @pytest.fixture(autouse=True)

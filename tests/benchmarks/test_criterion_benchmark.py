@@ -6,13 +6,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-import captured_layers
-import criterion as script
 import datasets
-import interleaved_timing
 import pytest
 import torch
 
+from benchmarks import interleaved_timing
+from benchmarks.adaptation import captured_layers
+from benchmarks.adaptation import criterion as script
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS
 
 

@@ -16,6 +16,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForImageClassification
 
+from benchmarks.comparison.comparison import Task
 from hf_schatten import SchattenCallback, route_parameters
 from hf_schatten.adaptive.probe import Probe, RowSample
 from recipes.image_classification import arguments, data, image_classification
@@ -98,9 +99,6 @@ def test_shipped_files_are_valid(name, monkeypatch):
 @pytest.mark.parametrize("name", sorted(COMPARISONS))
 def test_the_comparisons_are_read_by_the_benchmark(name, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    monkeypatch.syspath_prepend(FOLDER.parents[1] / "benchmarks")
-    from comparison import Task
-
     task = Task.load(FOLDER / name)
     assert task.script.is_file()
     assert Path(task.arguments[0]).is_file()

@@ -551,7 +551,7 @@ def test_the_script_trains_on_the_headers(base, tmp_path):
 def test_the_comparison_trains_adapters_with_muon(base, questions, tmp_path):
     times, script = tmp_path / "times.json", str(RECIPE / "lora_sft.py")
     muon = ["--optim", "torch_muon", "--max_steps", "2", "--save_strategy", "no"]
-    timed_run = [sys.executable, str(RECIPE.parents[1] / "benchmarks" / "timed_run.py"), str(times), script]
+    timed_run = [sys.executable, str(RECIPE.parents[1] / "benchmarks/comparison/timed_run.py"), str(times), script]
     subprocess.run([*timed_run, *flags(base, questions, tmp_path / "out", *muon)], check=True, timeout=300)
     assert json.loads(times.read_text())["steps"] == [1, 2]
 

@@ -22,14 +22,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from bench import print_table
-from scaling_machines import Link, Machine, all_gather_bytes, all_reduce_bytes
-from scaling_simulation import Setting, replicated, shared
-from scaling_workload import PLANS, Plan, Workload
 from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from benchmarks.scaling.scaling_machines import Link, Machine, all_gather_bytes, all_reduce_bytes
+from benchmarks.scaling.scaling_simulation import Setting, replicated, shared
+from benchmarks.scaling.scaling_workload import PLANS, Plan, Workload
+from benchmarks.tables import print_table
 from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.distributed.replicated import _ALL_GATHER
 

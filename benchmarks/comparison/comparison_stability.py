@@ -9,9 +9,9 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from comparison import Outcome, Standing
 from scipy.stats import rankdata
 
+from benchmarks.comparison.comparison import Outcome, Standing
 from hf_schatten.report.figures import plot_p_of_runs
 from hf_schatten.report.log import LAYER_PREFIX
 

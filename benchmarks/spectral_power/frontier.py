@@ -9,7 +9,8 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from peers import OURS
+
+from benchmarks.spectral_power.peers import OURS
 
 # Differences below these are noise: of two timings, and of rounding at p = 1.
 TIME_MARGIN = 0.03

@@ -8,13 +8,14 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import comparison_numbers
 import numpy as np
-from comparison import Outcome, Standing
-from comparison_numbers import numbers_of
-from comparison_stability import stability_sections
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from benchmarks.comparison import comparison_numbers
+from benchmarks.comparison.comparison import Outcome, Standing
+from benchmarks.comparison.comparison_numbers import numbers_of
+from benchmarks.comparison.comparison_stability import stability_sections
 
 REFERENCE = "Muon"
 

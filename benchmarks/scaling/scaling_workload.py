@@ -10,13 +10,13 @@ from functools import cached_property, partial
 from typing import Any
 
 import torch
-from scaling_machines import Cost
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
+from benchmarks.scaling.scaling_machines import Cost
 from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.adaptive.criterion import CRITERIA, NODES
 from hf_schatten.distributed.replicated import update_cost

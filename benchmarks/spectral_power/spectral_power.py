@@ -4,10 +4,10 @@ Prints its tables and writes them to ``spectral_power.json``, with a picture of 
 Times are ratios of calls that ran alternately in this process; nothing here asserts one.
 
 Usage:
-    python benchmarks/spectral_power.py                                  # on a CPU in float32
-    python benchmarks/spectral_power.py --sections speed peers           # without the optimizers
-    python benchmarks/spectral_power.py --device cuda --dtype bfloat16   # with the compiled variants
-    python benchmarks/spectral_power.py --quick                          # tiny matrices: does it run?
+    python benchmarks/spectral_power/spectral_power.py                                  # on a CPU in float32
+    python benchmarks/spectral_power/spectral_power.py --sections speed peers           # without the optimizers
+    python benchmarks/spectral_power/spectral_power.py --device cuda --dtype bfloat16   # with the compiled variants
+    python benchmarks/spectral_power/spectral_power.py --quick                          # tiny matrices: does it run?
 """
 
 import argparse
@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import measure_methods
-from bench import GPT2_SMALL, QUICK, Bench
-from speed import measure_calls, measure_optimizers
+
+from benchmarks.spectral_power.accuracy import measure_methods
+from benchmarks.spectral_power.bench import GPT2_SMALL, QUICK, Bench
+from benchmarks.spectral_power.speed import measure_calls, measure_optimizers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECTIONS: dict[str, Callable[[Bench, Path], Any]] = {

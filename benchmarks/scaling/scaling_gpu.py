@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import print_table
-from scaling_machines import Machine
-from scaling_simulation import Setting, muon, replicated
-from scaling_workload import Plan, Workload
 from transformers import GPT2Config
 
-RESULTS = Path(__file__).parent / "results" / "step_overhead_h100.json"
+from benchmarks.scaling.scaling_machines import Machine
+from benchmarks.scaling.scaling_simulation import Setting, muon, replicated
+from benchmarks.scaling.scaling_workload import Plan, Workload
+from benchmarks.tables import print_table
+
+RESULTS = Path(__file__).parents[1] / "comparison/results/step_overhead_h100.json"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ bfloat16`` lets this optimizer do so too. Products are counted as well. Nothing 
 estimates of p add: `adaptation_overhead.py`.
 
 Usage:
-    python benchmarks/step_overhead.py                    # widths 128 to 768, ten minutes
-    python benchmarks/step_overhead.py --widths 256 --layers 4 --sequences 8
-    python benchmarks/step_overhead.py --device cuda --widths 768 1024 --layers 12 --sequences 16 --length 1024
+    python benchmarks/comparison/step_overhead.py                    # widths 128 to 768, ten minutes
+    python benchmarks/comparison/step_overhead.py --widths 256 --layers 4 --sequences 8
+    python benchmarks/comparison/step_overhead.py --device cuda --widths 768 1024 --layers 12 --length 1024
 """
 
 import argparse
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import print_table
-from interleaved_timing import Ratio, time_ratio
-from random_gpt2 import Setting, loss_of, random_gpt2
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
-from torch_muon import MuonAndAdamW
 
+from benchmarks.comparison.torch_muon import MuonAndAdamW
+from benchmarks.interleaved_timing import Ratio, time_ratio
+from benchmarks.random_gpt2 import Setting, loss_of, random_gpt2
+from benchmarks.tables import print_table
 from hf_schatten import create_schatten_optimizer
 from hf_schatten.options import OPTION_VALUES
 

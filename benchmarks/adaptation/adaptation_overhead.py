@@ -6,9 +6,9 @@ hooks on the others; it is scaled to one due step in ``--interval`` steps. Peak 
 of living tensors, over steps that are all due. Nothing here asserts a time.
 
 Usage:
-    python benchmarks/adaptation_overhead.py                               # 12 million parameters, about 10 minutes
-    python benchmarks/adaptation_overhead.py --estimators exact lanczos    # several in turn
-    python benchmarks/adaptation_overhead.py --device cuda --width 768 --layers 12
+    python benchmarks/adaptation/adaptation_overhead.py                             # 12 M parameters, ten minutes
+    python benchmarks/adaptation/adaptation_overhead.py --estimators exact lanczos  # several in turn
+    python benchmarks/adaptation/adaptation_overhead.py --device cuda --width 768 --layers 12
 """
 
 import argparse
@@ -18,16 +18,16 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from bench import print_table
-from interleaved_timing import Ratio, time_ratio
-from random_gpt2 import Setting, loss_of, random_gpt2
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.interleaved_timing import Ratio, time_ratio
+from benchmarks.random_gpt2 import Setting, loss_of, random_gpt2
+from benchmarks.tables import print_table
 from hf_schatten import SchattenOptions, SchattenP, create_schatten_optimizer
-from hf_schatten.linalg.spectrum import LogNormEstimatorName
+from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--estimators",
         nargs="+",
-        choices=get_args(LogNormEstimatorName),
+        choices=list(LOG_NORM_ESTIMATORS),
         default=[SchattenOptions.p_estimator],
         help="of the spectra (default: the package's)",
     )

@@ -4,10 +4,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from scaling_machines import Cost, Machine, all_gather_bytes, all_reduce_bytes, broadcast_bytes
-from scaling_pipelines import exchange, gradients_exposed
-from scaling_workload import Workload, elements, update_costs
-
+from benchmarks.scaling.scaling_machines import Cost, Machine, all_gather_bytes, all_reduce_bytes, broadcast_bytes
+from benchmarks.scaling.scaling_pipelines import exchange, gradients_exposed
+from benchmarks.scaling.scaling_workload import Workload, elements, update_costs
 from hf_schatten.distributed.replicated import Round, assign, fits, rounds_of, sharing_groups
 
 BUCKET_BYTES = 25 << 20  # of DDP

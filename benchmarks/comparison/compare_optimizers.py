@@ -1,10 +1,10 @@
 """Compare optimizers on a training script: a sweep of learning rates for each, then more seeds at the best rate.
 
 Usage:
-    python benchmarks/compare_optimizers.py recipes/pretrain_clm/comparison.yaml
-    python benchmarks/compare_optimizers.py TASK.yaml --only "p = 2" "p = 4" --seeds 1   # the sweep of two candidates
-    python benchmarks/compare_optimizers.py TASK.yaml --report                           # tables of what has run
-    python benchmarks/compare_optimizers.py TASK.yaml --keep --only "p = 3"              # one more row in the report
+    python benchmarks/comparison/compare_optimizers.py recipes/pretrain_clm/comparison.yaml
+    python benchmarks/comparison/compare_optimizers.py TASK.yaml --only "p = 2" "p = 4" --seeds 1  # two sweeps
+    python benchmarks/comparison/compare_optimizers.py TASK.yaml --report                          # of what has run
+    python benchmarks/comparison/compare_optimizers.py TASK.yaml --keep --only "p = 3"             # one more row
 
 A run that is stored is not run again, so that an interrupted comparison goes on where it stopped. Tables, a picture
 and all outcomes go beside the task's file: into ``results`` from ``comparison.yaml``, and into ``results_NAME`` from
@@ -22,11 +22,12 @@ from collections.abc import Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import comparison_numbers
-from comparison import Candidate, ComparisonError, Outcome, Run, Standing, Task, next_runs
-from comparison_numbers import load_outcomes
-from comparison_report import write_report
 from tqdm import tqdm
+
+from benchmarks.comparison import comparison_numbers
+from benchmarks.comparison.comparison import Candidate, ComparisonError, Outcome, Run, Standing, Task, next_runs
+from benchmarks.comparison.comparison_numbers import load_outcomes
+from benchmarks.comparison.comparison_report import write_report
 
 _TIMED_RUN = Path(__file__).with_name("timed_run.py")
 

@@ -1,7 +1,7 @@
 """Runs a training script as ``python SCRIPT`` would, and keeps its logs and times: one run of `compare_optimizers.py`.
 
 Usage:
-    python benchmarks/timed_run.py TIMES.json SCRIPT.py [ARGUMENT …]
+    python benchmarks/comparison/timed_run.py TIMES.json SCRIPT.py [ARGUMENT …]
 
 The script needs nothing but a Trainer. ``--optim schatten_p`` and ``--optim torch_muon`` are available to it.
 """
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch_muon
 import transformers
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
 
+from benchmarks.comparison import torch_muon
 from hf_schatten.integration.registration import register_optimizer
 
 

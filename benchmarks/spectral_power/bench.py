@@ -1,11 +1,12 @@
-"""Where and on what to measure, and how a table is printed."""
+"""Where and on what to measure."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from interleaved_timing import Ratio, best_seconds, time_ratio
 from torch import Tensor
+
+from benchmarks.interleaved_timing import Ratio, best_seconds, time_ratio
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,3 @@ class Bench:
         side = self.sizes.peak * (4 if self.device.type == "cuda" else 1)
         X = self.gaussian(side, side).to(self.dtype)
         return 2 * side**3 / best_seconds(lambda: X @ X, self.repeats, self.device)
-
-
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a Markdown table with aligned columns."""
-    lines = [tuple(header), *(tuple(row) for row in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    lines.insert(1, tuple("-" * width for width in widths))
-    for line in lines:
-        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")

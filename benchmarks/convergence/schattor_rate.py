@@ -23,8 +23,8 @@ last column refers to, are derived anew along its lemmas 5 to 10, for single sam
 oracles, these take five Newton–Schulz steps.
 
 Usage:
-    python benchmarks/schattor_rate.py           # three minutes on one core; writes results/schattor_rate.md and .png
-    python benchmarks/schattor_rate.py --quick   # seconds: does it run? Writes to outputs/benchmarks
+    python benchmarks/convergence/schattor_rate.py          # three minutes on one core; writes to results
+    python benchmarks/convergence/schattor_rate.py --quick  # seconds: does it run? Writes to outputs/benchmarks
 """
 
 import argparse
@@ -114,7 +114,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--quick", action="store_true", help="short horizons, only to check that everything runs")
     parser.add_argument(
-        "--output", type=Path, help="folder (default benchmarks/results; with --quick outputs/benchmarks)"
+        "--output", type=Path, help="folder (default: results beside this file; with --quick outputs/benchmarks)"
     )
     options = parser.parse_args(arguments)
     if options.output is None:
@@ -265,7 +265,8 @@ def report(plan: Plan, by_horizon: Results, by_size: Results) -> str:
         [
             "# The rate of Schattor, measured",
             "",
-            "Written by `python benchmarks/schattor_rate.py`, which states the problem and the choice of parameters.",
+            "Written by `python benchmarks/convergence/schattor_rate.py`, which states the problem and the choice of "
+            "parameters.",
             f"L = {L:g}, gap {GAP:g}, σ = {SIGMA:g}; {plan.seeds} seeds.",
             "",
             "Stationarity is the mean over all iterates of the true gradient's dual norm (ball), or the root of its",

@@ -3,7 +3,6 @@
 A capture is kept as one safetensors file a run, so that a benchmark repeats in seconds.
 """
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +18,6 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from hf_schatten import create_schatten_optimizer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from recipes.pretrain_clm import data
 from recipes.recipe_parts import blocks
 

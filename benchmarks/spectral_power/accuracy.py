@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import Bench, print_table
-from frontier import DIVERGED, Point, dominating_peers, families_left, label_of, plot
-from peers import EXPONENTS, OURS, Method, all_methods, newton_schulz
 from torch import Tensor
 
+from benchmarks.spectral_power.bench import Bench
+from benchmarks.spectral_power.frontier import DIVERGED, Point, dominating_peers, families_left, label_of, plot
+from benchmarks.spectral_power.peers import EXPONENTS, OURS, Method, all_methods, newton_schulz
+from benchmarks.tables import print_table
 from hf_schatten.linalg import spectral_power_svd
 
 PICTURE = "spectral_power.png"

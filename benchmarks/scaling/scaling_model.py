@@ -1,14 +1,14 @@
 """Weak scaling of a training step to 1,024 ranks: compute, communication, overlap, and the bytes that travel.
 
 A model, not a measurement. The work is counted by running the optimizers on tensors without memory, the rounds of
-updates are those of `hf_schatten.distributed.replicated`, and the machine is a table of data-sheet numbers, assumptions, and two
-numbers that are fitted to steps of one GPU (`scaling_gpu.py`), each with its source. ``--calibrate`` measures this
-machine and two real processes on it, and compares the model with them.
+updates are those of `hf_schatten.distributed.replicated`, and the machine is a table of data-sheet numbers,
+assumptions, and two numbers that are fitted to steps of one GPU (`scaling_gpu.py`), each with its source.
+``--calibrate`` measures this machine and two real processes on it, and compares the model with them.
 
 Usage:
-    python benchmarks/scaling_model.py               # tables, picture; a minute
-    python benchmarks/scaling_model.py --calibrate   # first measures this machine: five minutes more
-    python benchmarks/scaling_model.py --quick       # tiny model: does it run?
+    python benchmarks/scaling/scaling_model.py               # tables, picture; a minute
+    python benchmarks/scaling/scaling_model.py --calibrate   # first measures this machine: five minutes more
+    python benchmarks/scaling/scaling_model.py --quick       # tiny model: does it run?
 """
 
 import argparse
@@ -21,19 +21,20 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench import print_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from scaling_calibration import CALIBRATED, QUICK, calibrate, print_calibration
-from scaling_gpu import compare, print_comparison, trained
-from scaling_machines import H100, Machine, all_reduce_bytes, with_network
-from scaling_simulation import VARIANTS, Setting, Step, crossover
-from scaling_workload import PLANS, Workload
+
+from benchmarks.scaling.scaling_calibration import CALIBRATED, QUICK, calibrate, print_calibration
+from benchmarks.scaling.scaling_gpu import compare, print_comparison, trained
+from benchmarks.scaling.scaling_machines import H100, Machine, all_reduce_bytes, with_network
+from benchmarks.scaling.scaling_simulation import VARIANTS, Setting, Step, crossover
+from benchmarks.scaling.scaling_workload import PLANS, Workload
+from benchmarks.tables import print_table
 
 RANKS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 NETWORKS = (400, 100, 25)  # Gb/s for each rank
 # Of one number of the machine at a time, to see how much the outcome depends on it.
-CHANGES: tuple[dict[str, float], ...] = (
+CHANGES: tuple[dict[str, Any], ...] = (
     {},
     {"kernel_seconds": 5e-6},
     {"kernel_seconds": 2e-6},
@@ -133,7 +134,7 @@ def print_crossovers(
     workloads: Iterable[Workload], machine: Machine, setting: Setting, ranks: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Print and return from how many ranks on sharing the work costs more than it saves, for slower networks too."""
-    found = []
+    found: list[dict[str, Any]] = []
     for workload in workloads:
         for gigabits in NETWORKS:
             simulated = simulate(workload, with_network(machine, gigabits), setting, ranks)
@@ -251,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with redirect_stdout(text):
         print("# Weak scaling, modelled\n")
         print("A model: no step on several machines has been measured. Every rank keeps its tokens.")
-        print(f"`python benchmarks/scaling_model.py`: {setting}.\n")
+        print(f"`python benchmarks/scaling/scaling_model.py`: {setting}.\n")
         print(f"## Machine: {machine.name}\n")
         print_machine(machine)
         print(f"\n## Bytes that a rank of {ranks[-1]} sends in a step\n")

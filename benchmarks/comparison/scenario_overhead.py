@@ -6,9 +6,9 @@ one of which estimates p, a run of as many with `torch_muon.py`, and so on. A st
 Whole runs of `compare_optimizers.py`, one after the other, differ by more than what is measured here.
 
 Usage:
-    python benchmarks/scenario_overhead.py recipes/pretrain_clm/comparison.yaml --repeats 3     # six minutes
-    python benchmarks/scenario_overhead.py recipes/*/comparison.yaml --repeats 3
-    python benchmarks/scenario_overhead.py recipes/image_classification/comparison.yaml --candidate holder
+    python benchmarks/comparison/scenario_overhead.py recipes/pretrain_clm/comparison.yaml --repeats 3  # six minutes
+    python benchmarks/comparison/scenario_overhead.py recipes/*/comparison.yaml --repeats 3
+    python benchmarks/comparison/scenario_overhead.py recipes/image_classification/comparison.yaml --candidate holder
 """
 
 import argparse
@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from bench import print_table
-from comparison import Candidate, ComparisonError, Task
-from interleaved_timing import Ratio, time_ratio
 from torch import nn
 from torch.optim import Optimizer
-from torch_muon import MuonAndAdamW
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers import trainer as transformers_trainer
 
+from benchmarks.comparison.comparison import Candidate, ComparisonError, Task
+from benchmarks.comparison.torch_muon import MuonAndAdamW
+from benchmarks.interleaved_timing import Ratio, time_ratio
+from benchmarks.tables import print_table
 from hf_schatten import create_schatten_optimizer
 from hf_schatten.options import SchattenOptions
 

@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from bench import GPT2_SMALL, Bench, print_table
-from interleaved_timing import Ratio
-from peers import newton_schulz
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.interleaved_timing import Ratio
+from benchmarks.spectral_power.bench import GPT2_SMALL, Bench
+from benchmarks.spectral_power.peers import newton_schulz
+from benchmarks.tables import print_table
 from hf_schatten import SchattenP
 from hf_schatten.linalg import spectral_power
 

@@ -7,9 +7,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from comparison import ComparisonError, Outcome, Standing
-from comparison_stability import learned_exponents
-
+from benchmarks.comparison.comparison import ComparisonError, Outcome, Standing
+from benchmarks.comparison.comparison_stability import learned_exponents
 from hf_schatten.report.log import LAYER_PREFIX
 
 NAME = "comparison.json"

@@ -66,7 +66,7 @@ class MuonAndAdamW(Optimizer):
 
 
 def handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
-    """Return what Trainer calls to make the optimizer, for :func:`hf_schatten.integration.registration.register_optimizer`."""
+    """Return what Trainer calls to make the optimizer, for `registration.register_optimizer`."""
     arguments = context.optimizer_kwargs | context.adam_kwargs | {"weight_decay": context.args.weight_decay}
     return _Factory, arguments
 

@@ -6,9 +6,9 @@ and writes them to ``criterion.md`` and ``criterion.json``; a time is a ratio of
 process, and nothing here asserts one.
 
 Usage:
-    python benchmarks/criterion.py                               # captures first: about ten minutes on two cores
-    python benchmarks/criterion.py --estimators lanczos exact32  # some of them
-    python benchmarks/criterion.py --quick                       # tiny model: does it run?
+    python benchmarks/adaptation/criterion.py                                 # captures first: ten minutes
+    python benchmarks/adaptation/criterion.py --estimators lanczos submatrix  # some of them
+    python benchmarks/adaptation/criterion.py --quick                         # tiny model: does it run?
 """
 
 import argparse
@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import print_table
-from captured_layers import NARROW, TINY, WIDE, CapturedLayer, TrainingRun, captured_layers
-from interleaved_timing import time_ratio
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.adaptation.captured_layers import NARROW, TINY, WIDE, CapturedLayer, TrainingRun, captured_layers
+from benchmarks.interleaved_timing import time_ratio
+from benchmarks.tables import print_table
 from hf_schatten.adaptive.criterion import CURVES, NODES, exponent_nodes, maximising_exponent, objective_curve
 from hf_schatten.adaptive.probe import RowSample
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, exact_log_norms
