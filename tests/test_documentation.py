@@ -311,8 +311,8 @@ def test_commands_name_what_exists_and_take_their_options(page, parse):
     [
         "python no_script.py",
         "python docs/draw_figures.py --outputs x",
-        "python -m hf_schatten.repost erasure",
-        "python -m hf_schatten.report erasure --stepps 3",
+        "python -m hf_schatten.runn train.py",
+        "python benchmarks/geometry/erasure.py --stepps 3",
         "python -m hf_schatten.run train.py --output_dir run --optim schatten_q",
         "python -m hf_schatten.run train.py --output_dir run --optim_args p_intervall=3",
         "python train.py --output_dir run --optim schatten_p",

@@ -1,4 +1,4 @@
-"""`python -m hf_schatten.report`: numbers against independent float64 computations, pictures, pages and errors."""
+"""The scripts of benchmarks/geometry: numbers against independent float64 computations, pictures, pages and errors."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from matplotlib.image import imread
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from benchmarks.geometry import erasure, geometry
+from benchmarks.geometry.geometry import write_geometry
+from benchmarks.geometry.layer_geometry import ORDERS, fit_decay, layer_geometry
+from benchmarks.geometry.text import GeometryError, byte_blocks, read_text, token_blocks
 from hf_schatten.linalg import dualizer, relative_size, stable_rank
-from hf_schatten.report import erasure
-from hf_schatten.report.__main__ import main
-from hf_schatten.report.geometry import ORDERS, fit_decay, layer_geometry, write_geometry
-from hf_schatten.report.text import ReportError, byte_blocks, read_text, token_blocks
 
 WIDTH, LENGTH = 16, 24
 TEXT = "\n".join(f"def f{i}(x):\n    return {i} * x + f{i - 1}(x)" for i in range(300))
@@ -68,7 +68,7 @@ def rows_of(page: Path) -> dict[str, list[str]]:
 
 def test_the_page_has_the_numbers_of_an_independent_computation(checkpoint, tokenizer, data, tmp_path, capsys):
     output = tmp_path / "report"
-    main(["geometry", str(checkpoint), "--data", str(data), "--output", str(output), "--batches", "2"])
+    geometry.main([str(checkpoint), "--data", str(data), "--output", str(output), "--batches", "2"])
     assert str(output / "geometry.md") in capsys.readouterr().out
     rows = rows_of(output / "geometry.md")
 
@@ -128,14 +128,14 @@ def test_the_tokenizer_may_lie_in_the_parent_folder(checkpoint, data, tmp_path):
     assert write_geometry(checkpoint, tmp_path / "out", data, batches=1).is_file()
     (checkpoint.parent / "tokenizer.json").unlink()
     (checkpoint.parent / "tokenizer_config.json").unlink()
-    with pytest.raises(ReportError, match=r"has a tokenizer .* with tokenizer.save_pretrained\(folder\)"):
+    with pytest.raises(GeometryError, match=r"has a tokenizer .* with tokenizer.save_pretrained\(folder\)"):
         write_geometry(checkpoint, tmp_path / "out", data)
 
 
 def test_a_bad_path_is_named_with_the_fix(checkpoint, tmp_path):
     def message(*arguments: str) -> str:
         with pytest.raises(SystemExit) as stopped:
-            main(["geometry", *arguments, "--output", str(tmp_path / "none")])
+            geometry.main([*arguments, "--output", str(tmp_path / "none")])
         return str(stopped.value)
 
     assert "missing is no checkpoint: it has no config.json. Give a folder" in message(str(tmp_path / "missing"))
@@ -149,7 +149,7 @@ def test_a_bad_path_is_named_with_the_fix(checkpoint, tmp_path):
 
 
 def test_erasure_leaves_a_picture_and_a_row_for_each_optimizer(data, tmp_path):
-    main(["erasure", "--quick", "--steps", "5", "--data", str(data), "--output", str(tmp_path)])
+    erasure.main(["--quick", "--steps", "5", "--data", str(data), "--output", str(tmp_path)])
     assert imread(tmp_path / "erasure.png").std() > 0.05
     rows = rows_of(tmp_path / "erasure.md")
     values = {name: [float(cell) for cell in rows[name]] for name in erasure.OPTIMIZERS}
@@ -198,5 +198,5 @@ def test_the_default_text_is_the_standard_library():
     text = read_text(None)
     assert len(text) > 1_000_000
     assert "class Fraction" in text
-    with pytest.raises(ReportError, match="holds no block of 100"):
+    with pytest.raises(GeometryError, match="holds no block of 100"):
         byte_blocks("short", 100)

@@ -1,81 +1,42 @@
 """What steepest descent under each Schatten norm would make of a checkpoint's gradients: a picture and a page.
 
+Usage:
+    python benchmarks/geometry/geometry.py outputs/pretrain_clm/checkpoint-300
+
 Source: F. L. Cesista 2025, "Steepest Descent Under Schatten-p Norms", section "What does the dualizer actually do?".
-Its p is the order r of the norm here; r = 2 is SGD, r = inf is Muon.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_schatten.linalg import coupling_factors
-from hf_schatten.matrices.layout import layer_name, matrix_name
-from hf_schatten.matrices.routing import Route, route_parameters
-from hf_schatten.report.text import STDLIB_NAME, ReportError, read_text, token_blocks
-
-ORDERS = (1, 1.25, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, math.inf)
-FIT_FROM = 32  # the order from which on the quadratic decay, an asymptote, is fitted
+from benchmarks.geometry import command_line
+from benchmarks.geometry.layer_geometry import (
+    FIT_FROM,
+    ORDERS,
+    Array,
+    LayerGeometry,
+    QuadraticDecay,
+    fit_decay,
+    measure,
+)
+from benchmarks.geometry.text import STDLIB_NAME, GeometryError, read_text, token_blocks
 
 _SHOWN_ORDERS = (1, 2, 4, 8, 32, math.inf)  # in the page's tables
 _BATCH = 8  # sequences
 _LENGTH = 256  # tokens, or the model's context
 _INFINITY = math.log2(max(order for order in ORDERS if order < math.inf)) + 1  # its place on the axis of log2(order)
 _TOKENIZER_FILES = "tokenizer.json", "tokenizer_config.json"
-
-Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class LayerGeometry:
-    """One matrix' gradient after dualization under every norm of `ORDERS`; arrays (orders,).
-
-    Attributes:
-        name: of the layer.
-        variance: of the singular values t of the dualized gradient T, over those whose gradient is not zero.
-        relative_size: ‖T‖_F / ‖W‖_F.
-        stable_rank: ‖T‖_F² / ‖T‖_2².
-        log_variance: variance of ln σ of the gradient's singular values σ, what proposition 5 multiplies.
-    """
-
-    name: str
-    variance: Array
-    relative_size: Array
-    stable_rank: Array
-    log_variance: float
-
-    @property
-    def kind(self) -> str:
-        """What it has in common with a layer of the other blocks: its name after the last number."""
-        parts = self.name.split(".")
-        last = max((index for index, part in enumerate(parts) if part.isdigit()), default=-1)
-        return ".".join(parts[last + 1 :]) or self.name
-
-
-@dataclass(frozen=True)
-class QuadraticDecay:
-    """The fit ``variance = constant / (order - 1)²``.
-
-    Attributes:
-        constant: geometric mean of ``variance · (order - 1)²``.
-        r_squared: share of the variation of log(variance) that it explains.
-        exponent: of ``order - 1`` where it is fitted too; -2 in the limit.
-    """
-
-    constant: float
-    r_squared: float
-    exponent: float
 
 
 def write_geometry(
@@ -95,7 +56,7 @@ def write_geometry(
         The page.
 
     Raises:
-        ReportError: when the checkpoint has no such model or tokenizer, or there is too little text.
+        GeometryError: when the checkpoint has no such model or tokenizer, or there is too little text.
         RoutingError: when the model has no matrix.
     """
     model, tokenizer = _load(checkpoint)
@@ -105,7 +66,7 @@ def write_geometry(
     compute_gradients(model, blocks.to(device))
     layers = measure(model)
     if not layers:
-        raise ReportError(f"every gradient of {checkpoint} is zero or not finite: is the model trained with NaN?")
+        raise GeometryError(f"every gradient of {checkpoint} is zero or not finite: is the model trained with NaN?")
     folder.mkdir(parents=True, exist_ok=True)
     decay = fit_decay(_median([layer.variance for layer in layers]))
     _draw(layers, decay, folder / "geometry.png")
@@ -119,15 +80,15 @@ def _load(checkpoint: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (checkpoint / "config.json").is_file():
         newest = max(checkpoint.glob("checkpoint-*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
         hint = f" Did you mean {newest.parent}?" if newest else " Give a folder that Trainer saved a model in."
-        raise ReportError(f"{checkpoint} is no checkpoint: it has no config.json.{hint}")
+        raise GeometryError(f"{checkpoint} is no checkpoint: it has no config.json.{hint}")
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ReportError(f"{checkpoint} holds no causal language model that can be loaded: {error}") from error
+        raise GeometryError(f"{checkpoint} holds no causal language model that can be loaded: {error}") from error
     for folder in (checkpoint, checkpoint.parent):
         if any((folder / name).is_file() for name in _TOKENIZER_FILES):
             return model, AutoTokenizer.from_pretrained(folder)
-    raise ReportError(
+    raise GeometryError(
         f"neither {checkpoint} nor its parent has a tokenizer ({' or '.join(_TOKENIZER_FILES)}): copy it there, with "
         "tokenizer.save_pretrained(folder)."
     )
@@ -140,69 +101,6 @@ def compute_gradients(model: PreTrainedModel, blocks: Tensor) -> None:
     for batch in blocks.split(_BATCH):
         loss = model(input_ids=batch, labels=batch).loss
         (loss * (len(batch) / len(blocks))).backward()
-
-
-def matrix_views(routes: Iterable[Route], tensor_of: Callable[[nn.Parameter], Tensor]) -> dict[str, Tensor]:
-    """Return the matrices (rows, columns) of routed parameters by name, as stored.
-
-    Args:
-        routes: of the matrices.
-        tensor_of: what is looked at: the parameter itself, its gradient.
-    """
-    return {
-        matrix_name(route.name, part): route.layout.matrix(tensor_of(route.parameter), index)
-        for route in routes
-        for index, part in enumerate(route.layout.part_names(route.parameter.shape))
-    }
-
-
-def measure(model: nn.Module) -> list[LayerGeometry]:
-    """Return the geometry of every matrix that has a finite gradient other than zero."""
-    routes = [route for route in route_parameters(model).to("schatten_p") if route.parameter.grad is not None]
-    weights = matrix_views(routes, lambda parameter: parameter.detach())
-    gradients = matrix_views(routes, lambda parameter: parameter.grad)  # type: ignore[arg-type, return-value]
-    return [
-        layer_geometry(layer_name(name), gradient, weights[name])
-        for name, gradient in gradients.items()
-        if gradient.isfinite().all() and gradient.any()
-    ]
-
-
-def layer_geometry(name: str, gradient: Tensor, weight: Tensor) -> LayerGeometry:
-    """Measure one gradient, of any dtype and scale, in float64.
-
-    One SVD serves all orders: the singular values of `hf_schatten.linalg.dualizer` are the dual vector of the
-    gradient's, which `coupling_factors` returns.
-
-    Args:
-        name: of the layer.
-        gradient: matrix (m, n), not zero.
-        weight: matrix (m, n).
-    """
-    sigma = torch.linalg.svdvals(gradient.double()).cpu()
-    sigma = sigma[sigma > max(gradient.shape) * torch.finfo(sigma.dtype).eps * sigma[0]]  # (rank,)
-    dualized = torch.stack([coupling_factors(sigma, order) for order in ORDERS])  # (orders, rank)
-    squares = dualized.square()
-    weight_norm = torch.linalg.vector_norm(weight, dtype=torch.float64).cpu()
-    return LayerGeometry(
-        name,
-        dualized.var(1, correction=0).numpy(),
-        (squares.sum(1).sqrt() / weight_norm).numpy(),
-        (squares.sum(1) / squares.amax(1)).numpy(),
-        sigma.log().var(correction=0).item(),
-    )
-
-
-def fit_decay(variance: Array) -> QuadraticDecay | None:
-    """Fit proposition 5's decay to variances (orders,) at the finite orders from 32 on; None where one is zero."""
-    pairs = [(order, value) for order, value in zip(ORDERS, variance, strict=True) if FIT_FROM <= order < math.inf]
-    orders, values = np.array(pairs).T
-    if not (values > 0).all():
-        return None
-    x, y = np.log(orders - 1), np.log(values)
-    scaled = y + 2 * x
-    unexplained = ((scaled - scaled.mean()) ** 2).sum() / ((y - y.mean()) ** 2).sum()
-    return QuadraticDecay(float(np.exp(scaled.mean())), float(1 - unexplained), float(np.polyfit(x, y, 1)[0]))
 
 
 def _median(curves: Sequence[Array]) -> Array:
@@ -338,3 +236,16 @@ def _layer_row(layer: LayerGeometry) -> str:
         for order in _SHOWN_ORDERS
     ]
     return f"| `{layer.name}` | " + " | ".join(cells) + " |"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw what every Schatten norm makes of a checkpoint's gradients, and write a page beside it."""
+    parser = command_line.parser("geometry", main.__doc__)
+    parser.add_argument("checkpoint", type=Path, help="folder of a causal language model saved by Trainer")
+    parser.add_argument("--batches", type=command_line.positive, default=4, help="of 8 sequences (default 4)")
+    parser.add_argument("--device", default="cpu", help="torch device (default cpu)")
+    command_line.run(write_geometry, parser, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,9 @@
 """Weight erasure: how far each optimizer takes a small GPT-2 from its initial weights; a picture and a page.
 
+Usage:
+    python benchmarks/geometry/erasure.py          # minutes on two cores
+    python benchmarks/geometry/erasure.py --quick  # a model of toy size: does it run?
+
 Sources: J. Bernstein 2024, "Weight erasure"; F. L. Cesista 2025, "Steepest Descent Under Schatten-p Norms", section
 "Faster feature learning".
 """
@@ -21,10 +25,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.geometry import command_line
+from benchmarks.geometry.layer_geometry import matrix_views
+from benchmarks.geometry.text import STDLIB_NAME, byte_blocks, read_text
 from hf_schatten.integration.factory import create_schatten_optimizer
 from hf_schatten.matrices.routing import Route, route_parameters
-from hf_schatten.report.geometry import matrix_views
-from hf_schatten.report.text import STDLIB_NAME, byte_blocks, read_text
 
 SUBSPACE = 8  # the top singular subspaces have a dimension of the shorter side over this
 
@@ -111,7 +116,7 @@ def write_erasure(folder: Path, data: Path | None = None, *, steps: int = 100, q
         The page.
 
     Raises:
-        ReportError: when there is too little text, or it cannot be read.
+        GeometryError: when there is too little text, or it cannot be read.
     """
     setup = QUICK if quick else FULL
     blocks = byte_blocks(read_text(data), setup.length)
@@ -264,3 +269,15 @@ def _page(trajectories: dict[str, Trajectory], setup: Setup, source: str) -> str
             "",
         ]
     )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Draw how far optimizers take a small GPT-2 from its initial weights, and write a page beside it."""
+    parser = command_line.parser("erasure", main.__doc__)
+    parser.add_argument("--steps", type=command_line.positive, default=100, help="of each training (default 100)")
+    parser.add_argument("--quick", action="store_true", help="a model of toy size, for a trial in seconds")
+    command_line.run(write_erasure, parser, arguments)
+
+
+if __name__ == "__main__":
+    main()

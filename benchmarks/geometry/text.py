@@ -15,8 +15,8 @@ STDLIB_NAME = "the Python standard library's source"
 _CHARACTERS_PER_TOKEN = 16  # of a window that is to hold a block; tokens are shorter on average
 
 
-class ReportError(ValueError):
-    """A report cannot be made; the message names what is missing and the fix."""
+class GeometryError(ValueError):
+    """The page cannot be written; the message names what is missing and the fix."""
 
 
 def read_text(path: Path | None) -> str:
@@ -26,7 +26,7 @@ def read_text(path: Path | None) -> str:
         path: a UTF-8 file, or None for the standard library of the running Python.
 
     Raises:
-        ReportError: when there is no such file, or it is no text.
+        GeometryError: when there is no such file, or it is no text.
     """
     if path is None:
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -34,7 +34,7 @@ def read_text(path: Path | None) -> str:
     try:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ReportError(f"{path} cannot be read as UTF-8 text ({error}): give a text file with --data.") from error
+        raise GeometryError(f"{path} cannot be read as UTF-8 text ({error}): give a text file with --data.") from error
 
 
 def token_blocks(text: str, tokenizer: PreTrainedTokenizerBase, blocks: int, length: int) -> Tensor:
@@ -50,7 +50,7 @@ def token_blocks(text: str, tokenizer: PreTrainedTokenizerBase, blocks: int, len
         Token ids (blocks, length); fewer blocks where windows hold less than one.
 
     Raises:
-        ReportError: when no window holds a block.
+        GeometryError: when no window holds a block.
     """
     width = length * _CHARACTERS_PER_TOKEN
     starts = [max(0, len(text) - width) * block // max(1, blocks - 1) for block in range(blocks)]
@@ -58,7 +58,7 @@ def token_blocks(text: str, tokenizer: PreTrainedTokenizerBase, blocks: int, len
     tokenized: Sequence[list[int]] = tokenizer(windows, truncation=True, max_length=length)["input_ids"]
     whole = [ids for ids in tokenized if len(ids) == length]
     if not whole:
-        raise ReportError(
+        raise GeometryError(
             f"the text of {len(text)} characters holds no block of {length} tokens: give more with --data."
         )
     return torch.tensor(whole)
@@ -68,9 +68,9 @@ def byte_blocks(text: str, length: int) -> Tensor:
     """Return all blocks of the text's UTF-8 bytes, (blocks, length) int64; the last, incomplete one is left out.
 
     Raises:
-        ReportError: when the text is shorter than a block.
+        GeometryError: when the text is shorter than a block.
     """
     data = torch.tensor(list(text.encode()), dtype=torch.long)
     if len(data) < length:
-        raise ReportError(f"the text of {len(data)} bytes holds no block of {length}: give more with --data.")
+        raise GeometryError(f"the text of {len(data)} bytes holds no block of {length}: give more with --data.")
     return data[: len(data) // length * length].view(-1, length)
