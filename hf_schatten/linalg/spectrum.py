@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from hf_schatten.linalg.iterate_norms import iterate_log_norms
-from hf_schatten.linalg.krylov_spectrum import full_spectrum, lanczos_spectrum, lowrank_spectrum
+from hf_schatten.linalg.krylov_spectrum import lanczos_spectrum
 from hf_schatten.linalg.submatrix_spectrum import submatrix_spectrum
 
-LogNormEstimatorName = Literal["exact", "exact32", "submatrix", "lowrank", "lanczos", "iterates"]
+LogNormEstimatorName = Literal["exact", "submatrix", "lanczos", "iterates"]
 
 # From matrices (..., m, n) and inverse orders (k,), float64 in [0, 4/3] with 0 for the spectral norm, to (..., k)
 # float64 of log ‖X‖_order.
@@ -113,9 +113,7 @@ def _unit_matrices(X: Tensor) -> tuple[Tensor, Tensor]:
 # By name, as in the options.
 LOG_NORM_ESTIMATORS: dict[LogNormEstimatorName, LogNormEstimator] = {
     "exact": exact_log_norms,
-    "exact32": _of_spectrum(full_spectrum),
     "submatrix": _of_spectrum(submatrix_spectrum),
-    "lowrank": _of_spectrum(lowrank_spectrum),
     "lanczos": _of_spectrum(lanczos_spectrum),
     "iterates": _estimator(iterate_log_norms),
 }
