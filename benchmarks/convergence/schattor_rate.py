@@ -1,5 +1,7 @@
 """Does Schattor keep the rate that its theorems promise? Stationarity against the horizon, and against the size.
 
+Problem, theory, measurement and page are in one long file, to be read as one argument.
+
 The problem has known constants. With matrices ``A_j`` (m, n) of dual Schatten norm 1 and targets ``b_j = ±b``::
 
     f(X) = mean_j φ(⟨A_j, X⟩ - b_j),    |φ''| <= 1,    X_0 = 0,    stochastic gradient = ∇f(X) + noise

@@ -1,4 +1,7 @@
-"""The scaling model: formulas against algorithms written here, pipelines against hand-made schedules, and its page."""
+"""The scaling model: formulas against algorithms written here, pipelines against hand-made schedules, and its page.
+
+One long file, from a single cost to the whole model, for most of it shares a tiny workload and machine.
+"""
 
 import json
 import math

@@ -1,4 +1,7 @@
-"""The image recipe: its options, digits and augmentation, ResMLP, the metric, and whole tiny runs."""
+"""The image recipe: its options, digits and augmentation, ResMLP, the metric, and whole tiny runs.
+
+One long file, in the order of a run, for all of it shares the digits and one tiny model.
+"""
 
 import json
 from functools import partial

@@ -1,4 +1,7 @@
-"""The LoRA recipe: its options, its headers, prompts and answers, its adapters, and runs of a tiny base model."""
+"""The LoRA recipe: its options, its headers, prompts and answers, its adapters, and runs of a tiny base model.
+
+One long file, in the order of a run, for most of it shares the base model and its tokenizer.
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""The pretraining recipe: its options, its corpus, its tokenizer and blocks, and one whole run."""
+"""The pretraining recipe: its options, its corpus, its tokenizer and blocks, and one whole run.
+
+One long file, in the order of a run, for most of it shares a small library and a tokenizer.
+"""
 
 import json
 import os
