@@ -67,9 +67,6 @@ PRINTER = PrivateName("transformers.trainer:PrinterCallback", "keep p by layer o
 SCHEDULER_FILE = PrivateName(
     "transformers.trainer:SCHEDULER_NAME", "save the learning-rate schedule where a Trainer reads it"
 )
-DECAYED = PrivateName(  # public, but called without a Trainer
-    "transformers:Trainer.get_decay_parameter_names", "leave out of weight decay what a Trainer leaves out"
-)
 
 # Methods of Trainer that SchattenTrainerMixin overrides or calls, and hf_schatten.run wraps, with the parameters that
 # we rely on. Were one renamed, ours would never be called, and a checkpoint would lose what it should hold.
@@ -91,7 +88,6 @@ NAMES: tuple[PrivateName, ...] = (
     *(ENUM_NAMES, ENUM_MEMBERS, ENUM_VALUES),
     *(CALLBACKS, PROGRESS, PRINTER),
     SCHEDULER_FILE,
-    DECAYED,
     *(name for name, _ in TRAINER_METHODS.values()),
 )
 

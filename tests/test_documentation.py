@@ -162,13 +162,9 @@ def parse(monkeypatch):
             patch.setattr(sys, "argv", [str(program), *arguments])
             patch.setattr(sys, "path", [str(Path(program).parent), *sys.path])
             sys.modules.pop(f"{program}.__main__", None)  # of a test before, which runpy would warn of
-            before = set(sys.modules)
             run = runpy.run_path if str(program).endswith(".py") else runpy.run_module
             with pytest.raises(Parsed):
                 run(str(program), run_name="__main__")
-            for name in sys.modules.keys() - before:  # other scripts have modules of the same names
-                if Path(getattr(sys.modules[name], "__file__", None) or "").parent == Path(program).parent:
-                    del sys.modules[name]
 
     return call
 
@@ -209,7 +205,7 @@ def check_python(words, parse):
 def imports_the_package(words):
     """Whether a script does, or takes the recipes' parts, which do; the reader's knows nothing of the package."""
     script = ROOT / words[0]
-    imported = re.compile(r"^(import|from) (hf_schatten|recipe_parts)\b", flags=re.MULTILINE)
+    imported = re.compile(r"^(import|from) (hf_schatten|recipes)\b", flags=re.MULTILINE)
     return script.is_file() and imported.search(script.read_text(encoding="utf-8"))
 
 
@@ -315,8 +311,8 @@ def test_commands_name_what_exists_and_take_their_options(page, parse):
     [
         "python no_script.py",
         "python docs/draw_figures.py --outputs x",
-        "python -m hf_schatten.repost erasure",
-        "python -m hf_schatten.report erasure --stepps 3",
+        "python -m hf_schatten.runn train.py",
+        "python benchmarks/geometry/erasure.py --stepps 3",
         "python -m hf_schatten.run train.py --output_dir run --optim schatten_q",
         "python -m hf_schatten.run train.py --output_dir run --optim_args p_intervall=3",
         "python train.py --output_dir run --optim schatten_p",
@@ -516,7 +512,7 @@ def test_numbers_of_the_readme_are_those_of_the_pages_that_it_links():
         "h100": "takes {} times Muon's, and {} times at width 1024",
     }
     for file, sentence in sentences.items():
-        rows = json.loads((ROOT / f"benchmarks/results/step_overhead_{file}.json").read_text())["rows"]
+        rows = json.loads((ROOT / f"benchmarks/comparison/results/step_overhead_{file}.json").read_text())["rows"]
         ratios = sorted(f"{row['step']['median']:.2f}" for row in rows)
         assert sentence.format(ratios[0], ratios[-1]) in " ".join(RESULTS.split())
     for rounded, measured in (("1.32 times", "| 1.320 ("), ("0.24 times", "| 0.239 ("), ("0.48 %", "| +0.48 %")):

@@ -90,12 +90,6 @@ def test_a_progress_bar_that_is_not_transformers_own_stays(monkeypatch):
     assert transformers_trainer.DEFAULT_PROGRESS_CALLBACK is Notebook
 
 
-def test_weight_decay_is_decided_without_a_trainer(gpt2):
-    decayed = Trainer.get_decay_parameter_names(None, gpt2)
-    assert "transformer.h.0.attn.c_attn.weight" in decayed
-    assert "transformer.ln_f.weight" not in decayed
-
-
 @pytest.mark.parametrize(("name", "entry"), TRAINER_METHODS.items())
 def test_a_method_takes_what_we_give_and_get(name, entry):
     _, parameters = entry

@@ -18,6 +18,7 @@ from transformers import (
     Phi3ForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    Trainer,
 )
 
 from hf_schatten import RoutingError, UnsupportedEngineError, create_schatten_optimizer, route_parameters
@@ -291,3 +292,9 @@ def test_a_long_name_goes_on_without_its_first_components():
     assert weight == f"*.inner_{'x' * 40}.*"
     assert bias == f"*.inner_{'x' * 40}.*.bias"
     assert max(map(len, lines)) <= 100
+
+
+def test_weight_decay_goes_where_a_trainer_puts_it(gpt2, llama):
+    for model in (gpt2, llama, BertForSequenceClassification(BertConfig(num_hidden_layers=1, hidden_size=24))):
+        expected = set(Trainer.get_decay_parameter_names(None, model))
+        assert {route.name for route in route_parameters(model).routes if route.decay} == expected

@@ -7,18 +7,13 @@ import math
 
 import pytest
 import torch
+from exact_oracles import multi_block_ball_oracle, multi_block_regularized_oracle
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_schatten
 from hf_schatten import SchattenP
-from hf_schatten.linalg import (
-    ball_oracle,
-    multi_block_ball_oracle,
-    multi_block_regularized_oracle,
-    regularized_oracle,
-    spectral_power_svd,
-)
+from hf_schatten.linalg import ball_oracle, regularized_oracle, spectral_power_svd
 from hf_schatten.optim.finite_gradients import FiniteGradients
 
 LR, DECAY = 0.3, 0.2

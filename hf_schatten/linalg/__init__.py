@@ -5,9 +5,6 @@ from hf_schatten.linalg.oracles import (
     ball_oracle,
     coupling_factors,
     dualizer,
-    multi_block_ball_oracle,
-    multi_block_regularized_oracle,
-    operator_norm_dualizer,
     regularized_oracle,
 )
 from hf_schatten.linalg.schatten_norms import dual_order, relative_size, schatten_norm, stable_rank
@@ -28,9 +25,6 @@ __all__ = [
     "dual_order",
     "dualizer",
     "fit_target",
-    "multi_block_ball_oracle",
-    "multi_block_regularized_oracle",
-    "operator_norm_dualizer",
     "regularized_oracle",
     "relative_size",
     "schatten_norm",

@@ -17,7 +17,6 @@ from torch import Tensor
 from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT
 from hf_schatten.options import NS_STEPS
 
-STEPS = NS_STEPS
 Argument = TypeVar("Argument", np.ndarray, Tensor)
 
 

@@ -1,4 +1,4 @@
-"""Spectra from a block Krylov space: the large singular values resolved, the others modelled or counted.
+"""Spectra from a block Krylov space: the large singular values resolved, the others counted.
 
 The space is spanned by ``Z, (X Xᵀ) Z, …, (X Xᵀ)^{depth-1} Z`` of a random block Z (C. Musco and C. Musco 2015,
 "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value Decomposition"). It takes a few
@@ -15,14 +15,13 @@ from hf_schatten.linalg.gram_spectrum import gram_log_spectrum
 
 _WIDTH = 32  # columns of a block: thinner ones take a CPU as long
 _LANCZOS_DEPTH = 6
-_LOWRANK_DEPTH = 4
+_NORM_DEPTH = 4
 # Rows for each dimension of the space, up to which a float32 eigenvalue decomposition is faster on a CPU.
 _WORTHWHILE = 2
 _SEED = 0
 
 _RESOLVED = 0.1  # residual of a Ritz pair, relative to its value, below which the value counts once
 _CORRECTION = 4.0  # largest factor between the quadrature's energy and the true one: beyond, it is all rounding
-_NEWTON_STEPS = 12
 _SHIFT = 1e-13  # of a Gram matrix' diagonal, relative to its trace: above the rounding of float64
 
 
@@ -89,33 +88,8 @@ def lanczos_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * energy.log(), _positive(multiplicity).log()
 
 
-def lowrank_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
-    """The largest singular values, and a tail that falls as ``σ_j = σ_k exp(−γ (√(j/k) − 1))`` behind the k-th.
-
-    γ is such that the tail holds the rest of the squared Frobenius norm, and at least zero, so that no value exceeds
-    the k-th. Of tails that are flat, exponential, stretched-exponential like this one or a power of j, this one fitted
-    the spectra of a small GPT-2's gradients and inputs best.
-
-    Args:
-        X: (B, m, n) float32, m <= n, of unit scale.
-
-    Returns:
-        Logarithms of m singular values and of their multiplicities, (B, m) float64.
-    """
-    rows, rank = X.shape[-2], _WIDTH * _LOWRANK_DEPTH // 2  # the lower half of the Ritz values has not converged
-    if rows <= _WORTHWHILE * _WIDTH * _LOWRANK_DEPTH:
-        return full_spectrum(X)
-    energy = _positive(torch.linalg.eigvalsh(block_krylov(X, _WIDTH, _LOWRANK_DEPTH).rayleigh)[:, rank:])
-    kth = energy[:, :1]
-    missing = _positive(_squared_frobenius(X) - energy.sum(-1, keepdim=True))
-    fall = (torch.arange(rank + 1, rows + 1, dtype=energy.dtype, device=X.device) / rank).sqrt() - 1  # (m - rank,)
-    tail = kth.log() - 2 * _decay(fall, (missing / kth).log()) * fall
-    log_sigma = 0.5 * torch.cat([energy.log(), tail], -1)
-    return log_sigma, torch.zeros_like(log_sigma)
-
-
 def full_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
-    """All singular values, each once: what the others fall back on for matrices that are hardly larger than the space.
+    """All singular values, each once: for matrices that are hardly larger than the space.
 
     Args:
         X: (B, m, n), m <= n, of unit scale; the decomposition is of its dtype.
@@ -129,9 +103,9 @@ def full_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
 
 def spectral_norm(X: Tensor) -> Tensor:
     """Logarithms of the spectral norms of X (B, m, n), (B, 1) float64, by block power iteration."""
-    if X.shape[-2] <= _WORTHWHILE * _WIDTH * _LOWRANK_DEPTH:
+    if X.shape[-2] <= _WORTHWHILE * _WIDTH * _NORM_DEPTH:
         return gram_log_spectrum(X)[:, -1:]
-    return 0.5 * torch.linalg.eigvalsh(block_krylov(X, _WIDTH, _LOWRANK_DEPTH).rayleigh)[:, -1:].log()
+    return 0.5 * torch.linalg.eigvalsh(block_krylov(X, _WIDTH, _NORM_DEPTH).rayleigh)[:, -1:].log()
 
 
 def log_frobenius_norm(X: Tensor) -> Tensor:
@@ -183,19 +157,6 @@ def orthonormalised_by_cholesky(block: Tensor) -> Tensor:
         L = torch.linalg.cholesky_ex(gram).L  # whose errors would have to be waited for
         Q = torch.linalg.solve_triangular(L.mT, Q, upper=True, left=False)
     return Q.to(block.dtype)
-
-
-def _decay(fall: Tensor, log_total: Tensor) -> Tensor:
-    """The γ >= 0 at which ``log Σ exp(−2 γ fall)`` is ``log_total`` (B, 1), or zero where it is less even there.
-
-    By Newton's method from γ = 0: the function is convex and falls, so that no step passes its root.
-    """
-    decay = torch.zeros_like(log_total)
-    for _ in range(_NEWTON_STEPS):
-        logits = -2 * decay * fall  # (B, m - rank)
-        slope = 2 * (logits.softmax(-1) * fall).sum(-1, keepdim=True)
-        decay = (decay + (logits.logsumexp(-1, keepdim=True) - log_total) / slope).clamp_min(0.0)
-    return decay
 
 
 def _squared_frobenius(X: Tensor) -> Tensor:

@@ -20,11 +20,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from hf_schatten.linalg.coefficient_table import Coefficients
+
 Array = NDArray[np.float64]
 
 _OVERFLOW = 1e6
 _LARGEST_LOG_STRETCH = 3.0
-_SMALLEST_ERROR = 1e-5  # the identity's is zero
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class MultiscaleFit:
         importance: Of each column, shape (S,).
         roughness: Quadratic form in the curves that the objective contains, shape (D, D), positive definite: it
             keeps a step that a column does not need from running off to infinity.
-        order: Penalty on f rising from one column to the next, as x^s falls with s; shape (S - 1,).
     """
 
     steps: int
@@ -62,7 +62,6 @@ class MultiscaleFit:
     damping: Array
     importance: Array
     roughness: Array
-    order: Array
 
     def steps_of(self, curves: Array) -> tuple[Array, Array, Array]:
         """The coefficients ``(a, b, c)``, each (S, K), of curves (2K, D)."""
@@ -74,6 +73,13 @@ class MultiscaleFit:
         """Stretches and drops, (S, K) each."""
         log_u, d = np.split(self.basis @ curves.T, 2, axis=1)
         return np.exp(np.clip(log_u, -_LARGEST_LOG_STRETCH, _LARGEST_LOG_STRETCH)), d
+
+    def columns(self, curves: Array, weights: Array) -> list[Coefficients]:
+        """The S columns of curves (2K, D) and weights (S, K + 1), rounded as they are stored."""
+        groups = [*self.steps_of(curves), weights]
+        return [
+            Coefficients(*map(tuple, column)) for column in zip(*(g.round(9).tolist() for g in groups), strict=True)
+        ]
 
     @property
     def _root_mean_squares(self) -> Array:
@@ -133,7 +139,7 @@ class MultiscaleFit:
         return Linearization(weights[..., 0], np.sqrt((residual**2).sum(1)), residual, jacobian)
 
     def minimise(self, curves: Array, iterations: int) -> tuple[float, Array]:
-        """Minimise ``Σ importance · log(error)`` and the penalties from a start, by Levenberg–Marquardt steps.
+        """Minimise ``Σ importance · log(error)`` and the roughness from a start, by Levenberg–Marquardt steps.
 
         The logarithm gives every column the same right to a given *relative* improvement, from p = 1.03 with
         its error of 0.01 % to p = -4 with its 20 %.
@@ -168,63 +174,13 @@ class MultiscaleFit:
                 break
         return objective, curves
 
-    def ordered_weights(self, curves: Array, strictness: Array, iterations: int = 60) -> Array:
-        """Weights that also keep f from rising from one column to the next, as x^s falls with s.
-
-        A least-squares problem in the weights of all columns together, in units of each column's own error, with
-        a penalty on the points where the order is violated.
-
-        Args:
-            curves: Curves (2K, D).
-            strictness: Factor of the penalty between neighbours, shape (S - 1,).
-            iterations: Largest number of times that the violated points are determined anew.
-
-        Returns:
-            Weights, shape (S, K + 1).
-
-        Raises:
-            ValueError: If the iterates overflow.
-        """
-        free, ran = self.linearize(curves), self._run(curves)
-        if free is None or ran is None:
-            raise ValueError("the iterates of these curves overflow")
-        iterates, _ = ran
-        columns, points, size = iterates.shape
-        error = np.maximum(free.error, _SMALLEST_ERROR)
-        unit = error * self._root_mean_squares * np.sqrt(points)  # (S,)
-        scaled = iterates / unit[:, None, None]
-        damping = (self.damping / error)[:, None, None] ** 2 * np.diag(np.arange(size) > 0)
-        hessian = np.zeros((columns, size, columns, size))
-        hessian[range(columns), :, range(columns), :] = scaled.mT @ scaled + damping
-        wanted = (scaled.mT @ (self.targets / unit[:, None])[..., None]).ravel()
-
-        weights, violated = free.weights, np.zeros((columns - 1, points), dtype=bool)
-        for _ in range(iterations):
-            values = (iterates @ weights[..., None])[..., 0]
-            before, violated = violated, values[1:] > values[:-1]
-            if (violated == before).all():
-                break
-            penalised = hessian.copy()
-            for s in range(columns - 1):
-                rise = np.concatenate([-iterates[s], iterates[s + 1]], 1)[violated[s]]  # times both weights: f's rise
-                rise *= strictness[s] / np.sqrt(unit[s] * unit[s + 1])
-                penalised[s : s + 2, :, s : s + 2, :] += (rise.T @ rise).reshape(2, size, 2, size)
-            weights = np.linalg.solve(penalised.reshape(wanted.size, -1), wanted).reshape(columns, size)
-        return weights
-
-    def _rises(self, at: Linearization) -> Array:
-        """How far f rises from each column to the next, shape (S - 1, N), times the root of its penalty."""
-        points = len(self.x)
-        values = self.targets + at.residual[:, :points] * (np.sqrt(points) * self._root_mean_squares)[:, None]
-        return np.maximum(np.diff(values, axis=0), 0) * np.sqrt(self.order / points)[:, None]
-
     def _objective(self, at: Linearization, curves: Array) -> float:
         fit = self.importance @ np.log(at.error)
-        return float(fit + ((curves @ self.roughness) * curves).sum() / 2 + (self._rises(at) ** 2).sum() / 2)
+        return float(fit + ((curves @ self.roughness) * curves).sum() / 2)
 
     def _normal_equations(self, at: Linearization, curves: Array) -> tuple[Array, Array]:
         """Gradient (2KD,) and Gauss–Newton matrix (2KD, 2KD) of the objective."""
-        size, points = len(curves), len(self.x)
+        size = len(curves)
         share = self.importance / at.error**2
         gram = at.jacobian.mT @ at.jacobian * share[:, None, None]  # (S, 2K, 2K)
         slope = (at.jacobian.mT @ at.residual[..., None])[..., 0] * share[:, None]  # (S, 2K)
@@ -232,18 +188,6 @@ class MultiscaleFit:
         hessian = np.ascontiguousarray(np.tensordot(gram, products, (0, 0)).transpose(0, 2, 1, 3))  # (2K, D, 2K, D)
         hessian[range(size), :, range(size), :] += self.roughness
         gradient = slope.T @ self.basis + curves @ self.roughness
-
-        rises, unit = self._rises(at), np.sqrt(points) * self._root_mean_squares
-        for s in np.flatnonzero(rises.any(1)):
-            where = rises[s] > 0
-            falling, rising = (at.jacobian[t, :points][where] * unit[t] for t in (s, s + 1))
-            rise = np.sqrt(self.order[s] / points) * np.concatenate([-falling, rising], 1)  # (violated, 4K)
-            support = np.flatnonzero(self.basis[s : s + 2].any(0))  # all that a pair of free columns touches is two
-            basis = self.basis[s : s + 2, support]
-            curvature = np.einsum("piqj,pd,qe->idje", (rise.T @ rise).reshape(2, size, 2, size), basis, basis)
-            every = np.arange(size)
-            hessian[np.ix_(every, support, every, support)] += curvature
-            gradient[:, support] += (rise.T @ rises[s][where]).reshape(2, size).T @ basis
         return gradient.ravel(), hessian.reshape(curves.size, curves.size)
 
 
@@ -256,17 +200,3 @@ def _gamma_derivatives(u: Array, d: Array) -> tuple[Array, Array]:
     by_d = -1 / (u * (1 + u**2) ** 2)
     peak = _gamma(u, np.zeros_like(d))
     return peak * (u / (u + 2) - 1 - 2 * u / (u + 1)) - d * by_d * (1 + 4 * u**2 / (1 + u**2)), by_d
-
-
-def random_start(steps: int, degree_plus_one: int, rng: np.random.Generator) -> Array:
-    """Curves (2K, D), constant in s, of random steps that amplify small x by 1.8 to 4.8 and end at 0 to 1."""
-    curves = np.zeros((2 * steps, degree_plus_one))
-    curves[:, 0] = np.concatenate([rng.uniform(0.2, 1.1, steps), rng.uniform(0, 1, steps)])
-    return curves
-
-
-def perturbed(curves: Array, rng: np.random.Generator) -> Array:
-    """A neighbour of ``curves``, at one of three distances, to leave a poor local minimum by."""
-    amplitude = rng.choice([0.03, 0.1, 0.3])
-    stretched = curves * (1 + amplitude * rng.standard_normal((len(curves), 1)))
-    return stretched + 0.1 * amplitude * rng.standard_normal(curves.shape)

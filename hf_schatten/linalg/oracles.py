@@ -7,17 +7,12 @@ Sources: F. L. Cesista 2025, "Steepest Descent Under Schatten-p Norms"; B. Ma, J
 Schatten-family methods for deep learning optimization".
 """
 
-from collections.abc import Callable, Sequence
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from hf_schatten.linalg.schatten_norms import dual_order, relative_to_largest, scaled_to_unit
 
-OperatorNorm = Literal["frobenius", "max_of_max", "spectral"]
-
-# Singular values and norms of blocks this close to the largest, relative to it, are ties to a norm of order 1.
+# Singular values, and norms of blocks, this close to the largest, relative to it, are ties to a norm of order 1.
 _TIE = 1e-12
 
 
@@ -44,28 +39,6 @@ def dualizer(X: Tensor, order: float) -> Tensor:
     return _dualized(X, order)[0].to(X.dtype)
 
 
-def operator_norm_dualizer(X: Tensor, norm: OperatorNorm) -> Tensor:
-    """``argmax ⟨X, T⟩`` over ``‖T‖ = 1`` in a named norm, each the direction of a known optimizer.
-
-    "Steepest Descent Under Schatten-p Norms", section "Steepest Descent Under Operator Norms".
-
-    Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype.
-        norm: ``frobenius``: ``X / ‖X‖_F``, normalised SGD. ``max_of_max``, the operator norm from ℓ₁ to ℓ_∞ and
-            largest magnitude of an element: ``sign(X)``, Adam without accumulation. ``spectral``: the polar factor,
-            Muon.
-
-    Returns:
-        Tensor of X's shape and dtype, of norm 1; zero for a zero matrix.
-
-    Raises:
-        ValueError: If norm has no dualizer here, or X is not floating point or has fewer than two dimensions.
-    """
-    if norm not in _OPERATOR_NORM_DUALIZERS:
-        raise ValueError(f"norm must be one of {tuple(_OPERATOR_NORM_DUALIZERS)}, got {norm!r}")
-    return _OPERATOR_NORM_DUALIZERS[norm](X)
-
-
 def ball_oracle(X: Tensor, order: float, radius: float = 1.0) -> Tensor:
     """``argmin ⟨X, T⟩`` over ``‖T‖ <= radius`` in the Schatten norm ("Schattor", lemma 1, equation 3).
 
@@ -80,7 +53,9 @@ def ball_oracle(X: Tensor, order: float, radius: float = 1.0) -> Tensor:
     Raises:
         ValueError: If radius is negative, or as `dualizer`.
     """
-    return multi_block_ball_oracle([X], order, outer_order=2, radius=radius)[0]
+    if not radius >= 0:
+        raise ValueError(f"radius must be at least 0, got {radius!r}")
+    return (-radius * _dualized(X, order)[0]).to(X.dtype)
 
 
 def regularized_oracle(X: Tensor, order: float, penalty: float = 1.0) -> Tensor:
@@ -98,75 +73,16 @@ def regularized_oracle(X: Tensor, order: float, penalty: float = 1.0) -> Tensor:
     Raises:
         ValueError: If penalty is not positive, or as `dualizer`.
     """
-    return multi_block_regularized_oracle([X], order, outer_order=2, penalty=penalty)[0]
-
-
-def multi_block_ball_oracle(
-    blocks: Sequence[Tensor],
-    order: float | Sequence[float],
-    outer_order: float,
-    weights: Sequence[float] | Tensor | None = None,
-    radius: float = 1.0,
-) -> list[Tensor]:
-    """``argmin Σ_i ⟨X_i, T_i⟩`` over ``‖T‖ <= radius`` in a mixed norm ("Schattor", lemma 2, equation 5).
-
-    The mixed norm is the vector norm of order ``outer_order`` of the numbers ``w_i ‖T_i‖``, each a Schatten norm.
-    Its dual is the vector norm of the dual order of the numbers ``‖X_i‖ / w_i``, each a norm of the dual order.
-
-    Args:
-        blocks: Matrices X_i, shapes (..., m_i, n_i), with the same leading dimensions; dtypes may differ.
-        order: Of the Schatten norms, in [1, inf]: one for all blocks or one for each.
-        outer_order: Of the vector norm, in [1, inf]. With inf every block has a ball of its own; with 1 only those
-            blocks move whose ``‖X_i‖ / w_i`` equals the largest, to 1e-12, by equal shares of the radius.
-        weights: w_i, above 0: a block of larger weight moves less. The square roots of Lipschitz constants give all
-            blocks the constant 1. Default: 1 for all.
-        radius: Of the ball, at least 0; 1 in the source.
-
-    Returns:
-        ``-radius · coupling_factors(…)_i · dualizer(X_i)``, of the shape and dtype of each block.
-
-    Raises:
-        ValueError: If radius is negative, there are no blocks, not as many orders or weights as blocks, or
-            weights that are not positive, or as `dualizer`.
-    """
-    if not radius >= 0:
-        raise ValueError(f"radius must be at least 0, got {radius!r}")
-    dualized, factors, _ = _coupled(blocks, order, outer_order, weights)
-    return _scaled_blocks(blocks, dualized, -radius * factors)
-
-
-def multi_block_regularized_oracle(
-    blocks: Sequence[Tensor],
-    order: float | Sequence[float],
-    outer_order: float,
-    weights: Sequence[float] | Tensor | None = None,
-    penalty: float = 1.0,
-) -> list[Tensor]:
-    """``argmin Σ_i ⟨X_i, T_i⟩ + penalty/2 · ‖T‖²`` in a mixed norm ("Schattor", lemma 2, equation 6).
-
-    Args:
-        blocks: Matrices X_i, shapes (..., m_i, n_i), with the same leading dimensions; dtypes may differ.
-        order: As in `multi_block_ball_oracle`, like the mixed norm.
-        outer_order: As in `multi_block_ball_oracle`. With 2 and weights of 1, no block depends on another.
-        weights: As in `multi_block_ball_oracle`.
-        penalty: Above 0; 1 in the source.
-
-    Returns:
-        `multi_block_ball_oracle`'s blocks at a radius of the dual mixed norm over the penalty.
-
-    Raises:
-        ValueError: If penalty is not positive, there are no blocks, not as many orders or weights as blocks, or
-            weights that are not positive, or as `dualizer`.
-    """
     if not penalty > 0:
         raise ValueError(f"penalty must be above 0, got {penalty!r}")
-    dualized, factors, dual_norm = _coupled(blocks, order, outer_order, weights)
-    return _scaled_blocks(blocks, dualized, -dual_norm / penalty * factors)
+    T, dual_norm = _dualized(X, order)
+    return ((-dual_norm / penalty)[..., None, None] * T).to(X.dtype)
 
 
 def coupling_factors(dual_norms: Tensor, outer_order: float, weights: Tensor | float = 1.0) -> Tensor:
-    """What the dualizer of each block is multiplied by on the unit sphere of the mixed norm ("Schattor", lemma 2).
+    """What the dualizer of each block is multiplied by on the unit sphere of a mixed norm ("Schattor", lemma 2).
 
+    The mixed norm is the vector norm of order ``outer_order`` of the numbers ``w_i ‖T_i‖``, each a Schatten norm.
     With ``d_i = dual_norms_i / w_i`` and β dual to ``outer_order``, these are ``(d_i / ‖d‖_β)^{β-1} / w_i``. The dual
     mixed norm ``‖d‖_β`` is ``(dual_norms * factors).sum(-1)``, by which the regularized oracle multiplies further.
     Nothing waits for the device.
@@ -174,8 +90,8 @@ def coupling_factors(dual_norms: Tensor, outer_order: float, weights: Tensor | f
     Args:
         dual_norms: Norms of the blocks in the dual order, shape (..., blocks), of a floating point dtype.
         outer_order: Of the vector norm that couples the blocks, in [1, inf].
-        weights: w_i of `multi_block_ball_oracle`, of a shape that broadcasts to that of ``dual_norms`` and of the
-            same dtype; not checked.
+        weights: w_i, above 0, of a shape that broadcasts to that of ``dual_norms`` and of the same dtype; not
+            checked. A block of larger weight moves less.
 
     Returns:
         Factors of dual_norms' shape and dtype; 0 for a zero block. One NaN or inf makes all of them NaN.
@@ -208,39 +124,3 @@ def _dualized(X: Tensor, order: float) -> tuple[Tensor, Tensor]:
     sigma = sigma.masked_fill(negligible, 0.0) * scale.squeeze(-1)  # (..., r)
     t = _dual_vector(sigma, order)
     return (U * t.unsqueeze(-2)) @ Vh, (sigma * t).sum(-1)
-
-
-def _coupled(
-    blocks: Sequence[Tensor],
-    order: float | Sequence[float],
-    outer_order: float,
-    weights: Sequence[float] | Tensor | None,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Dualizers of the blocks, their coupling factors (..., blocks), and the dual mixed norm (..., 1); float64."""
-    orders = order if isinstance(order, Sequence) else [order] * len(blocks)
-    w = torch.as_tensor([1.0] * len(blocks) if weights is None else weights, dtype=torch.float64)
-    if not len(blocks) == len(orders) == len(w) > 0:
-        raise ValueError(
-            "there must be a block or more, and an order and a weight for each; "
-            f"got {len(blocks)} blocks, {len(orders)} orders and {len(w)} weights"
-        )
-    if not (w > 0).all():
-        raise ValueError(f"weights must be above 0, got {w.tolist()}")
-    dualized, norms = zip(*map(_dualized, blocks, orders), strict=True)
-    dual_norms = torch.stack(norms, -1)  # (..., blocks)
-    factors = coupling_factors(dual_norms, outer_order, w.to(dual_norms.device))
-    return list(dualized), factors, (dual_norms * factors).sum(-1, keepdim=True)
-
-
-def _scaled_blocks(blocks: Sequence[Tensor], dualized: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
-    return [
-        (factor[..., None, None] * T).to(X.dtype)
-        for X, T, factor in zip(blocks, dualized, factors.unbind(-1), strict=True)
-    ]
-
-
-_OPERATOR_NORM_DUALIZERS: dict[str, Callable[[Tensor], Tensor]] = {
-    "frobenius": lambda X: dualizer(X, 2),
-    "max_of_max": lambda X: (X.sign() + 0 * scaled_to_unit(X)[1]).to(X.dtype),  # the sign of NaN is 0
-    "spectral": lambda X: dualizer(X, torch.inf),
-}

@@ -11,19 +11,9 @@ Usage:
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipe_parts is there
-
-import images
 from datasets import DatasetDict
-from image_arguments import DataTrainingArguments, ModelArguments, parse_arguments
-from image_card import ImageClassificationTrainer, Run
-from recipe_parts.command_line import InputError, checkpoint_to_resume
-from recipe_parts.metrics import load_metric
-from recipe_parts.run_record import run_recipe
-from recipe_parts.splits import sample
-from resmlp import ResMLPConfig
 from transformers import (
     AutoModelForImageClassification,
     EvalPrediction,
@@ -33,20 +23,29 @@ from transformers import (
     set_seed,
 )
 
+from recipes.image_classification import data
+from recipes.image_classification.arguments import DataTrainingArguments, ModelArguments, parse_arguments
+from recipes.image_classification.card import ImageClassificationTrainer, Run
+from recipes.image_classification.resmlp import ResMLPConfig
+from recipes.recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipes.recipe_parts.metrics import load_metric
+from recipes.recipe_parts.run_record import run_recipe
+from recipes.recipe_parts.splits import sample
+
 logger = logging.getLogger("image_classification")
 
 
 def load_images(args: DataTrainingArguments) -> DatasetDict:
     """Load the chosen images as the splits `train` and `validation`."""
     if args.dataset_name:
-        return images.load_hub_images(
+        return data.load_hub_images(
             args.dataset_name,
             args.dataset_config_name,
             args.image_column,
             args.label_column,
             args.validation_fraction,
         )
-    return images.load_sklearn_digits(args.validation_fraction)
+    return data.load_sklearn_digits(args.validation_fraction)
 
 
 def build_model(args: ModelArguments, classes: Sequence[str]) -> PreTrainedModel:
@@ -75,7 +74,7 @@ def build_model(args: ModelArguments, classes: Sequence[str]) -> PreTrainedModel
 
 def new_config(args: ModelArguments) -> PretrainedConfig:
     """Describe the new model, of the given kind and size."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "image_size": args.image_size,
         "patch_size": args.patch_size,
         "num_channels": args.num_channels,
@@ -119,7 +118,7 @@ def main(argv: Sequence[str]) -> None:
     eval_images = sample(splits["validation"], data_args.max_eval_samples)
     model = build_model(model_args, classes)
     size, channels = model.config.image_size, getattr(model.config, "num_channels", 3)
-    augmentation = images.Pixels(
+    augmentation = data.Pixels(
         size,
         channels,
         seed=training_args.seed,
@@ -129,7 +128,7 @@ def main(argv: Sequence[str]) -> None:
         flip=data_args.random_flip,
     )
     train_images.set_transform(augmentation)
-    eval_images.set_transform(images.Pixels(size, channels, central_share=data_args.eval_crop))
+    eval_images.set_transform(data.Pixels(size, channels, central_share=data_args.eval_crop))
     logger.info(
         "%s: %s classes; %s images to train on, %s to evaluate on, of %s by %s pixels; %s parameters",
         *(data_args.source, len(classes), len(train_images), len(eval_images), size, size),
@@ -148,9 +147,9 @@ def main(argv: Sequence[str]) -> None:
         args=training_args,
         train_dataset=train_images,
         eval_dataset=eval_images,
-        data_collator=images.collate,
+        data_collator=data.collate,
         compute_metrics=compute_metrics,
-        callbacks=[images.EpochOfPixels(augmentation)],
+        callbacks=[data.EpochOfPixels(augmentation)],
     )
     run_recipe(trainer, checkpoint)
 

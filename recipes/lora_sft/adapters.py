@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, prepare_model_for_kbit_training
-from recipe_parts.command_line import InputError
-from sft_arguments import ALL_LINEAR, DEFAULT_BASE, ModelArguments
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TrainingArguments
 from transformers.pytorch_utils import Conv1D
+
+from recipes.lora_sft.arguments import ALL_LINEAR, DEFAULT_BASE, ModelArguments
+from recipes.recipe_parts.command_line import InputError
 
 
 def require_base(name: str) -> None:
@@ -54,7 +55,7 @@ def add_adapters(base: PreTrainedModel, args: ModelArguments, training_args: Tra
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=args.lora_r,
-        lora_alpha=args.lora_alpha,
+        lora_alpha=args.lora_alpha,  # type: ignore[arg-type] # a factor, which may be any number
         lora_dropout=args.lora_dropout,
         target_modules=names if names == ALL_LINEAR else re.split(r"\s*,\s*", names.strip()),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in base.modules()),

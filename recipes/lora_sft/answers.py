@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from prompts import prompt_of
-from recipe_parts.command_line import InputError
-from recipe_parts.metrics import load_metric
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
+
+from recipes.lora_sft.prompts import prompt_of
+from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.metrics import load_metric
 
 
 class AnswerCheck:

@@ -11,27 +11,24 @@ Usage:
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipe_parts is there
-
-import headers
 import numpy as np
-import prompts
-from adapters import add_adapters, load_base, require_base
-from answers import AnswerCheck
 from datasets import DatasetDict
-from recipe_parts import blocks
-from recipe_parts.command_line import InputError, checkpoint_to_resume
-from recipe_parts.documents import load_files, load_hub_dataset
-from recipe_parts.language_model import require_context
-from recipe_parts.metrics import load_metric
-from recipe_parts.run_record import run_recipe
-from recipe_parts.splits import sample
-from sft_arguments import DataTrainingArguments, parse_arguments
-from sft_card import AdapterTrainer, AnsweringTrainer, Run, next_token_ids
 from transformers import AutoTokenizer, EvalPrediction, PreTrainedTokenizerBase, set_seed
+
+from recipes.lora_sft import data, prompts
+from recipes.lora_sft.adapters import add_adapters, load_base, require_base
+from recipes.lora_sft.answers import AnswerCheck
+from recipes.lora_sft.arguments import DataTrainingArguments, parse_arguments
+from recipes.lora_sft.card import AdapterTrainer, AnsweringTrainer, Run, next_token_ids
+from recipes.recipe_parts import blocks
+from recipes.recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipes.recipe_parts.documents import load_files, load_hub_dataset
+from recipes.recipe_parts.language_model import require_context
+from recipes.recipe_parts.metrics import load_metric
+from recipes.recipe_parts.run_record import run_recipe
+from recipes.recipe_parts.splits import sample
 
 VALIDATION_SPLITS = ("validation", "test")
 
@@ -46,7 +43,7 @@ def load_rows(args: DataTrainingArguments) -> DatasetDict:
         )
     if args.train_file:
         return load_files(args.train_file, args.validation_file, args.columns, args.validation_fraction)
-    return headers.load_headers(args.validation_fraction)
+    return data.load_headers(args.validation_fraction)
 
 
 def make_examples(rows: DatasetDict, tokenizer: PreTrainedTokenizerBase, args: DataTrainingArguments) -> DatasetDict:

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict, Features, List, Value
-from recipe_parts.command_line import InputError
 from transformers import PreTrainedTokenizerBase
+
+from recipes.recipe_parts.command_line import InputError
 
 logger = logging.getLogger(__name__)
 

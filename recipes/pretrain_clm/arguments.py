@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import corpus
-from recipe_parts.command_line import parse, require_at_least, require_fraction, require_one_text
-from recipe_parts.documents import BUILDERS
 from transformers import TrainingArguments
+
+from recipes.pretrain_clm import data
+from recipes.recipe_parts.command_line import parse, require_at_least, require_fraction, require_one_text
+from recipes.recipe_parts.documents import BUILDERS
 
 SCRIPT_DEFAULTS = {"output_dir": "outputs/pretrain_clm", "do_train": True, "do_eval": True}
 
@@ -46,9 +47,9 @@ class DataTrainingArguments:
     """Which text: by default the Python standard library's own source."""
 
     python_source: str = field(
-        default=corpus.STDLIB,
+        default=data.STDLIB,
         metadata={
-            "help": f"Python files to train on: {corpus.STDLIB}, {corpus.PACKAGES} (all that are installed beside the "
+            "help": f"Python files to train on: {data.STDLIB}, {data.PACKAGES} (all that are installed beside the "
             "Python that runs this), or a folder. Other text goes before."
         },
     )
@@ -81,7 +82,7 @@ class DataTrainingArguments:
     @property
     def source(self) -> str:
         """Name of the text, for logs and the model card."""
-        return self.dataset_name or self.train_file or corpus.source_name(self.python_source)
+        return self.dataset_name or self.train_file or data.source_name(self.python_source)
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataTrainingArguments, TrainingArguments]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import corpus
-from arguments import DataTrainingArguments, ModelArguments
-from recipe_parts.language_model import LanguageModelTrainer
-from recipe_parts.run_record import RunRecord, examples_per_step, quantity, source_name, whole_model
+from recipes.pretrain_clm import data
+from recipes.pretrain_clm.arguments import DataTrainingArguments, ModelArguments
+from recipes.recipe_parts.language_model import LanguageModelTrainer
+from recipes.recipe_parts.run_record import RunRecord, examples_per_step, quantity, source_name, whole_model
 
 
 @dataclass(kw_only=True)
@@ -58,13 +58,13 @@ class PretrainingTrainer(LanguageModelTrainer):
 
     def card_metadata(self) -> dict[str, Any]:
         """Add the licence where the recipe alone has made the model."""
-        own = self.run.data_args.source == corpus.STDLIB_NAME and self.run.model_args.model_name_or_path is None
+        own = self.run.data_args.source == data.STDLIB_NAME and self.run.model_args.model_name_or_path is None
         return super().card_metadata() | {"license": "apache-2.0" if own else None}
 
 
 def _data(run: Run) -> str:
     counts = f"{run.documents['train']:,} documents to train on, {run.documents['validation']:,} held out"
-    if run.data_args.source == corpus.STDLIB_NAME:
+    if run.data_args.source == data.STDLIB_NAME:
         origin = (
             f"The `.py` files of the standard library of Python {platform.python_version()}, without tests, installed "
             f"packages and code tables: {counts}. Another version or distribution has other files, and gives other "

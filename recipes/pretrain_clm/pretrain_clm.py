@@ -10,20 +10,8 @@ Usage:
 import logging
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # recipe_parts is there
-
-import corpus
-from arguments import DataTrainingArguments, ModelArguments, parse_arguments
-from card import PretrainingTrainer, Run
 from datasets import Dataset, DatasetDict
-from recipe_parts import blocks
-from recipe_parts.command_line import InputError, checkpoint_to_resume
-from recipe_parts.documents import load_files, load_hub_dataset
-from recipe_parts.language_model import require_context
-from recipe_parts.run_record import run_recipe
-from recipe_parts.splits import sample
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +23,16 @@ from transformers import (
     set_seed,
 )
 
+from recipes.pretrain_clm import data
+from recipes.pretrain_clm.arguments import DataTrainingArguments, ModelArguments, parse_arguments
+from recipes.pretrain_clm.card import PretrainingTrainer, Run
+from recipes.recipe_parts import blocks
+from recipes.recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipes.recipe_parts.documents import load_files, load_hub_dataset
+from recipes.recipe_parts.language_model import require_context
+from recipes.recipe_parts.run_record import run_recipe
+from recipes.recipe_parts.splits import sample
+
 logger = logging.getLogger("pretrain_clm")
 
 
@@ -45,7 +43,7 @@ def load_documents(args: DataTrainingArguments) -> DatasetDict:
         return load_hub_dataset(args.dataset_name, args.dataset_config_name, columns, args.validation_fraction)
     if args.train_file:
         return load_files(args.train_file, args.validation_file, columns, args.validation_fraction)
-    return corpus.load_python(corpus.source_root(args.python_source), args.validation_fraction)
+    return data.load_python(data.source_root(args.python_source), args.validation_fraction)
 
 
 def load_tokenizer(args: ModelArguments, train_documents: Dataset) -> PreTrainedTokenizerBase:

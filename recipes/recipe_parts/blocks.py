@@ -9,7 +9,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from recipe_parts.command_line import InputError
+from recipes.recipe_parts.command_line import InputError
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for the token between two documents
 

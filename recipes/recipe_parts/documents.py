@@ -9,8 +9,8 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 
-from recipe_parts.command_line import InputError
-from recipe_parts.splits import is_held_out
+from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.splits import is_held_out
 
 # `load_dataset` builders by file suffix. A plain text file holds documents separated by empty lines.
 BUILDERS: dict[str, tuple[str, dict[str, str]]] = {

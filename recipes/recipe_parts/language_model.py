@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from transformers import PretrainedConfig
 
-from recipe_parts.command_line import InputError
-from recipe_parts.run_record import RecipeTrainer
+from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.run_record import RecipeTrainer
 
 
 class LanguageModelTrainer(RecipeTrainer):

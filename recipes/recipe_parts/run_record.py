@@ -16,7 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from hf_schatten import SchattenTrainerMixin
 from hf_schatten.report import card_from_template
-from recipe_parts.command_line import InputError
+from recipes.recipe_parts.command_line import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATE = REPOSITORY / "model_cards" / "template.md"

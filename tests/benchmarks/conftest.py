@@ -1,14 +1,10 @@
-"""Makes the modules of the benchmark importable, as they are when its script runs."""
+"""What the tests of benchmarks share."""
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pictures
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 
 def pytest_runtest_setup() -> None:

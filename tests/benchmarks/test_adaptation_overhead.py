@@ -3,10 +3,10 @@
 import json
 from pathlib import Path
 
-import adaptation_overhead as script
-import interleaved_timing
 import pytest
 
+from benchmarks import interleaved_timing
+from benchmarks.adaptation import adaptation_overhead as script
 from hf_schatten import SchattenOptions
 
 

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
-import bench
-import interleaved_timing
 import pytest
-import spectral_power as script
 import torch
-from peers import newton_schulz
-from speed import count_flops
+
+from benchmarks import interleaved_timing
+from benchmarks.spectral_power import bench
+from benchmarks.spectral_power import spectral_power as script
+from benchmarks.spectral_power.peers import newton_schulz
+from benchmarks.spectral_power.speed import count_flops
 
 TINY = bench.Sizes(hidden=8, layers=1, rows=16, peak=16, steps=(3,))
 

@@ -6,16 +6,15 @@ import json
 import math
 from pathlib import Path
 
-import compare_optimizers
 import pytest
 import torch
-import torch_muon
-from comparison import Candidate, ComparisonError, Outcome, Run, Standing, Task, next_runs
-from comparison_numbers import load_outcomes
-from comparison_report import one_rate_for_all, steps_to_reach, write_report
-from comparison_stability import learned_exponents
 from torch import nn
 
+from benchmarks.comparison import compare_optimizers, torch_muon
+from benchmarks.comparison.comparison import Candidate, ComparisonError, Outcome, Run, Standing, Task, next_runs
+from benchmarks.comparison.comparison_numbers import load_outcomes
+from benchmarks.comparison.comparison_report import one_rate_for_all, steps_to_reach, write_report
+from benchmarks.comparison.comparison_stability import learned_exponents
 from hf_schatten import route_parameters
 from hf_schatten.report.log import LAYER_PREFIX
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from comparison import Candidate, Outcome, Standing, Task
-from comparison_stability import learned_exponents, stability, stability_sections
 from scipy.stats import spearmanr
+
+from benchmarks.comparison.comparison import Candidate, Outcome, Standing, Task
+from benchmarks.comparison.comparison_stability import learned_exponents, stability, stability_sections
 
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 HOLDER = Candidate("holder", "schatten_p", "", (1e-3,))

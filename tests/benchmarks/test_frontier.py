@@ -3,9 +3,10 @@
 import math
 
 import pytest
-from accuracy import frontier_by_p
-from frontier import Point, dominating_peers, families_left, plot
-from peers import EXPONENTS, OURS
+
+from benchmarks.spectral_power.accuracy import frontier_by_p
+from benchmarks.spectral_power.frontier import Point, dominating_peers, families_left, plot
+from benchmarks.spectral_power.peers import EXPONENTS, OURS
 
 
 def point(error: float, time: float, family: str = "peer", setting: str = "K = 5", p: float = 2.0) -> Point:

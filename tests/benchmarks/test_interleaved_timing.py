@@ -1,9 +1,10 @@
 """Ratios of alternating calls, on a clock that only the calls advance."""
 
-import interleaved_timing
 import pytest
 import torch
-from interleaved_timing import best_seconds, time_ratio
+
+from benchmarks import interleaved_timing
+from benchmarks.interleaved_timing import best_seconds, time_ratio
 
 CPU = torch.device("cpu")
 

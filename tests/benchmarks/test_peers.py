@@ -3,13 +3,20 @@
 import math
 
 import numpy as np
-import peers
 import pytest
 import torch
-from accuracy import Subject
-from peers import EXPONENTS, Method, all_methods, minimax_composition, newton_schulz, polar_taylor
 from torch import Tensor
 
+from benchmarks.spectral_power import peers
+from benchmarks.spectral_power.accuracy import Subject
+from benchmarks.spectral_power.peers import (
+    EXPONENTS,
+    Method,
+    all_methods,
+    minimax_composition,
+    newton_schulz,
+    polar_taylor,
+)
 from hf_schatten.linalg import spectral_power_svd
 
 METHODS = all_methods(torch.float32, steps=(5,))

@@ -1,4 +1,7 @@
-"""The scaling model: formulas against algorithms written here, pipelines against hand-made schedules, and its page."""
+"""The scaling model: formulas against algorithms written here, pipelines against hand-made schedules, and its page.
+
+One long file, from a single cost to the whole model, for most of it shares a tiny workload and machine.
+"""
 
 import json
 import math
@@ -7,13 +10,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import scaling_model as script
 import torch
-from scaling_calibration import QUICK, fit_line
-from scaling_gpu import Trained, compare, fit, trained
-from scaling_machines import H100, Cost, Link, Machine, all_gather_bytes, all_reduce_bytes, with_network
-from scaling_pipelines import exchange, gradients_exposed
-from scaling_simulation import (
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from benchmarks.scaling import scaling_model as script
+from benchmarks.scaling.scaling_calibration import QUICK, fit_line
+from benchmarks.scaling.scaling_gpu import Trained, compare, fit, trained
+from benchmarks.scaling.scaling_machines import (
+    H100,
+    Cost,
+    Link,
+    Machine,
+    all_gather_bytes,
+    all_reduce_bytes,
+    with_network,
+)
+from benchmarks.scaling.scaling_pipelines import exchange, gradients_exposed
+from benchmarks.scaling.scaling_simulation import (
     VARIANTS,
     Setting,
     Step,
@@ -24,10 +38,7 @@ from scaling_simulation import (
     shared_in_node,
     travels,
 )
-from scaling_workload import PLANS, Plan, Workload, count
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig
-
+from benchmarks.scaling.scaling_workload import PLANS, Plan, Workload, count
 from hf_schatten import create_schatten_optimizer
 from hf_schatten.distributed.processes import Peers
 from hf_schatten.distributed.replicated import _ALL_GATHER
@@ -320,7 +331,7 @@ def test_the_machine_is_what_measured_steps_determine_and_predicts_those_that_it
     steps = trained()
     assert fit(steps, H100) == pytest.approx((H100.training_efficiency, H100.layer_seconds), rel=0.002, abs=0)
     rows = compare(steps, H100)
-    stored = json.loads((ROOT / "benchmarks/results/scaling_model.json").read_text("utf-8"))["one_gpu"]
+    stored = json.loads((ROOT / "benchmarks/scaling/results/scaling_model.json").read_text("utf-8"))["one_gpu"]
     for row, kept in zip(rows, stored, strict=True):
         assert 0.95 <= row["predicted"] / row["measured"] <= 1.05, row
         assert kept == row | {"predicted": pytest.approx(row["predicted"], rel=1e-9, abs=0)}
@@ -374,8 +385,7 @@ def test_quick_run(tmp_path: Path, capsys):
 
 
 @pytest.mark.slow
-def test_quick_calibration_is_kept_for_the_next_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT / "benchmarks"))
+def test_quick_calibration_is_kept_for_the_next_run(tmp_path: Path):
     script.main(["--quick", "--calibrate", "--output", str(tmp_path)])
     first = json.loads((tmp_path / "scaling_model.json").read_text("utf-8"))["calibration"]
     may_be_zero = {"spectrum_seconds", "collective_seconds"}  # where noise exceeds them
@@ -398,7 +408,7 @@ def test_malformed_arguments(arguments, capsys):
 
 
 def test_results_are_those_of_the_present_code():
-    results = json.loads((ROOT / "benchmarks/results/scaling_model.json").read_text("utf-8"))
+    results = json.loads((ROOT / "benchmarks/scaling/results/scaling_model.json").read_text("utf-8"))
     workload = Workload(PLANS["gpt2"]())
     for name in VARIANTS:
         for stored in results["steps"]["GPT-2 small"][name][3::7]:  # 8 and 1,024 ranks
@@ -423,7 +433,7 @@ def rows_of(page, header):
 @pytest.mark.parametrize("model", ["GPT-2 small", "Llama-like, 1.3 B"])
 def test_table_of_the_page_is_the_results(model):
     page = (ROOT / "docs/multi_node.md").read_text("utf-8")
-    steps = json.loads((ROOT / "benchmarks/results/scaling_model.json").read_text("utf-8"))["steps"][model]
+    steps = json.loads((ROOT / "benchmarks/scaling/results/scaling_model.json").read_text("utf-8"))["steps"][model]
     rows = rows_of(page, model)
     assert len(rows) == 6
     for row in rows:

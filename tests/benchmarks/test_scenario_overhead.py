@@ -3,11 +3,12 @@
 import json
 from pathlib import Path
 
-import interleaved_timing
 import pytest
-import scenario_overhead as script
 import torch
-from comparison import Candidate, ComparisonError, Task
+
+from benchmarks import interleaved_timing
+from benchmarks.comparison import scenario_overhead as script
+from benchmarks.comparison.comparison import Candidate, ComparisonError, Task
 
 TRAIN = """
 import torch

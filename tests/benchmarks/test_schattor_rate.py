@@ -5,9 +5,10 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import schattor_rate as script
 import torch
-from schattor_rate import GAP, LOSSES, ORDERS, SIGMA, Problem
+
+from benchmarks.convergence import schattor_rate as script
+from benchmarks.convergence.schattor_rate import GAP, LOSSES, ORDERS, SIGMA, Problem
 
 
 def values(problem: Problem, X: torch.Tensor) -> torch.Tensor:

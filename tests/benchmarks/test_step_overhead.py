@@ -3,10 +3,11 @@
 import json
 from pathlib import Path
 
-import interleaved_timing
 import pytest
-import step_overhead as script
 import torch
+
+from benchmarks import interleaved_timing
+from benchmarks.comparison import step_overhead as script
 
 
 def test_whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):

@@ -1,24 +1,23 @@
-"""The stored tables are what the fit makes of itself, and the named methods meet their targets."""
+"""The stored tables are tame, and the named methods meet their targets."""
 
 import itertools
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from hf_schatten.linalg import coefficients
-from hf_schatten.linalg.coefficient_table import STEPS, Coefficients, interpolate, load_table, table_filename
-from hf_schatten.linalg.multiscale_fit import MultiscaleFit, random_start
+from hf_schatten.linalg.coefficient_table import Coefficients, interpolate, load_table
+from hf_schatten.linalg.multiscale_fit import MultiscaleFit
+from hf_schatten.options import NS_STEPS
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 X = np.geomspace(5e-4, 1, 400)
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", NS_STEPS)
 def test_table_is_complete_and_tame(steps: int) -> None:
     columns = load_table(steps)["columns"]
     exponents = [column["s"] for column in columns]
@@ -31,7 +30,7 @@ def test_table_is_complete_and_tame(steps: int) -> None:
     assert columns[-1]["w"] == [1.0] + [0.0] * steps
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", NS_STEPS)
 def test_stored_errors_are_the_errors(steps: int) -> None:
     x = np.geomspace(5e-4, 1, 4000)
     for column in load_table(steps)["columns"][::8]:
@@ -40,7 +39,7 @@ def test_stored_errors_are_the_errors(steps: int) -> None:
         assert error == pytest.approx(column["max_error"], rel=0.05, abs=1e-6)
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", NS_STEPS)
 def test_errors_fall_as_s_grows(steps: int) -> None:
     # From six steps on, a composition for the polar factor itself is better than what there is for s > 0.
     lowest = 0 if steps <= 5 else 1 / 16
@@ -50,12 +49,12 @@ def test_errors_fall_as_s_grows(steps: int) -> None:
 
 def test_more_steps_fit_better() -> None:
     for s in (0.0, 0.25, 0.5):
-        errors = [np.abs(coefficients.multiscale(s, steps).transfer(X) - X**s).mean() for steps in STEPS]
+        errors = [np.abs(coefficients.multiscale(s, steps).transfer(X) - X**s).mean() for steps in NS_STEPS]
         assert errors[:5] == sorted(errors[:5], reverse=True)
         assert errors[5] < 1.5 * errors[4]
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", NS_STEPS)
 def test_transfer_grows_with_p_and_keeps_its_sign(steps: int) -> None:
     exponents = np.linspace(0, 1, 161)
     values = np.array([coefficients.multiscale(s, steps).transfer(X) for s in exponents])
@@ -73,18 +72,6 @@ def test_below_the_domain_small_values_stay_small() -> None:
         assert (values <= 1.2 * x**s).all()
 
 
-@pytest.mark.parametrize("steps", [3, 4])
-def test_refitting_a_table_from_its_curves_returns_to_it(steps: int) -> None:
-    table = load_table(steps)
-    curves = np.array(table["curves"])
-    refitted = coefficients.tabulate(steps, curves, coefficients.release_columns(steps, curves * (1 + 1e-6)))
-    for stored, column in zip(table["columns"], refitted["columns"], strict=True):
-        if stored["s"] >= 0:
-            before, after = (Coefficients(*(tuple(c[name]) for name in "abcw")).transfer(X) for c in (stored, column))
-            np.testing.assert_allclose(after, before, rtol=0.01, atol=0.01)
-            assert column["relative_error"] == pytest.approx(stored["relative_error"], rel=0.02, abs=1e-5)
-
-
 def test_columns_are_interpolated_linearly_between_unequal_neighbours() -> None:
     columns = load_table(5)["columns"]
     nodes = torch.tensor([column["s"] for column in columns], dtype=torch.float64)
@@ -97,7 +84,7 @@ def test_columns_are_interpolated_linearly_between_unequal_neighbours() -> None:
     assert interpolate(outside, 5)[2].isnan().all()
 
 
-@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("steps", NS_STEPS)
 def test_iterates_that_rounding_makes_larger_do_not_explode(steps: int) -> None:
     for s in np.linspace(0, 1, 33):
         row = np.array(coefficients.multiscale(s, steps).row)
@@ -105,38 +92,20 @@ def test_iterates_that_rounding_makes_larger_do_not_explode(steps: int) -> None:
         assert np.abs(Coefficients.from_row(row.tolist()).transfer(X)).max() < 5
 
 
-@pytest.mark.slow
-def test_the_command_remakes_a_stored_table(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for library in ("OMP", "OPENBLAS", "MKL"):
-        monkeypatch.setenv(f"{library}_NUM_THREADS", "1")  # the command sets them; they are undone here
-    coefficients.main(["--steps", "3", "--folder", str(tmp_path), "--processes", "1"])
-    assert "3 steps" in capsys.readouterr().out
-    remade = json.loads((tmp_path / table_filename(3)).read_text())
-    for stored, column in zip(load_table(3)["columns"], remade["columns"], strict=True):
-        assert column["relative_error"] == pytest.approx(stored["relative_error"], rel=0.05, abs=1e-5)
-
-
 def test_multiscale_interpolates_to_the_identity() -> None:
     np.testing.assert_allclose(coefficients.multiscale(1.0).transfer(X), X, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("order", [0.0, 1.0])
-def test_gradient_of_the_fit(order: float) -> None:
+def test_gradient_of_the_fit() -> None:
     x, exponents = np.geomspace(5e-4, 1, 40), np.array([0.1, 0.15, 0.4])
     targets, importance = x ** exponents[:, None], np.array([1.0, 2.0, 1.0])
-    fit = MultiscaleFit(
-        3, x, targets, np.eye(3), np.full(3, 0.01), importance, roughness=0.1 * np.eye(3), order=np.full(2, order)
-    )
-    rng = np.random.default_rng(0)
-    curves = random_start(3, 3, rng)
-    curves += 0.1 * rng.standard_normal(curves.shape)
+    fit = MultiscaleFit(3, x, targets, np.eye(3), np.full(3, 0.01), importance, roughness=0.1 * np.eye(3))
+    start = np.array([0.7, 0.7, 0.7, 0.5, 0.5, 0.5])  # three stretches and three drops, the same in every column
+    curves = start[:, None] + 0.1 * np.random.default_rng(0).standard_normal((6, 3))
 
     def objective(curves: np.ndarray) -> float:
         at = fit.linearize(curves)
         assert at is not None
-        assert fit._rises(at).any() == (order > 0)
         return fit._objective(at, curves)
 
     at = fit.linearize(curves)
@@ -144,9 +113,7 @@ def test_gradient_of_the_fit(order: float) -> None:
     gradient, _ = fit._normal_equations(at, curves)
     steps = 1e-6 * np.eye(curves.size).reshape(-1, *curves.shape)
     expected = np.array([(objective(curves + step) - objective(curves - step)) / 2e-6 for step in steps])
-    # Of the rises Kaufman's variant leaves out what the change of the weights adds where the fit is poor.
-    tolerance = 0.2 * abs(expected).max() if order else 1e-5
-    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=tolerance)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_lagrange_satisfies_its_constraint_and_its_optimality() -> None:

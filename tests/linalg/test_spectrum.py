@@ -110,10 +110,8 @@ MATRICES = {
 # Largest error of log ‖X‖_order: spectral norm, orders from 2, from 1, from 3/4.
 TOLERANCES = {
     "exact": (1e-9, 1e-9, 1e-9, 1e-9),
-    "exact32": (1e-5, 1e-5, 3e-4, 2e-3),
     "lanczos": (2e-3, 5e-3, 0.012, 0.04),
     "iterates": (2e-3, 2e-3, 0.01, 0.06),
-    "lowrank": (5e-3, 0.08, 0.12, 0.16),  # whose tail is not that of a Gaussian matrix
     "submatrix": (5e-3, 0.13, 0.4, 0.75),  # blind to where a spectrum has its bend
 }
 
@@ -148,7 +146,7 @@ def test_rank_one(name):
     norms = LOG_NORM_ESTIMATORS[name](X, INVERSE_ORDERS)
     frobenius = torch.linalg.matrix_norm(X.double()).log()
     # A float32 Gram matrix sees no singular value below 3e-4 of the largest, and reports its rounding instead.
-    atol = {"submatrix": 0.05, "exact32": 0.02, "iterates": 0.05}.get(name, 5e-3)
+    atol = {"submatrix": 0.05, "iterates": 0.05}.get(name, 5e-3)
     wanted = INVERSE_ORDERS <= 1
     torch.testing.assert_close(norms[wanted], frobenius.expand_as(norms)[wanted], atol=atol, rtol=0)
 
@@ -220,12 +218,11 @@ def test_orthonormalisation_by_cholesky(rank):
         torch.testing.assert_close(Q @ Q.mT, expected @ expected.mT, atol=1e-5, rtol=0.0)
 
 
-@pytest.mark.parametrize("estimator", ["lanczos", "lowrank"])
 @pytest.mark.parametrize("rank", [500, 100, 3])
-def test_estimates_do_not_depend_on_how_blocks_are_orthonormalised(estimator, rank, monkeypatch):
+def test_estimates_do_not_depend_on_how_blocks_are_orthonormalised(rank, monkeypatch):
     torch.manual_seed(0)
     X = (torch.randn(500, rank) * torch.logspace(0, -2, rank)) @ torch.randn(rank, 600)
     orders = torch.linspace(0, 4 / 3, 9, dtype=torch.float64)
-    expected = LOG_NORM_ESTIMATORS[estimator](X, orders)
+    expected = LOG_NORM_ESTIMATORS["lanczos"](X, orders)
     monkeypatch.setattr(krylov_spectrum, "_orthonormal", orthonormalised_by_cholesky)
-    torch.testing.assert_close(LOG_NORM_ESTIMATORS[estimator](X, orders), expected, atol=1e-3, rtol=0.0)
+    torch.testing.assert_close(LOG_NORM_ESTIMATORS["lanczos"](X, orders), expected, atol=1e-3, rtol=0.0)

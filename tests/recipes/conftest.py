@@ -1,13 +1,11 @@
-"""Makes the modules of the recipes importable, as they are when their scripts run."""
+"""What the tests of recipes share."""
 
-import sys
 from pathlib import Path
 
 import datasets
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path[:0] = [str(RECIPES / name) for name in ("pretrain_clm", "image_classification", "lora_sft", ".")]
 
 
 @pytest.fixture

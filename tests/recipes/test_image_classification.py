@@ -1,12 +1,12 @@
-"""The image recipe: its options, digits and augmentation, ResMLP, the metric, and whole tiny runs."""
+"""The image recipe: its options, digits and augmentation, ResMLP, the metric, and whole tiny runs.
+
+One long file, in the order of a run, for all of it shares the digits and one tiny model.
+"""
 
 import json
 from functools import partial
 from pathlib import Path
 
-import image_arguments
-import image_classification
-import images
 import numpy as np
 import pytest
 import torch
@@ -14,19 +14,21 @@ from accelerate import PartialState
 from datasets import ClassLabel, Dataset, Image
 from huggingface_hub import ModelCard
 from PIL import Image as Pictures
-from recipe_parts.command_line import InputError
-from recipe_parts.metrics import load_metric
-from recipe_parts.splits import held_out_rows
-from resmlp import ResMLPConfig, ResMLPForImageClassification
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForImageClassification
 
+from benchmarks.comparison.comparison import Task
 from hf_schatten import SchattenCallback, route_parameters
 from hf_schatten.adaptive.probe import Probe, RowSample
+from recipes.image_classification import arguments, data, image_classification
+from recipes.image_classification.resmlp import ResMLPConfig, ResMLPForImageClassification
+from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.metrics import load_metric
+from recipes.recipe_parts.splits import held_out_rows
 
-pytestmark = pytest.mark.filterwarnings("error:::(image_.*|images|recipe_parts|resmlp)")
+pytestmark = pytest.mark.filterwarnings(r"error:::recipes\.")
 
 FOLDER = Path(image_classification.__file__).parent
 TINY = "--hidden_size 16 --num_hidden_layers 1 --num_attention_heads 2 --max_train_samples 32 --max_eval_samples 40"
@@ -53,7 +55,7 @@ def _no_pictures_of_the_callback(monkeypatch):
 
 @pytest.fixture(scope="module")
 def digits():
-    return images.load_sklearn_digits(0.2)
+    return data.load_sklearn_digits(0.2)
 
 
 @pytest.fixture
@@ -88,7 +90,7 @@ COMPARISONS = {"comparison.yaml", "resmlp_comparison.yaml", "cifar10_comparison.
 @pytest.mark.parametrize("name", sorted({path.name for path in FOLDER.glob("*.yaml")} - COMPARISONS))
 def test_shipped_files_are_valid(name, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    model_args, data_args, training_args = image_arguments.parse_arguments([str(FOLDER / name), "--use_cpu"])
+    model_args, data_args, training_args = arguments.parse_arguments([str(FOLDER / name), "--use_cpu"])
     assert training_args.optim == "schatten_p"
     assert not training_args.remove_unused_columns
     config = image_classification.new_config(model_args)
@@ -100,13 +102,10 @@ def test_shipped_files_are_valid(name, monkeypatch):
 @pytest.mark.parametrize("name", sorted(COMPARISONS))
 def test_the_comparisons_are_read_by_the_benchmark(name, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    monkeypatch.syspath_prepend(FOLDER.parents[1] / "benchmarks")
-    from comparison import Task
-
     task = Task.load(FOLDER / name)
     assert task.script.is_file()
     assert Path(task.arguments[0]).is_file()
-    *_, training_args = image_arguments.parse_arguments([*task.arguments, "--use_cpu"])
+    *_, training_args = arguments.parse_arguments([*task.arguments, "--use_cpu"])
     assert training_args.eval_strategy != "no"
     assert {candidate.optim for candidate in task.candidates} == {"schatten_p", "adamw_torch", "torch_muon"}
 
@@ -135,7 +134,7 @@ def test_bad_flags(flags, message):
 
 
 def test_heads_matter_to_a_vit_alone():
-    model_args, *_ = image_arguments.parse_arguments(["--model_type", "resmlp", "--hidden_size", "10", "--use_cpu"])
+    model_args, *_ = arguments.parse_arguments(["--model_type", "resmlp", "--hidden_size", "10", "--use_cpu"])
     assert image_classification.build_model(model_args, ["a", "b"]).config.hidden_size == 10
 
 
@@ -157,7 +156,7 @@ def test_the_split_is_the_same_everywhere():
 
 def test_pixels_are_the_sources(digits):
     row = digits["validation"][5]
-    made = images.Pixels(size=8, channels=1)({"image": [row["image"]], "label": [row["label"]], "row": [row["row"]]})
+    made = data.Pixels(size=8, channels=1)({"image": [row["image"]], "label": [row["label"]], "row": [row["row"]]})
     source = load_digits()
     expected = torch.tensor(source.images[row["row"]] / 8 - 1, dtype=torch.float32)
     torch.testing.assert_close(made["pixel_values"][0], expected[None], atol=1.01 / 255, rtol=0.0)  # 8 bits
@@ -174,14 +173,14 @@ def batch_of(*pictures):
 
 def test_the_middle_is_evaluated():
     picture = picture_of(np.arange(4 * 8).reshape(4, 8))
-    (values,) = images.Pixels(size=2, channels=1, central_share=0.5)(batch_of(picture))["pixel_values"]
+    (values,) = data.Pixels(size=2, channels=1, central_share=0.5)(batch_of(picture))["pixel_values"]
     expected = torch.tensor([[11.0, 12.0], [19.0, 20.0]]) / 127.5 - 1
     torch.testing.assert_close(values, expected[None], atol=1e-6, rtol=0.0)
 
 
 def test_colours_are_channels():
     colours = np.random.default_rng(0).integers(256, size=(4, 4, 3))
-    (values,) = images.Pixels(size=4, channels=3)(batch_of(picture_of(colours)))["pixel_values"]
+    (values,) = data.Pixels(size=4, channels=3)(batch_of(picture_of(colours)))["pixel_values"]
     expected = torch.tensor(colours / 127.5 - 1, dtype=torch.float32).permute(2, 0, 1)
     torch.testing.assert_close(values, expected, atol=1e-6, rtol=0.0)
 
@@ -194,12 +193,12 @@ def test_a_shift_moves_pixels(down, right):
         for x in range(5):
             if 0 <= y - down < 4 and 0 <= x - right < 5:
                 expected[y, x] = values[0, y - down, x - right]
-    np.testing.assert_array_equal(images._shifted(values, down, right)[0].numpy(), expected)
+    np.testing.assert_array_equal(data._shifted(values, down, right)[0].numpy(), expected)
 
 
 def test_augmentation_hangs_on_seed_epoch_and_row_alone():
     pictures = [picture_of(np.random.default_rng(i).integers(256, size=(8, 8))) for i in range(6)]
-    augment = partial(images.Pixels, 8, 1, augmented=True, shift=2, flip=True, least_area=0.5)
+    augment = partial(data.Pixels, 8, 1, augmented=True, shift=2, flip=True, least_area=0.5)
     whole = torch.stack(augment()(batch_of(*pictures))["pixel_values"])
     alone = augment()({"image": [pictures[4]], "label": [0], "row": [4]})["pixel_values"][0]
     assert torch.equal(whole[4], alone)
@@ -209,8 +208,8 @@ def test_augmentation_hangs_on_seed_epoch_and_row_alone():
 
 def test_flips_are_mirrored_pictures():
     picture = picture_of(np.arange(16).reshape(4, 4))
-    plain = images.Pixels(4, 1)(batch_of(picture))["pixel_values"][0]
-    made = images.Pixels(4, 1, augmented=True, flip=True)(batch_of(*[picture] * 40))["pixel_values"]
+    plain = data.Pixels(4, 1)(batch_of(picture))["pixel_values"][0]
+    made = data.Pixels(4, 1, augmented=True, flip=True)(batch_of(*[picture] * 40))["pixel_values"]
     flipped = [torch.equal(values, plain.flip(-1)) for values in made]
     assert all(torch.equal(values, plain) != mirrored for values, mirrored in zip(made, flipped, strict=True))
     assert 8 < sum(flipped) < 32
@@ -219,7 +218,7 @@ def test_flips_are_mirrored_pictures():
 def test_random_parts_lie_in_the_picture():
     picture, random = Pictures.new("L", (30, 20)), np.random.default_rng(0)
     for _ in range(200):
-        left, top, right, bottom = images._random_part(picture, 0.25, random)
+        left, top, right, bottom = data._random_part(picture, 0.25, random)
         assert 0 <= left < right <= 30 + 1e-9
         assert 0 <= top < bottom <= 20 + 1e-9
         # A stretched part may be wider than the picture, and is cut there.
@@ -239,7 +238,7 @@ def colour_folder(tmp_path):
 
 
 def test_a_data_set_in_the_form_of_the_hubs(colour_folder):
-    splits = images.load_hub_images(str(colour_folder), None, "img", "kind", 0.2)
+    splits = data.load_hub_images(str(colour_folder), None, "img", "kind", 0.2)
     assert {split: len(rows) for split, rows in splits.items()} == {"train": 16, "validation": 4}
     assert splits["train"].features["label"] == ClassLabel(names=["cat", "dog"])
     assert set(splits["train"].column_names) == {"image", "label", "row"}
@@ -257,14 +256,14 @@ def test_a_data_set_in_the_form_of_the_hubs(colour_folder):
 )
 def test_wrong_columns(colour_folder, image, label, message):
     with pytest.raises(InputError, match=message):
-        images.load_hub_images(str(colour_folder), None, image, label, 0.2)
+        data.load_hub_images(str(colour_folder), None, image, label, 0.2)
 
 
 def test_without_a_train_split(colour_folder):
     source = colour_folder / "data" / "train-00000.parquet"
     source.rename(source.with_name("test-00000.parquet"))
     with pytest.raises(InputError, match="has no split 'train'; it has: test"):
-        images.load_hub_images(str(colour_folder), None, "img", "kind", 0.2)
+        data.load_hub_images(str(colour_folder), None, "img", "kind", 0.2)
 
 
 # ResMLP
@@ -411,8 +410,8 @@ def test_a_saved_resmlp_loads_with_its_own_code(resmlp, tmp_path):
 
 def test_a_resumed_run_is_the_run_itself(tmp_path, monkeypatch):
     """With an augmentation, over the end of an epoch of four steps."""
-    seen, augment = [], images.Pixels._augment
-    monkeypatch.setattr(images.Pixels, "_augment", lambda self, *args: seen.append(self.epoch) or augment(self, *args))
+    seen, augment = [], data.Pixels._augment
+    monkeypatch.setattr(data.Pixels, "_augment", lambda self, *args: seen.append(self.epoch) or augment(self, *args))
     flags = ["--model_type", "resmlp", "--max_steps", "7", "--do_eval", "false"]
     run(tmp_path / "whole", *flags, "--save_steps", "3")
     assert seen[:32] == [0] * 32

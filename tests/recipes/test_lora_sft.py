@@ -1,4 +1,7 @@
-"""The LoRA recipe: its options, its headers, prompts and answers, its adapters, and runs of a tiny base model."""
+"""The LoRA recipe: its options, its headers, prompts and answers, its adapters, and runs of a tiny base model.
+
+One long file, in the order of a run, for most of it shares the base model and its tokenizer.
+"""
 
 import json
 import os
@@ -6,30 +9,25 @@ import subprocess
 import sys
 from pathlib import Path
 
-import adapters
-import answers
-import headers
-import lora_sft
 import numpy as np
-import prompts
 import pytest
-import sft_arguments
 import torch
 import transformers.trainer
 from datasets import Dataset, DatasetDict
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM
-from recipe_parts import blocks
-from recipe_parts.command_line import InputError
-from recipe_parts.documents import load_hub_dataset
-from recipe_parts.metrics import load_metric
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, EvalPrediction, GPT2Config, GPT2LMHeadModel
 
 import hf_schatten
+from recipes.lora_sft import adapters, answers, arguments, data, lora_sft, prompts
+from recipes.recipe_parts import blocks
+from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.documents import load_hub_dataset
+from recipes.recipe_parts.metrics import load_metric
 
 pytestmark = pytest.mark.filterwarnings(
-    "error:::(adapters|answers|headers|lora_sft|prompts|recipe_parts|sft_.*)",
+    r"error:::recipes\.",
     "ignore:`gradient_checkpointing` is deprecated:FutureWarning",
 )
 
@@ -92,10 +90,10 @@ def completions_of(rows: list[dict[str, str]]) -> DatasetDict:
 
 
 def test_without_arguments_it_continues_the_first_recipe():
-    model, data, training = sft_arguments.parse_arguments([])
+    model, data_args, training = arguments.parse_arguments([])
     assert model.model_name_or_path == "outputs/pretrain_clm"
-    assert data.source == headers.HEADERS_NAME
-    assert data.columns == {"text": "text"}
+    assert data_args.source == data.HEADERS_NAME
+    assert data_args.columns == {"text": "text"}
     assert training.output_dir == "outputs/lora_sft"
     assert training.do_train
     assert training.do_eval
@@ -103,15 +101,15 @@ def test_without_arguments_it_continues_the_first_recipe():
 
 @pytest.mark.parametrize("name", ["gpt2_headers.yaml", "llama3_gsm8k.yaml"])
 def test_shipped_files_are_valid(name):
-    _, _, training = sft_arguments.parse_arguments([str(RECIPE / name), "--use_cpu"])
+    _, _, training = arguments.parse_arguments([str(RECIPE / name), "--use_cpu"])
     assert training.optim == "schatten_p"
     assert training.max_steps > 0 or training.num_train_epochs > 0
 
 
 def test_the_file_for_gsm8k_learns_answers():
-    _, data, _ = sft_arguments.parse_arguments([str(RECIPE / "llama3_gsm8k.yaml"), "--use_cpu"])
-    assert data.columns == {"prompt": "question", "completion": "answer"}
-    assert data.max_new_tokens
+    _, data_args, _ = arguments.parse_arguments([str(RECIPE / "llama3_gsm8k.yaml"), "--use_cpu"])
+    assert data_args.columns == {"prompt": "question", "completion": "answer"}
+    assert data_args.max_new_tokens
 
 
 @pytest.mark.parametrize(
@@ -138,7 +136,7 @@ def test_the_file_for_gsm8k_learns_answers():
 )
 def test_bad_flags(flags, message):
     with pytest.raises(InputError, match=message):
-        sft_arguments.parse_arguments(flags)
+        arguments.parse_arguments(flags)
 
 
 # Headers
@@ -150,12 +148,12 @@ def test_headers_are_those_that_people_wrote(tmp_path):
     for name in kept + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"// {name}\n")
-    assert [path.relative_to(tmp_path).as_posix() for path in headers.header_files(tmp_path)] == kept
+    assert [path.relative_to(tmp_path).as_posix() for path in data.header_files(tmp_path)] == kept
 
 
 def test_the_running_torch_has_headers():
     root = Path(torch.__file__).parent / "include"
-    files = headers.header_files(root)
+    files = data.header_files(root)
     assert root / "c10" / "core" / "Device.h" in files
     assert sum(path.stat().st_size for path in files) > 2_000_000
 
@@ -165,12 +163,12 @@ def test_headers_are_split_by_file(tmp_path):
     (tmp_path / "c10" / "core").mkdir(parents=True)
     for name in names:
         (tmp_path / name).write_text(f"// {name} é\n", encoding="utf-8")
-    loaded = headers.load_headers(0.2, tmp_path)
+    loaded = data.load_headers(0.2, tmp_path)
     train, held_out = list(loaded["train"]["text"]), list(loaded["validation"]["text"])
     assert set(train).isdisjoint(held_out)
     assert sorted(train + held_out) == sorted(f"// {name} é\n" for name in names)
     with pytest.raises(InputError, match=r"none of the 0 files to read below .* falls into the train split"):
-        headers.load_headers(0.2, tmp_path / "elsewhere")
+        data.load_headers(0.2, tmp_path / "elsewhere")
 
 
 # Prompts
@@ -227,15 +225,15 @@ def test_a_data_set_without_validation_is_evaluated_on_its_test_split(tmp_path):
     for split, rows in (("train", sums(20)), ("test", sums(100)[95:])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     given = ["--dataset_name", str(folder), "--prompt_column", "question", "--completion_column", "answer"]
-    _, data, _ = sft_arguments.parse_arguments(given)
-    loaded = lora_sft.load_rows(data)
+    _, data_args, _ = arguments.parse_arguments(given)
+    loaded = lora_sft.load_rows(data_args)
     assert list(loaded["train"]["prompt"]) == [row["question"] for row in sums(20)]
     assert list(loaded["validation"]["completion"]) == [row["answer"] for row in sums(100)[95:]]
-    other = load_hub_dataset(str(folder), None, data.columns, fraction=0.1)  # as the recipe pretrain_clm does
+    other = load_hub_dataset(str(folder), None, data_args.columns, fraction=0.1)  # as the recipe pretrain_clm does
     assert list(other["validation"]["prompt"]) == [row["question"] for row in sums(20)[18:]]
-    _, data, _ = sft_arguments.parse_arguments([*given, "--completion_column", "solution"])
+    _, data_args, _ = arguments.parse_arguments([*given, "--completion_column", "solution"])
     with pytest.raises(InputError, match=r"--completion_column solution is not a column of .* has: question, answer"):
-        lora_sft.load_rows(data)
+        lora_sft.load_rows(data_args)
 
 
 # Answers
@@ -337,8 +335,8 @@ def test_a_missing_base_model_names_the_command_that_makes_it(tmp_path, monkeypa
 
 
 def adapted(base: Path, **options):
-    model_args = sft_arguments.ModelArguments(model_name_or_path=str(base), **options)
-    _, _, training_args = sft_arguments.parse_arguments(["--use_cpu"])
+    model_args = arguments.ModelArguments(model_name_or_path=str(base), **options)
+    _, _, training_args = arguments.parse_arguments(["--use_cpu"])
     return adapters.add_adapters(adapters.load_base(model_args, training_args), model_args, training_args)
 
 
@@ -556,7 +554,7 @@ def test_the_script_trains_on_the_headers(base, tmp_path):
 def test_the_comparison_trains_adapters_with_muon(base, questions, tmp_path):
     times, script = tmp_path / "times.json", str(RECIPE / "lora_sft.py")
     muon = ["--optim", "torch_muon", "--max_steps", "2", "--save_strategy", "no"]
-    timed_run = [sys.executable, str(RECIPE.parents[1] / "benchmarks" / "timed_run.py"), str(times), script]
+    timed_run = [sys.executable, str(RECIPE.parents[1] / "benchmarks/comparison/timed_run.py"), str(times), script]
     subprocess.run([*timed_run, *flags(base, questions, tmp_path / "out", *muon)], check=True, timeout=300)
     assert json.loads(times.read_text())["steps"] == [1, 2]
 

@@ -1,4 +1,7 @@
-"""The pretraining recipe: its options, its corpus, its tokenizer and blocks, and one whole run."""
+"""The pretraining recipe: its options, its corpus, its tokenizer and blocks, and one whole run.
+
+One long file, in the order of a run, for most of it shares a small library and a tokenizer.
+"""
 
 import json
 import os
@@ -6,19 +9,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import arguments
-import corpus
-import pretrain_clm
 import pytest
 from datasets import Dataset, DatasetDict
-from recipe_parts import blocks
-from recipe_parts.command_line import InputError, checkpoint_to_resume
-from recipe_parts.documents import load_files
-from recipe_parts.run_record import side_by_side
-from recipe_parts.splits import is_held_out
 from transformers import TrainingArguments
 
-pytestmark = pytest.mark.filterwarnings("error:::(arguments|corpus|pretrain_clm|recipe_parts)")
+from recipes.pretrain_clm import arguments, data, pretrain_clm
+from recipes.recipe_parts import blocks
+from recipes.recipe_parts.command_line import InputError, checkpoint_to_resume
+from recipes.recipe_parts.documents import load_files
+from recipes.recipe_parts.run_record import side_by_side
+from recipes.recipe_parts.splits import is_held_out
+
+pytestmark = pytest.mark.filterwarnings(r"error:::recipes\.")
 
 SOURCE = 'def area(radius):\n    """Of a circle."""\n    return 3.14159 * radius ** 2\n'
 
@@ -55,19 +57,19 @@ def write_config(tmp_path: Path, text: str, name: str = "config.yaml") -> str:
 
 
 def test_flags_alone(tmp_path):
-    model, data, training = arguments.parse_arguments(
+    model, data_args, training = arguments.parse_arguments(
         ["--n_layer", "2", "--block_size", "64", "--max_steps", "5", "--output_dir", str(tmp_path)]
     )
-    assert (model.n_layer, data.block_size, training.max_steps) == (2, 64, 5)
+    assert (model.n_layer, data_args.block_size, training.max_steps) == (2, 64, 5)
     assert training.output_dir == str(tmp_path)
 
 
 def test_without_arguments_trains_and_evaluates():
-    _, data, training = arguments.parse_arguments([])
+    _, data_args, training = arguments.parse_arguments([])
     assert training.do_train
     assert training.do_eval
     assert training.output_dir == "outputs/pretrain_clm"
-    assert data.source == corpus.STDLIB_NAME
+    assert data_args.source == data.STDLIB_NAME
 
 
 def test_flags_override_the_file(tmp_path):
@@ -146,32 +148,32 @@ def test_bad_flags(flags, message):
 
 
 def test_stdlib_files_are_ordered_and_library_code_only(library):
-    names = [path.relative_to(library).as_posix() for path in corpus.python_files(library)]
+    names = [path.relative_to(library).as_posix() for path in data.python_files(library)]
     assert names == sorted(names)
     assert len(names) == 60
     assert all(name.startswith(("module_", "package/part_")) for name in names)
 
 
 def test_the_running_python_has_a_library():
-    files = corpus.python_files(Path(os.__file__).parent)
+    files = data.python_files(Path(os.__file__).parent)
     assert Path(os.__file__) in files
     assert sum(path.stat().st_size for path in files) > 4_000_000
 
 
 def test_stdlib_split_is_disjoint_complete_and_repeatable(library):
-    first, second = (corpus.load_python(library, 0.2) for _ in range(2))
+    first, second = (data.load_python(library, 0.2) for _ in range(2))
     train, held_out = text_of(first["train"]), text_of(first["validation"])
     assert set(train).isdisjoint(held_out)
-    assert sorted(train + held_out) == sorted(path.read_text() for path in corpus.python_files(library))
+    assert sorted(train + held_out) == sorted(path.read_text() for path in data.python_files(library))
     assert text_of(second["train"]) == train
     assert text_of(second["validation"]) == held_out
 
 
 def test_a_changed_file_is_read_again(library):
-    before = text_of(corpus.load_python(library, 0.2)["train"])
+    before = text_of(data.load_python(library, 0.2)["train"])
     path = library / before[0].partition("\n")[0].removeprefix("# ")
     path.write_text("changed = True\n")
-    assert text_of(corpus.load_python(library, 0.2)["train"])[0] == "changed = True\n"
+    assert text_of(data.load_python(library, 0.2)["train"])[0] == "changed = True\n"
 
 
 def test_held_out_share():
@@ -181,28 +183,28 @@ def test_held_out_share():
 
 def test_coding_line_is_obeyed(library):
     (library / "module_0.py").write_bytes("# -*- coding: latin-1 -*-\nname = 'é'\n".encode("latin-1"))
-    loaded = corpus.load_python(library, 0.2)
+    loaded = data.load_python(library, 0.2)
     assert any("'é'" in text for split in loaded.values() for text in split["text"])
 
 
 def test_a_file_that_is_no_text_is_left_out(library, caplog):
     (library / "module_0.py").write_bytes(b"name = '\xff'\n")
-    loaded = corpus.load_python(library, 0.2)
+    loaded = data.load_python(library, 0.2)
     assert [text for split in loaded.values() for text in split["text"]].count("") == 1
     assert "module_0.py is left out" in caplog.text
 
 
 def test_sources_of_python():
-    assert corpus.source_root("stdlib") == Path(os.__file__).parent
-    assert (corpus.source_root("packages") / "transformers").is_dir()
-    assert corpus.source_name("/somewhere/my_project") == "Python source in my_project"
+    assert data.source_root("stdlib") == Path(os.__file__).parent
+    assert (data.source_root("packages") / "transformers").is_dir()
+    assert data.source_name("/somewhere/my_project") == "Python source in my_project"
     with pytest.raises(InputError, match=r"nowhere: no such folder\. Give one, or stdlib or packages"):
-        corpus.source_root("nowhere")
+        data.source_root("nowhere")
 
 
 def test_stdlib_without_files(tmp_path):
     with pytest.raises(InputError, match="falls into the train split"):
-        corpus.load_python(tmp_path, 0.1)
+        data.load_python(tmp_path, 0.1)
 
 
 def test_text_file_holds_paragraphs(tmp_path):

@@ -2,13 +2,14 @@
 
 from pathlib import Path
 
-import card
 import pytest
 import transformers.trainer
-from arguments import DataTrainingArguments, ModelArguments
 from huggingface_hub import ModelCard
-from recipe_parts import run_record
-from recipe_parts.command_line import InputError
+
+from recipes.pretrain_clm import card
+from recipes.pretrain_clm.arguments import DataTrainingArguments, ModelArguments
+from recipes.recipe_parts import run_record
+from recipes.recipe_parts.command_line import InputError
 
 
 @pytest.fixture

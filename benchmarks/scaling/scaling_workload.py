@@ -1,0 +1,309 @@
+"""What a step of training asks of one rank, counted by running the optimizers' own code on tensors without memory.
+
+On the device ``meta`` operations have shapes and no values: products of matrices are counted by PyTorch's own counter,
+all other operations by the bytes that they read and write.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+
+from benchmarks.scaling.scaling_machines import Cost
+from hf_schatten import SchattenP, create_schatten_optimizer
+from hf_schatten.adaptive.criterion import CRITERIA, NODES
+from hf_schatten.distributed.replicated import update_cost
+from hf_schatten.optim.matrix import Matrix
+from hf_schatten.optim.stack import Update, batches, factors_alone
+from hf_schatten.options import CriterionName
+
+_PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
+_OVERWRITING = {"copy_", "fill_", "zero_"}
+_FUSED_ADAMW_PASSES = 7  # weights, gradients and two moments are read; weights and moments are written
+_FUSED_ADAMW_KERNELS = 10
+_CAUSAL = 0.5  # share of the attention matrix that is computed
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A model, and what each rank sees of the data in a step.
+
+    Attributes:
+        name: For tables.
+        config: Of the model.
+        dtype: Of weights, gradients and updates.
+        sequences: Sequences of a rank in a step.
+        length: Tokens in a sequence.
+    """
+
+    name: str
+    config: PretrainedConfig
+    dtype: torch.dtype
+    sequences: int
+    length: int
+
+
+PLANS: dict[str, Callable[[], Plan]] = {
+    "gpt2": lambda: Plan("GPT-2 small", GPT2Config(), torch.float32, 16, 1024),
+    "llama-1.3b": lambda: Plan(
+        "Llama-like, 1.3 B",
+        LlamaConfig(
+            vocab_size=32_000,
+            hidden_size=2048,
+            intermediate_size=5504,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            max_position_embeddings=2048,
+        ),
+        torch.float32,
+        8,
+        2048,
+    ),
+    "llama-8b": lambda: Plan(
+        "Llama 3.1, 8 B",
+        LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=4096,
+            intermediate_size=14_336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        ),
+        torch.bfloat16,
+        2,
+        4096,
+    ),
+    "tiny": lambda: Plan(
+        "tiny",
+        GPT2Config(n_layer=2, n_embd=16, n_head=2, vocab_size=40, n_positions=8, bos_token_id=0, eos_token_id=0),
+        torch.float32,
+        1,
+        8,
+    ),
+}
+
+
+class Workload:
+    """A plan's model and optimizers, and what their work costs.
+
+    Args:
+        plan: The plan.
+        device: ``meta`` for what an accelerator would do; ``cpu`` really computes, and counts what a CPU does.
+    """
+
+    def __init__(self, plan: Plan, device: str = "meta") -> None:
+        self.plan, self.device = plan, device
+        with torch.device(device):
+            self.model: nn.Module = AutoModelForCausalLM.from_config(plan.config).to(plan.dtype)
+        compute_dtype = "float32" if device == "cpu" else "auto"  # a CPU is calibrated in float32
+        self.optimizer: SchattenP = create_schatten_optimizer(
+            self.model, p=2.0, compute_dtype=compute_dtype, verbose=False
+        )
+        self.optimizer.create_state()
+        usable = torch.ones((), dtype=torch.bool, device=device)
+        self.matrices = [replace(matrix, usable=usable) for matrix in self.optimizer.matrices()]
+        self._batch_costs: dict[Any, tuple[Cost, Cost]] = {}
+        self._apply_costs: dict[tuple[int, int], Cost] = {}
+
+    @property
+    def parameters(self) -> int:
+        """Number of the model's parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def layers(self) -> int:
+        """Number of the model's blocks."""
+        return int(self.plan.config.num_hidden_layers)
+
+    @cached_property
+    def matrix_elements(self) -> int:
+        """Number of those in matrices."""
+        return sum(elements(matrix) for matrix in self.matrices)
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one weight, gradient or update."""
+        return self.plan.dtype.itemsize
+
+    @property
+    def training_flops(self) -> float:
+        """Operations of forward and backward: 6 for each weight and token, and causal attention."""
+        config, tokens = self.plan.config, self.plan.sequences * self.plan.length
+        weights = self.matrix_elements + config.vocab_size * config.hidden_size
+        attention = 12 * self.layers * config.hidden_size * self.plan.length * _CAUSAL
+        return (6.0 * weights + attention) * tokens
+
+    @cached_property
+    def replicated(self) -> Cost:
+        """A step of `SchattenP` where a rank computes all updates."""
+        step = self._count_step(self.optimizer, self.model.parameters())
+        if self.device == "cpu":
+            return step
+        # On an accelerator torch's AdamW handles all parameters in one operation, which it does not do on meta.
+        others = [group["params"] for group in self.optimizer.param_groups if not group["spectral"]]
+        one_by_one, together = (
+            sum((self._count_step(torch.optim.AdamW(group, foreach=way), group) for group in others), Cost())
+            for way in (False, True)
+        )
+        return step + together - one_by_one
+
+    @cached_property
+    def moments(self) -> Cost:
+        """Of that step what is neither update nor weight: momentum, checks, and AdamW's parameters."""
+        computed = sum((self._of_batches(self.matrices, shared=False), *map(self.apply, self.matrices)), Cost())
+        return self.replicated - computed
+
+    def updates(self, matrices: Sequence[Matrix]) -> Cost:
+        """What a rank does to compute these matrices' updates and to put them into the buffer that it sends."""
+        return self._of_batches(matrices, shared=True)
+
+    def apply(self, matrix: Matrix) -> Cost:
+        """What a rank does with an update that it has."""
+        shape = matrix.wide_shape
+        if shape not in self._apply_costs:
+            step, factor = torch.zeros(shape, device=self.device), torch.ones((), device=self.device)
+            self._apply_costs[shape] = count(lambda: matrix.apply(step, factor, factor), self.device)
+        return self._apply_costs[shape]
+
+    @cached_property
+    def muon(self) -> Cost:
+        """A step of ``torch.optim.Muon`` for the matrices, unsplit, and of fused AdamW for the rest."""
+        matrices = {id(matrix.parameter): matrix.parameter for matrix in self.matrices}
+        own = self._count_step(torch.optim.Muon(list(matrices.values())), matrices.values())
+        return own + self._fused_adamw(self.parameters - self.matrix_elements)
+
+    @property
+    def adamw(self) -> Cost:
+        """A step of fused AdamW for all parameters."""
+        return self._fused_adamw(self.parameters)
+
+    def statistics_bytes(self, criterion: CriterionName = "kronecker") -> int:
+        """Bytes that a due step's all-reduce adds up: each matrix' curves, and whether a rank has measured them."""
+        return 8 * CRITERIA[criterion].curves * (NODES + 1) * len(self.matrices)
+
+    def gram_bytes(self, criterion: CriterionName = "kronecker") -> int:
+        """The same with ``sync=gram``: n² float64 numbers for each layer of n inputs, m² for a matrix of m outputs."""
+        sides = [*self._inputs.values()]
+        if CRITERIA[criterion].needs_outputs:
+            sides += [matrix.shape[0] for matrix in self.matrices]
+        return 8 * sum(side * side for side in sides)
+
+    @property
+    def spectra(self) -> int:
+        """How many spectra a due step estimates: of each matrix' gradient and outputs, and of each layer's inputs."""
+        return 2 * len(self.matrices) + len(self._inputs)
+
+    def memory(self, optimizer: str, ranks: int) -> float:
+        """Bytes of weights, gradients, DDP's buckets and the optimizer's state: all but activations and buffers.
+
+        Args:
+            optimizer: ``adamw``, ``muon`` or ``schatten_p``.
+            ranks: Of the run; one alone has no buckets.
+        """
+        elements_of_matrices = {"adamw": 2 * self.itemsize, "muon": self.itemsize, "schatten_p": 4}[optimizer]
+        elements_of_others = 8 if optimizer == "schatten_p" else 2 * self.itemsize
+        state = elements_of_matrices * self.matrix_elements
+        state += elements_of_others * (self.parameters - self.matrix_elements)
+        return (2 + (ranks > 1)) * self.itemsize * self.parameters + state
+
+    @cached_property
+    def _inputs(self) -> Mapping[str, int]:
+        return {matrix.input_name: matrix.shape[1] for matrix in self.matrices}
+
+    def _fused_adamw(self, parameters: int) -> Cost:
+        return Cost(moved=_FUSED_ADAMW_PASSES * self.itemsize * parameters, kernels=_FUSED_ADAMW_KERNELS)
+
+    def _of_batches(self, matrices: Sequence[Matrix], shared: bool) -> Cost:
+        total = Cost()
+        for batch in batches(matrices, self.optimizer.workspace_mib):
+            first, further = self._batch_cost(batch[0], shared)
+            total += first + further * (len(batch) - 1)
+        return total
+
+    def _batch_cost(self, matrix: Matrix, shared: bool) -> tuple[Cost, Cost]:
+        """Cost of a batch of one matrix, and of each further one in the batch."""
+        key = matrix.wide_shape, shared
+        if key not in self._batch_costs:
+            matrix.parameter.grad = torch.zeros_like(matrix.parameter)
+            one, two = (count(partial(self._update, [matrix] * size, shared), self.device) for size in (1, 2))
+            self._batch_costs[key] = one, two - one
+        return self._batch_costs[key]
+
+    def _update(self, batch: list[Matrix], shared: bool) -> None:
+        update = Update.of(batch, self.optimizer.direction)
+        factors = factors_alone(update)
+        if shared:
+            buffer = torch.zeros(len(batch), *batch[0].wide_shape, dtype=self.plan.dtype, device=self.device)
+            for direction, factor, slot in zip(update.directions, factors, buffer, strict=True):
+                slot.copy_(direction.mul_(factor))
+
+    def _count_step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Cost:
+        """Cost of a step that is not the first."""
+        self.model.zero_grad()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        return count(optimizer.step, self.device)
+
+
+class _Counter(TorchDispatchMode):
+    """Counts operations on one device, and the bytes of all that are no products of matrices."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+        self.moved = self.kernels = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func._schema.name.partition("::")[2]
+        allocates = name.removeprefix("new_").startswith("empty")
+        if not (func.is_view or name == "_unsafe_view" or allocates) and self._bytes((args, kwargs, result)):
+            self.kernels += 1
+            if name not in _PRODUCTS:
+                self.moved += self._moved(func, name, args, kwargs, result)
+        return result
+
+    def _moved(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
+        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        moved = 0
+        for argument in func._schema.arguments:
+            written = argument.alias_info is not None and argument.alias_info.is_write
+            read = not (written and (argument.is_out or name in _OVERWRITING))
+            moved += (read + written) * self._bytes(given.get(argument.name))
+        if all(returned.alias_info is None for returned in func._schema.returns):
+            moved += self._bytes(result)
+        return moved
+
+    def _bytes(self, tree: Any) -> int:
+        """Bytes of all tensors, without what an expansion repeats."""
+        tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self._device]
+        return sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors)
+
+
+def count(call: Callable[[], object], device: str) -> Cost:
+    """Return what a call costs; the call is really made."""
+    with torch.no_grad(), FlopCounterMode(display=False) as flops, _Counter(device) as counter:
+        call()
+    return Cost(flops.get_total_flops(), counter.moved, counter.kernels)
+
+
+def elements(matrix: Matrix) -> int:
+    """Number of a matrix' elements."""
+    m, n = matrix.wide_shape
+    return m * n
+
+
+def update_costs(matrices: Sequence[Matrix]) -> list[int]:
+    """What the work is shared out by."""
+    return [update_cost(matrix) for matrix in matrices]
