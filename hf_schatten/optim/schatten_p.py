@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -24,12 +25,19 @@ from hf_schatten.optim.momentum import LookAhead, advance_moments
 from hf_schatten.optim.plan import Planner
 from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.saved_state import OPTIONS, groups_to_load, require_own_state, say_changed_options
-from hf_schatten.optim.skipped_steps import report_skipped
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.state import expected_state, new_state, require_matrix
 from hf_schatten.option_text import OptionError
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
+logger = logging.getLogger(__name__)
+
+_SKIPPED = "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: "
+_SKIPPED_ONE = _SKIPPED + "of %s, %d steps in all. Lower the learning rate, or look for the layer that overflows."
+_SKIPPED_MANY = _SKIPPED + (
+    "%d of them skipped %d steps. A Trainer, and any clipping by the norm of all gradients, makes all of them NaN where "
+    "one is, so that this names no layer. Lower the learning rate, or find the layer with --debug underflow_overflow."
+)
 _REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
 
 
@@ -43,25 +51,20 @@ class SchattenP(Optimizer):
         W \leftarrow (1 - \eta \lambda) W - \eta \, c \, U \Sigma^{1/p} V^\top
 
     where U Σ Vᵀ is the singular value decomposition of the bias-corrected (Nesterov) momentum and c is the length that
-    the step rule gives the update (:mod:`hf_schatten.optim.step_rules`). p = 1 is normalised SGD with momentum, p = ∞
-    is Muon; between preconditioners (:mod:`hf_schatten.optim.preconditioning`) p = 1 is Adam. A parameter is one
-    matrix or several (:class:`hf_schatten.matrices.layout.Layout`), and each matrix has a p of its own in
-    ``state[parameter]["p"]``. A policy (:mod:`hf_schatten.optim.policy`) changes it during training; without one it
-    stays at the group's ``p``.
+    the step rule gives the update (:mod:`hf_schatten.optim.step_rules`). A parameter is one matrix or several, and each
+    has a p of its own in ``state[parameter]["p"]``, which a policy may change (:mod:`hf_schatten.optim.policy`).
 
     Most users want :func:`hf_schatten.create_schatten_optimizer`, which makes the groups from a model.
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
-            chooses the Schatten-p update, False chooses AdamW; ``transposed`` (default False), ``parts`` (default
-            none) and ``blocks`` (default 1) say how its parameters are read as matrices, see
-            :class:`hf_schatten.matrices.layout.Layout`; ``p_by_parameter`` (default none) has, by name, the p of
-            parameters with another than the group's. A group may have a ``p`` (a sequence gives each matrix of its
-            parameters its own), ``momentum``, ``nesterov``, ``step_rule``, ``scale``, ``precondition`` and
-            ``lr_ratio`` of its own.
+            chooses the Schatten-p update, False chooses AdamW; ``transposed`` (False), ``parts`` (none) and ``blocks``
+            (1) say how its parameters are read as matrices (:class:`hf_schatten.matrices.layout.Layout`);
+            ``p_by_parameter`` (none) has the p of single parameters by name. ``p`` (a sequence gives each matrix of a
+            parameter its own), ``momentum``, ``nesterov``, ``step_rule``, ``scale``, ``precondition`` and ``lr_ratio``
+            may differ from the options'.
         options: of the update. Default None: made of the other arguments.
-        lr: learning rate of the AdamW groups; that of matrices is ``lr`` times the group's ``lr_ratio``, which is the
-            option ``schatten_lr_ratio``. Default 1e-3.
+        lr: learning rate of AdamW; that of matrices is ``lr`` times the option ``schatten_lr_ratio``. Default 1e-3.
         weight_decay: decoupled weight decay λ of every group. Default 0.1.
         betas: AdamW's decays, the second of them the preconditioner's too. Default (0.9, 0.999).
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
@@ -245,7 +248,12 @@ class SchattenP(Optimizer):
         skipped = self.skipped_steps()
         if sum(skipped.values()) > self._reported_skips:
             self._reported_skips = sum(skipped.values())
-            report_skipped(skipped)
+            most = max(skipped.values())
+            first, *others = [name for name, count in skipped.items() if count == most]
+            if others:
+                logger.warning(_SKIPPED_MANY, len(skipped), 1 + len(others), most)
+            else:
+                logger.warning(_SKIPPED_ONE, len(skipped), first, most)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as ``torch.optim.Optimizer`` does, and the options, which a resume compares."""
@@ -255,10 +263,9 @@ class SchattenP(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state as ``torch.optim.Optimizer`` does, but keep the dtype in which each tensor was saved.
 
-        Torch casts floating-point state to the parameter's dtype, which rounds the fp32 state of bf16 parameters. How
-        parameters are read as matrices is the present model's. An optimizer that was made with ``options`` keeps them,
-        but for the learning rates, which belong to the schedule; options that differ from the saved ones are logged as
-        a warning.
+        Torch casts state to the parameter's dtype, which rounds the fp32 state of bf16 parameters. How parameters are
+        read as matrices is the present model's. An optimizer that was made with ``options`` keeps them, but for the
+        learning rates of the schedule, and warns of those that differ from the saved ones.
 
         Raises:
             CheckpointError: when the state is of another model, or of other updates of its parameters.
@@ -315,7 +322,7 @@ class SchattenP(Optimizer):
             for name, parameter in named_parameters(group):
                 if parameter not in self.state:
                     if group["spectral"]:
-                        require_matrix(name, parameter, self._needs_whole(group))
+                        require_matrix(name, parameter, group["precondition"], self.options.coupling_order)
                     self.state[parameter] = new_state(name, parameter, group)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -336,26 +343,11 @@ class SchattenP(Optimizer):
                 f"the optimizer's is {self.options.step_rule!r}. Give all groups the same."
             )
 
-    def _needs_whole(self, group: Group) -> dict[str, object]:
-        """Return the options of a group that need whole matrices on every process, by name."""
-        options = {"precondition": group["precondition"], "coupling_order": self.options.coupling_order}
-        return {name: value for name, value in options.items() if value not in ("none", None)}
-
     def _options_of_group(self, group: Group, p: float = math.inf) -> SchattenOptions:
         """Return the options of a group, which are checked as all options are."""
-        return SchattenOptions(
-            p=p,
-            momentum=group["momentum"],
-            nesterov=group["nesterov"],
-            step_rule=group["step_rule"],
-            scale=group["scale"],
-            precondition=group["precondition"],
-            schatten_lr_ratio=group["lr_ratio"],
-            coupling_order=self.options.coupling_order,
-            coupling_weights=self.options.coupling_weights,
-            target=self.options.target,
-            compute_dtype=self.options.compute_dtype,
-        )
+        own = {name: group[name] for name in ("momentum", "nesterov", "step_rule", "scale", "precondition")}
+        shared = {name: getattr(self.options, name) for name in ("coupling_order", "coupling_weights", "target")}
+        return SchattenOptions(p=p, schatten_lr_ratio=group["lr_ratio"], **own, **shared)
 
 
 def _apply(delivered: Delivered, gradients: FiniteGradients) -> None:

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from hf_schatten.distributed.sharded import is_sharded, shards_of
 from hf_schatten.matrices.engines import UnsupportedEngineError
+from hf_schatten.optim import matrix as of_matrix
 from hf_schatten.optim.adamw import new_adamw_state
-from hf_schatten.optim.matrix import (
-    CURVES,
-    MOMENTUM,
-    NODES,
-    SKIPPED,
-    STATISTICS,
-    STATISTICS_WEIGHT,
-    STEP,
-    Group,
-    P,
-    State,
-    initial_p,
-    layout_of,
-    named_parameters,
-    state_dtype,
-)
+from hf_schatten.optim.matrix import Group, State, initial_p, layout_of, named_parameters, state_dtype
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
 
 
@@ -40,13 +26,13 @@ def new_state(name: str, parameter: Tensor, group: Group) -> State:
         return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
 
     return {
-        STEP: torch.tensor(0.0),  # on the host, as in torch.optim: reading it synchronises nothing
-        SKIPPED: zeros(),
-        MOMENTUM: average,
+        of_matrix.STEP: torch.tensor(0.0),  # on the host, as in torch.optim: reading it synchronises nothing
+        of_matrix.SKIPPED: zeros(),
+        of_matrix.MOMENTUM: average,
         **PRECONDITIONERS[group["precondition"]].new_state(average),
-        P: torch.tensor(initial_p(group, name, count), dtype=torch.float32, device=parameter.device),
-        STATISTICS: zeros(count, CURVES, NODES),
-        STATISTICS_WEIGHT: zeros(count),
+        of_matrix.P: torch.tensor(initial_p(group, name, count), dtype=torch.float32, device=parameter.device),
+        of_matrix.STATISTICS: zeros(count, of_matrix.CURVES, of_matrix.NODES),
+        of_matrix.STATISTICS_WEIGHT: zeros(count),
     }
 
 
@@ -60,23 +46,19 @@ def expected_state(groups: Iterable[Group]) -> dict[str, dict[str, torch.Size]]:
     return shapes
 
 
-def require_matrix(name: str, parameter: Tensor, needs_whole: Mapping[str, object]) -> None:
-    """Raise unless a parameter of a spectral group still consists of matrices.
-
-    Args:
-        name: of the parameter.
-        parameter: as the training engine has left it.
-        needs_whole: options in use that need whole matrices on every process, by name.
+def require_matrix(name: str, parameter: Tensor, precondition: str, coupling_order: float | None) -> None:
+    """Raise unless a named parameter of a spectral group still consists of matrices, and of whole ones where needed.
 
     Raises:
         UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
     """
     if is_sharded(parameter):
         shards_of(name, parameter)
-        for option, value in needs_whole.items():
-            raise UnsupportedEngineError(
-                f"{option}={value!r} is not supported where FSDP shards the parameters: leave it out, or use DDP."
-            )
+        for option, value in (("precondition", precondition), ("coupling_order", coupling_order)):
+            if value not in ("none", None):
+                raise UnsupportedEngineError(
+                    f"{option}={value!r} is not supported where FSDP shards the parameters: leave it out, or use DDP."
+                )
     if parameter.ndim < 2:
         raise UnsupportedEngineError(
             f"A matrix has become a tensor of shape {tuple(parameter.shape)}: the training engine (DeepSpeed ZeRO "
