@@ -37,25 +37,15 @@ _ILLUSTRATED_POINTS = 257  # of the criterion's curve that is kept for a picture
 
 @dataclass(frozen=True)
 class Choice:
-    """What the p of one matrix was chosen from, on the host.
-
-    Attributes:
-        name: of the matrix.
-        step: training step of the estimate.
-        gradient_spectrum: singular values of the gradient, (min(m, n),), descending.
-        input_spectrum: singular values of the sampled input rows, (min(T, n),), descending.
-        exponents: s = 1/p, (K,), ascending.
-        objective: the criterion there, (K,), averaged over the estimates so far.
-        chosen: the s that was chosen.
-    """
+    """What the p of one matrix was chosen from, on the host."""
 
     name: str
-    step: int
-    gradient_spectrum: Tensor
-    input_spectrum: Tensor
-    exponents: Tensor
-    objective: Tensor
-    chosen: float
+    step: int  # of the estimate
+    gradient_spectrum: Tensor  # singular values of the gradient, (min(m, n),), descending
+    input_spectrum: Tensor  # singular values of the sampled input rows, (min(T, n),), descending
+    exponents: Tensor  # s = 1/p, (K,), ascending
+    objective: Tensor  # the criterion there, (K,), averaged over the estimates so far
+    chosen: float  # the s that was chosen
 
 
 class Adaptation(Policy):

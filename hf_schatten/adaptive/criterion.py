@@ -58,9 +58,7 @@ class Factor:
     def curve(self, log_norms: LogNormEstimator, factors: int = 1) -> Tensor:
         """Return the logarithm of a norm of the rows at :func:`exponent_nodes`, (NODES,), relative to order ∞.
 
-        Args:
-            log_norms: estimates it.
-            factors: how many factors the curvature has: the order of the norm is k times as many.
+        The order of the norm is k times the number of ``factors`` that the curvature has.
         """
         if factors not in self._curves:
             self.compute([self], log_norms, factors)
@@ -68,13 +66,7 @@ class Factor:
 
     @staticmethod
     def compute(those: Iterable[Factor], log_norms: LogNormEstimator, factors: int = 1) -> None:
-        """Compute the curves of several, which :meth:`curve` then returns; on an accelerator together.
-
-        Args:
-            those: all on one device; what has its curve already is passed over.
-            log_norms: as in :meth:`curve`.
-            factors: as in :meth:`curve`.
-        """
+        """Compute the curves of several on one device, which :meth:`curve` then returns; on an accelerator together."""
         missing = list({id(each): each for each in those if factors not in each._curves}.values())
         if not missing:
             return
@@ -87,19 +79,12 @@ class Factor:
 
 @dataclass(frozen=True)
 class Sample:
-    """What is known of one matrix on a step at which p is estimated.
+    """What is known of one matrix (m, n) on a step at which p is estimated."""
 
-    Attributes:
-        gradient: G, (m, n).
-        momentum: M, (m, n), with the gradient in it; None for a criterion that does without.
-        inputs: A, sampled input rows, (T, n).
-        outputs: D, sampled rows of the outputs' gradient, (T, m); None where they are not known, or not needed.
-    """
-
-    gradient: Tensor
-    momentum: Tensor | None
-    inputs: Factor
-    outputs: Factor | None = None
+    gradient: Tensor  # G, (m, n)
+    momentum: Tensor | None  # M, (m, n), with the gradient in it; None for a criterion that does without
+    inputs: Factor  # A, sampled input rows, (T, n)
+    outputs: Factor | None = None  # D, sampled rows of the outputs' gradient, (T, m), where known and needed
 
     def is_finite(self) -> Tensor:
         """Return whether all of it is finite, a bool scalar on its device."""
@@ -114,12 +99,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Estimator:
-    """How the norms of matrices, and what a direction does, are computed.
-
-    Attributes:
-        log_norms: of gradient and inputs.
-        direction_curves: of the momentum's O_s, exact by default.
-    """
+    """How the norms of gradient and inputs, and what a direction O_s of the momentum does, are computed."""
 
     log_norms: LogNormEstimator
     direction_curves: Callable[[Tensor, Tensor, Tensor, Tensor], DirectionCurves] = direction_curves
@@ -138,10 +118,9 @@ class Criterion:
         curves: how many curves it has.
         needs_momentum: whether its samples need the momentum.
         needs_outputs: whether its samples need the outputs' gradients.
-        statistics: from samples, all on one device, and the estimator of norms to (samples, CURVES, NODES) float64
-            curves at :func:`exponent_nodes`. Not finite where gradient or input is zero.
-        objective: from curves (..., CURVES, K) at any K exponents to the objective, (..., K), and -inf where its
-            logarithm does not exist.
+        statistics: from samples on one device to (samples, CURVES, NODES) float64 curves at :func:`exponent_nodes`;
+            not finite where gradient or input is zero.
+        objective: from curves (..., CURVES, K) to (..., K), and -inf where its logarithm does not exist.
     """
 
     curves: int
@@ -152,15 +131,9 @@ class Criterion:
 
 
 def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor:
-    """Return the s in [s_min, s_max] at which each objective is largest.
+    """Return the s in [s_min, s_max] at which each objective (..., candidates) is largest, (...) float64.
 
-    Args:
-        objective: (..., candidates), from :func:`objective_curve` for the same range, or a mean of such.
-        s_min: smallest exponent, 1/p_max.
-        s_max: largest exponent, 1/p_min.
-
-    Returns:
-        (...) float64 exponents.
+    The objectives are those of :func:`objective_curve` for the same range.
     """
     candidates = torch.linspace(s_min, s_max, _CANDIDATES, dtype=torch.float64).to(objective.device)
     best = objective.argmax(dim=-1, keepdim=True)
@@ -175,16 +148,13 @@ def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor
 
 
 def objective_curve(criterion: CriterionName, statistics: Tensor, s_min: float, s_max: float) -> Tensor:
-    """Return the criterion's objective at equally spaced exponents from s_min to s_max.
+    """Return the criterion's objective at equally spaced exponents from s_min to s_max, (..., candidates) float64.
 
     Args:
         criterion: whose statistics they are.
         statistics: (..., CURVES, NODES) float64, a sample's or a (bias-corrected) average of such.
         s_min: smallest exponent, 1/p_max.
         s_max: largest exponent, 1/p_min.
-
-    Returns:
-        (..., candidates) float64.
     """
     curves = statistics @ _interpolation_matrix(s_min, s_max).to(statistics.device).mT  # (..., CURVES, candidates)
     return CRITERIA[criterion].objective(curves)
@@ -232,9 +202,7 @@ def _norm_curves(matrices: Sequence[Tensor], log_norms: LogNormEstimator, invers
 def curvature_curves(curvatures: Sequence[tuple[Factor, Factor | None]], estimator: Estimator) -> list[Tensor]:
     """Return logarithms of the curvature's bound at :func:`exponent_nodes`, (NODES,) each, relative to s = 1.
 
-    Args:
-        curvatures: inputs A and outputs D of each matrix, all on one device; None for a curvature without D.
-        estimator: of norms.
+    Given are inputs A and outputs D of each matrix, all on one device; None for a curvature without D.
     """
     norms = estimator.log_norms
     Factor.compute([A for A, D in curvatures if D is None], norms)

@@ -21,19 +21,12 @@ Curvature = tuple[Factor, Factor | None]  # of inputs, and of outputs' gradients
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one process has measured on a due step of L matrices.
+    """What one process has measured on a due step of L matrices."""
 
-    Attributes:
-        step: training step, from 1.
-        statistics: (L, CURVES, NODES) float64; zero where nothing was measured.
-        valid: (L, CURVES) bool, whether it was measured.
-        spectra: singular values of gradient and input of the illustrated matrices, by number.
-    """
-
-    step: int
-    statistics: Tensor
-    valid: Tensor
-    spectra: dict[int, tuple[Tensor, Tensor]]
+    step: int  # from 1
+    statistics: Tensor  # (L, CURVES, NODES) float64; zero where nothing was measured
+    valid: Tensor  # (L, CURVES) bool, whether it was measured
+    spectra: dict[int, tuple[Tensor, Tensor]]  # singular values of gradient and input of the illustrated, by number
 
     @classmethod
     def of_nothing(cls, step: int, count: int, device: torch.device) -> Measurement:
@@ -68,11 +61,7 @@ def measure(
 ) -> Measurement:
     """Return the statistics of every sample; what is missing, zero or not finite is not measured.
 
-    Args:
-        options: criterion and estimator.
-        nothing: a measurement of as many matrices, which is overwritten.
-        samples: of them, in their order.
-        illustrated: numbers of those whose spectra are kept.
+    ``nothing`` is a measurement of as many matrices, which is overwritten.
     """
     criterion, estimator = CRITERIA[options.criterion], Estimator.named(options.p_estimator)
     at_once = 1 if criterion.needs_momentum else len(nothing.statistics)  # momenta are copies
@@ -96,15 +85,9 @@ def measure(
 def measure_shards(
     options: SchattenOptions, nothing: Measurement, matrices: Sequence[Matrix], curvature: Mapping[str, Curvature]
 ) -> Measurement:
-    """Measure the rows of this process, and the gradients of the parameters whose owner it is.
+    """Measure the rows of this process, and the gradients of the parameters whose owner it is, into ``nothing``.
 
-    Every process must call it.
-
-    Args:
-        options: criterion and estimator.
-        nothing: a measurement of as many matrices, which is overwritten.
-        matrices: in the same order on every process.
-        curvature: by matrix name, of those whose inputs this process has sampled.
+    Every process must call it, with the matrices in the same order.
 
     Raises:
         UnsupportedEngineError: with an option that needs whole momenta on every process.

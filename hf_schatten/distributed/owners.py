@@ -13,7 +13,7 @@ from hf_schatten.distributed.processes import ALONE, Peers, process_count, proce
 
 T = TypeVar("T")
 
-# Bytes of a buffer that receives what other processes have computed, more where one item needs more; two at most.
+# Bytes of a buffer that receives what others have computed, more where one item needs more; there are two at most.
 BUFFER = 256 << 20
 # Most processes that share with each other, neighbours by their number: a large group would save little more, and
 # wait longer for what it exchanges.
@@ -28,33 +28,20 @@ Item = Any
 
 
 class Computed(NamedTuple):
-    """What a process has computed of an item: an update is ``factor * direction``.
+    """An item's update, as a process has computed it: ``factor`` times ``direction``."""
 
-    Attributes:
-        item: the item.
-        direction: (m, n), of its wide shape.
-        factor: a scalar.
-    """
-
-    item: Any
-    direction: Tensor
-    factor: Tensor
+    item: Item
+    direction: Tensor  # (m, n), of the item's wide shape
+    factor: Tensor  # a scalar
 
 
 class Delivered(NamedTuple):
-    """An update where its weights are.
+    """An update where its weights are: ``factor`` times ``update``."""
 
-    Attributes:
-        item: the item; one of them where several lie in one piece of a parameter.
-        weights: what this process has of the weights, a view of the parameter.
-        update: of their shape; to be multiplied by ``factor``.
-        factor: a scalar.
-    """
-
-    item: Any
-    weights: Tensor
-    update: Tensor
-    factor: Tensor
+    item: Item  # one of them where several lie in one piece of a parameter
+    weights: Tensor  # what this process has of them, a view of the parameter
+    update: Tensor  # of the shape of the weights
+    factor: Tensor  # a scalar
 
 
 Write = Callable[[Any, Tensor], None]  # of an item's momentum into (m, n)
@@ -107,14 +94,10 @@ def assign(costs: Sequence[int], processes: int) -> list[int]:
 
 
 def sharing_groups(items: Sequence[Item], processes: int) -> int:
-    """Return in how many groups processes share the updates of items.
+    """Return in how many groups the processes that train together share the updates of all items.
 
     In as few as possible, with which the items go round: what is sent is at most half padding of what it must be.
     But in groups of one size, which fit into nodes, where there are less than twice as many of them.
-
-    Args:
-        items: all of them.
-        processes: those that train together.
     """
     costs = [item.cost for item in items]
     sizes = [elements([item]) for item in items]
@@ -139,9 +122,6 @@ def sharing_peers(items: Sequence[Item]) -> Peers:
     All processes must call it at the same time, since it may create process groups. Where groups differ in size, the
     one process more of the larger ones only receives: every group computes the same stacks, without which the bits of
     its weights could differ from another's.
-
-    Args:
-        items: as in :func:`sharing_groups`.
     """
     processes, rank = process_count(), process_rank()
     count = sharing_groups(items, processes)

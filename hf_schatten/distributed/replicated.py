@@ -70,11 +70,6 @@ def rounds_of(items: Sequence[Item], owners: Sequence[int], processes: int) -> I
     """Yield the rounds in which the updates of items travel, large ones first, within :data:`BUFFER`.
 
     Those of a round have one dtype and one device. An item that needs more travels alone.
-
-    Args:
-        items: all of them, in the same order on every process.
-        owners: process of each.
-        processes: how many there are.
     """
     alike: dict[Any, Round] = {}
     for item, owner in zip(items, owners, strict=True):

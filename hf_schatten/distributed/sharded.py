@@ -32,7 +32,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """Return a whole tensor, the same on every process, sharded as a reference of its shape is."""
+    """Return a whole tensor, the same on every process, sharded as a reference of its shape."""
     if not isinstance(reference, DTensor):
         return tensor
     return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
@@ -63,19 +63,12 @@ def shards_of(name: str, parameter: Tensor) -> Peers:
 
 
 class Slab(NamedTuple):
-    """Rows of a sharded parameter that are whole on one process, its owner.
-
-    Attributes:
-        parameter: the parameter.
-        start: the first row: of a stack of experts, the expert.
-        rows: how many: all of the parameter's, or one expert.
-        items: the items in question that lie there.
-    """
+    """Rows of a sharded parameter that are whole on one process, its owner."""
 
     parameter: Tensor
-    start: int
-    rows: int
-    items: list[Any]
+    start: int  # the first row: of a stack of experts, the expert
+    rows: int  # all of the parameter's, or one expert
+    items: list[Item]  # those in question that lie there
 
     @property
     def shape(self) -> torch.Size:
@@ -83,12 +76,7 @@ class Slab(NamedTuple):
         return torch.Size((self.rows, *self.parameter.shape[1:]))
 
     def here(self, tensor: Tensor, peers: Peers) -> Tensor:
-        """Return those of its rows that this process has, a view; there may be none.
-
-        Args:
-            tensor: this process' part of a tensor of the parameter's shape.
-            peers: who shares the parameter.
-        """
+        """Return those of its rows that this process has, a view of its part of a tensor; there may be none."""
         first = peers.rank * _rows_each(self.parameter, peers.size)
         start = min(max(self.start - first, 0), tensor.shape[0])
         return tensor.narrow(0, start, self.rows_of(peers.rank, peers.size))
@@ -144,11 +132,8 @@ class Sharded(Delivery):
 def on_owners(items: Iterable[Item], tensor_of: Callable[[Item], Tensor]) -> Iterator[tuple[Item, Tensor]]:
     """Yield those items that this process owns with something whole, (r, c) as stored; of what is not sharded, all.
 
-    Every process must exhaust it.
-
-    Args:
-        items: in the same order on every process.
-        tensor_of: a tensor of the shape of an item's parameter, sharded as that is.
+    Every process must exhaust it, with items in the same order. ``tensor_of`` an item has the shape of its parameter
+    and is sharded as that is.
     """
     sharded: list[Item] = []
     for item in items:
@@ -173,9 +158,6 @@ def _rounds(items: Iterable[Item]) -> Iterator[tuple[Peers, _Owned]]:
 
     What is large comes first; parameters of a round have dtype, device and processes in common. What one owner has
     whole in a round takes :data:`BUFFER` in float32 at most; a slab that needs more travels alone.
-
-    Args:
-        items: in the same order on every process.
     """
     kinds: dict[Any, dict[Tensor, list[Item]]] = {}
     for item in items:
@@ -220,13 +202,7 @@ def _joined(items: list[Any], updates: Mapping[int, Tensor], out: Tensor) -> Ten
 
 
 def gather_to_owners(peers: Peers, owned: _Owned, parts: Sequence[Tensor]) -> list[Tensor]:
-    """Return the whole of something that has the slabs' shapes, for the slabs that this process owns.
-
-    Args:
-        peers: who shares the parameters.
-        owned: slabs and their owners, in the same order on every process.
-        parts: this process' rows of that, of each slab.
-    """
+    """Return the whole of something for the slabs that this process owns, given its rows of that of each slab."""
     sent: list[list[Tensor]] = [[] for _ in range(peers.size)]
     for (_, owner), part in zip(owned, parts, strict=True):
         sent[owner].append(part.flatten())
@@ -245,14 +221,7 @@ def gather_to_owners(peers: Peers, owned: _Owned, parts: Sequence[Tensor]) -> li
 
 
 def scatter_from_owners(peers: Peers, owned: _Owned, wholes: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return this process' rows of what the owners have: the way back of :func:`gather_to_owners`.
-
-    Args:
-        peers: who shares the parameters.
-        owned: slabs and their owners, in the same order on every process.
-        wholes: of the slabs that this process owns, in their order.
-        dtype: in which they travel.
-    """
+    """Return this process' rows of what the owners have, in a dtype: the way back of :func:`gather_to_owners`."""
     mine = [slab for slab, owner in owned if owner == peers.rank]
     ranks = range(peers.size)
     rows = [

@@ -70,15 +70,10 @@ def _present_options(saved: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_same_parameters(source: str, saved: Collection[str], present: Collection[str]) -> None:
-    """Raise unless a saved state has the parameters of the present model.
-
-    Args:
-        source: what has it, for the message.
-        saved: names of its parameters.
-        present: names of the model's.
+    """Raise unless a saved state has the parameters of the present model, by their names.
 
     Raises:
-        CheckpointError: with the names that differ.
+        CheckpointError: with the source and the names that differ.
     """
     missing, extra = sorted(set(present) - set(saved)), sorted(set(saved) - set(present))
     differences = ", and ".join(
@@ -96,15 +91,10 @@ def require_same_parameters(source: str, saved: Collection[str], present: Collec
 def require_same_state(
     source: str, saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, torch.Size]]
 ) -> None:
-    """Raise unless saved states are those that the present updates of their parameters go on from.
-
-    Args:
-        source: what has them, for the message.
-        saved: by parameter name and state name.
-        expected: the shapes that they need.
+    """Raise unless saved states, by parameter name and state name, have the shapes that the present updates need.
 
     Raises:
-        CheckpointError: with the parameter, and the option that may have changed.
+        CheckpointError: with the source, the parameter, and the option that may have changed.
     """
     for name, state in saved.items():
         if state.keys() != expected[name].keys():
@@ -182,6 +172,21 @@ def groups_to_load(
         return saved  # which torch refuses
     kept = {*_STRUCTURE, *own} - {*SCHEDULED}
     return [old | {key: new[key] for key in kept if key in new} for new, old in zip(present, then, strict=True)]
+
+
+def restore_dtypes(
+    saved: Mapping[Any, Mapping[str, Any]],
+    saved_groups: Iterable[Mapping[str, Any]],
+    states: Mapping[Tensor, dict[str, Tensor]],
+    groups: Iterable[Mapping[str, Any]],
+) -> None:
+    """Give loaded state the dtypes in which it was saved, which torch casts to the parameters'."""
+    ids, parameters = ((each for group in of for each in group["params"]) for of in (saved_groups, groups))
+    for number, parameter in zip(ids, parameters, strict=True):
+        for key, value in saved.get(number, {}).items():
+            loaded = states[parameter][key]
+            if isinstance(value, Tensor) and loaded.dtype != value.dtype:
+                states[parameter][key] = value.to(device=loaded.device, copy=True)
 
 
 def _numbers(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

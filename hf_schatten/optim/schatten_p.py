@@ -6,7 +6,6 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +23,13 @@ from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, initial_p, la
 from hf_schatten.optim.momentum import LookAhead, advance_moments
 from hf_schatten.optim.plan import Planner
 from hf_schatten.optim.policy import Policy
-from hf_schatten.optim.saved_state import OPTIONS, groups_to_load, require_own_state, say_changed_options
+from hf_schatten.optim.saved_state import (
+    OPTIONS,
+    groups_to_load,
+    require_own_state,
+    restore_dtypes,
+    say_changed_options,
+)
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.state import expected_state, new_state, require_matrix
 from hf_schatten.option_text import OptionError
@@ -35,8 +40,9 @@ logger = logging.getLogger(__name__)
 _SKIPPED = "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: "
 _SKIPPED_ONE = _SKIPPED + "of %s, %d steps in all. Lower the learning rate, or look for the layer that overflows."
 _SKIPPED_MANY = _SKIPPED + (
-    "%d of them skipped %d steps. A Trainer, and any clipping by the norm of all gradients, makes all of them NaN where "
-    "one is, so that this names no layer. Lower the learning rate, or find the layer with --debug underflow_overflow."
+    "%d of them skipped %d steps. A Trainer, and any clipping by the norm of all gradients, makes all of them NaN "
+    "where one is, so that this names no layer. Lower the learning rate, or find the layer with --debug "
+    "underflow_overflow."
 )
 _REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
 
@@ -51,7 +57,7 @@ class SchattenP(Optimizer):
         W \leftarrow (1 - \eta \lambda) W - \eta \, c \, U \Sigma^{1/p} V^\top
 
     where U Σ Vᵀ is the singular value decomposition of the bias-corrected (Nesterov) momentum and c is the length that
-    the step rule gives the update (:mod:`hf_schatten.optim.step_rules`). A parameter is one matrix or several, and each
+    the step rule gives the update (:mod:`hf_schatten.optim.step_rules`). A parameter is one matrix or several. Each
     has a p of its own in ``state[parameter]["p"]``, which a policy may change (:mod:`hf_schatten.optim.policy`).
 
     Most users want :func:`hf_schatten.create_schatten_optimizer`, which makes the groups from a model.
@@ -275,13 +281,7 @@ class SchattenP(Optimizer):
         own = self.defaults if self._keeps_options else ()
         groups = groups_to_load(state_dict, self.param_groups, expected_state(self.param_groups), own)
         super().load_state_dict(state_dict | {"param_groups": groups})
-        saved_ids = chain.from_iterable(group["params"] for group in groups)
-        parameters = chain.from_iterable(group["params"] for group in self.param_groups)
-        for saved_id, parameter in zip(saved_ids, parameters, strict=True):
-            for key, saved in state_dict["state"].get(saved_id, {}).items():
-                loaded = self.state[parameter][key]
-                if isinstance(saved, Tensor) and loaded.dtype != saved.dtype:
-                    self.state[parameter][key] = saved.to(device=loaded.device, copy=True)
+        restore_dtypes(state_dict["state"], groups, self.state, self.param_groups)
         if self._keeps_options:
             self._honour_options(state_dict.get(OPTIONS))
         if self.policy is not None:
@@ -311,9 +311,7 @@ class SchattenP(Optimizer):
             self.policy = None
 
     def create_state(self) -> None:
-        """Create the state of every parameter that has none, also of one without a gradient so far.
-
-        A checkpoint that lacks a parameter's state is of another model, and sharded ones are loaded into what exists.
+        """Create the state of every parameter that has none: sharded checkpoints are loaded into what exists.
 
         Raises:
             UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
