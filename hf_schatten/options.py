@@ -186,13 +186,14 @@ class SchattenOptions:
 
     def _check_p(self) -> None:
         numbers = {"p_min": self.p_min, "p": self.p, "p_max": self.p_max, "p_init": self.p_init}
-        for name, p in numbers.items():
-            if isinstance(p, float | int):
+        given = {name: p for name, p in numbers.items() if isinstance(p, float | int)}
+        given |= {f"p_overrides: {pattern}": p for pattern, p in self.overrides.items()}
+        given |= dict(zip(("p_schedule: START", "p_schedule: END"), self.schedule[:2], strict=True))
+        for name, p in given.items():
+            try:
                 exponent_of(p, name)
-        for pattern, p in self.overrides.items():
-            exponent_of(p, f"p_overrides: {pattern}")
-        for p in self.schedule[:2]:
-            exponent_of(p, "p_schedule")
+            except ValueError as error:
+                raise OptionError(str(error)) from error
         self._require(self.p_min >= 1 and not exceeds(self.p_min, self.largest_p), "p_min", "1 <= p_min <= p_max")
         if isinstance(self.p_init, str):
             self._require(self.adaptive, "p_init", "a checkpoint is for p=adaptive to start from")

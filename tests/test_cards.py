@@ -51,8 +51,8 @@ def table_rows(text):
         "p=adaptive,criterion=kronecker",
         "p=adaptive,criterion=alignment,p_interval=50,p_max=inf,p_ema_decay=0.95",
         "p=inf,nesterov=false,schatten_lr_ratio=20,exclude=*.mlp.*;*.gate",
-        "p=4.5,p_overrides=*.c_proj:inf;*.q_proj:2,coupling_order=2,step_rule=ball,workspace_mib=64",
-        "p=schedule,p_steps=300,report=summary",
+        "p=4.5,p_overrides=*.c_proj:inf;*.q_proj:2,coupling_order=2,step_rule=ball,report=none",
+        "p=schedule,p_schedule=4:inf:300",
     ],
 )
 def test_the_options_shown_are_those_that_give_the_same_run(optim_args):

@@ -112,7 +112,7 @@ def test_another_criterion_begins_its_own_average(first, tmp_path):
     [
         (f"{ADAPTIVE},precondition=adam", "its second moment is kept otherwise. Use the options exclude and precond"),
         (f"{ADAPTIVE},exclude=*.mlp.*", "the parameter was routed elsewhere"),
-        (f"{ADAPTIVE},split_heads=true", "Use the options split_fused, split_heads and fused_parts of the run"),
+        (f"{ADAPTIVE},split_heads=true", "Use the options split_heads and fused_parts of the run"),
     ],
 )
 def test_what_the_state_does_not_fit_is_refused(first, tmp_path, options, message):

@@ -169,8 +169,83 @@ def test_another_format_version_is_refused(saved):
     _, folder = saved
     path = folder / CONFIG_FILE
     path.write_text(path.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'))
-    with pytest.raises(CheckpointError, match=f"format_version 99, and this version .* reads {FORMAT_VERSION}"):
+    with pytest.raises(CheckpointError, match=f"format_version 99, and this version .* reads 3 and {FORMAT_VERSION}: resume"):
         load_optimizer(make(steps=0), folder)
+
+
+def as_format_3(group):
+    """Return a parameter group as the first format had it."""
+    group = dict(group)
+    group["sections"] = group.pop("parts")
+    muadam = group["precondition"] == "muadam"
+    return group | {
+        "precondition": "adam" if muadam else group["precondition"],
+        "precondition_exponent": "fixed" if muadam else "scaled",
+    }
+
+
+def old_options(**changed):
+    """Return options as the first format had them, of a run with the present defaults."""
+    options = {"p": "adaptive", "p_interval": 2, "p_first_step": 1, "split_fused": True, "workspace_mib": 512}
+    options |= {"sync": "statistics", "p_groups": [], "p_start": 4.0, "p_end": "inf", "p_steps": None}
+    return options | {"precondition": "none", "precondition_exponent": "scaled"} | changed
+
+
+def make_format_3(folder, **changed):
+    path = folder / CONFIG_FILE
+    config = json.loads(path.read_text())
+    config |= {"format_version": 3, "options": old_options(**changed)}
+    config["groups"] = [as_format_3(group) for group in config["groups"]]
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("precondition", ["none", "adam", "muadam"])
+def test_the_format_before_is_read(tmp_path, caplog, precondition):
+    optimizer = make(precondition=precondition)
+    save_optimizer(optimizer, tmp_path)
+    kind = {"precondition": "adam", "precondition_exponent": "fixed"} if precondition == "muadam" else {}
+    make_format_3(tmp_path, **({"precondition": precondition} | kind))
+    assert load_learned_p(tmp_path) == optimizer.learned_p()
+    again = make(steps=0, precondition=precondition)
+    load_optimizer(again, tmp_path)
+    for key, value in states(optimizer).items():
+        assert torch.equal(states(again)[key], value)
+    assert "Options changed" not in caplog.text
+
+
+@pytest.mark.parametrize(("steps", "text"), [(None, "2:-5"), (300, "2:-5:300"), (1_234_567, "2:-5:1234567")])
+def test_a_schedule_of_the_format_before_is_the_same_option(tmp_path, caplog, steps, text):
+    save_optimizer(make(p="schedule", p_schedule="2:-5:9"), tmp_path)
+    make_format_3(tmp_path, p="schedule", p_start=2.0, p_end=-5.0, p_steps=steps)
+    load_optimizer(make(steps=0, p="schedule", p_schedule=text), tmp_path)
+    assert "Options changed" not in caplog.text
+    load_optimizer(make(steps=0, p="schedule", p_schedule="2:-5:9"), tmp_path)
+    assert f"p_schedule '{text}' -> '2:-5:9'" in caplog.text
+
+
+def test_parts_are_read_from_the_format_before(gpt2, tmp_path):
+    optimizer = hf_schatten.create_schatten_optimizer(gpt2, verbose=False, p=3)
+    gpt2(input_ids=torch.zeros(1, 2, dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    save_optimizer(optimizer, tmp_path)
+    make_format_3(tmp_path, p=3.0)
+    state_dict = optimizer.state_dict()
+    state_dict["param_groups"] = [as_format_3(group) for group in state_dict["param_groups"]]
+    (tmp_path / "torch").mkdir()
+    torch.save(state_dict, tmp_path / "torch" / "optimizer.pt")
+    assert load_learned_p(tmp_path) == load_learned_p(tmp_path / "torch") == optimizer.learned_p()
+    again = hf_schatten.create_schatten_optimizer(gpt2, verbose=False, p=3)
+    again.load_state_dict(torch.load(tmp_path / "torch" / "optimizer.pt", weights_only=True))
+    assert again.learned_p() == optimizer.learned_p()
+    assert not any("sections" in group or "precondition_exponent" in group for group in again.param_groups)
+
+
+def test_adafactors_second_moment_is_refused(saved):
+    _, folder = saved
+    make_format_3(folder, precondition="adafactor")
+    edit(folder, lambda t: t.update({"0.weight/second_moment_rows": torch.ones(8)}))
+    with pytest.raises(CheckpointError, match=r"second_moment_rows.*its second moment is kept otherwise"):
+        load_optimizer(make(steps=0, precondition="adam"), folder)
 
 
 def edit(folder, change):

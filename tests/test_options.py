@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -44,15 +45,15 @@ def test_overrides_are_pairs_of_pattern_and_p():
 
 def test_schattor_and_preconditioning_are_names_and_orders():
     options = SchattenOptions.from_optim_args(
-        "p=4,step_rule=regularized,coupling_order=inf,coupling_weights=sqrt_n_over_m,precondition=adafactor"
+        "p=4,step_rule=regularized,coupling_order=inf,coupling_weights=sqrt_n_over_m,precondition=muadam"
     )
     assert (options.step_rule, options.coupling_order) == ("regularized", math.inf)
-    assert (options.coupling_weights, options.precondition) == ("sqrt_n_over_m", "adafactor")
+    assert (options.coupling_weights, options.precondition) == ("sqrt_n_over_m", "muadam")
     assert SchattenOptions.from_optim_args("coupling_order=none,scale=none").coupling_order is None
 
 
 def test_a_range_that_the_estimate_does_not_use_does_not_count_against_the_step_rule():
-    assert SchattenOptions.from_optim_args("p=4,step_rule=ball,p_max=-10,p_end=-10").initial_p == 4
+    assert SchattenOptions.from_optim_args("p=4,step_rule=ball,p_max=-10,p_schedule=4:-10").initial_p == 4
 
 
 def test_a_target_goes_with_a_number_for_p():
@@ -72,6 +73,72 @@ def test_a_fixed_p_is_every_matrixs_first_p(text, p):
     assert not options.adaptive
 
 
+@pytest.mark.parametrize(
+    ("text", "schedule"),
+    [
+        ("p=schedule", (4.0, math.inf, None)),
+        ("p=schedule,p_schedule=4:-5", (4.0, -5.0, None)),
+        ("p=schedule,p_schedule=inf:1:300", (math.inf, 1.0, 300)),
+    ],
+)
+def test_a_schedule_is_its_ends_and_perhaps_its_steps(text, schedule):
+    options = SchattenOptions.from_optim_args(text)
+    assert options.schedule == schedule
+    assert options.initial_p == schedule[0]
+    assert not options.adaptive
+
+
+@pytest.mark.parametrize("level", ["full", "summary", "none"])
+def test_a_run_reports_as_much_as_asked_for(level):
+    assert SchattenOptions.from_optim_args(f"report={level}").report == level
+    assert SchattenOptions().report == "full"
+
+
+def test_options_are_given_whole_or_one_by_one():
+    whole = SchattenOptions(p=4.0)
+    assert SchattenOptions.given(whole, {}) is whole
+    assert SchattenOptions.given(whole, {}, p=2.0) is whole
+    assert SchattenOptions.given(None, {"p": 4, "p_overrides": ["*.c_proj:2"]}) == SchattenOptions(
+        p=4, p_overrides=("*.c_proj:2",)
+    )
+    assert SchattenOptions.given(None, {"nesterov": "false"}, p=math.inf) == SchattenOptions(p=math.inf, nesterov=False)
+    assert SchattenOptions.given(None, {"p": 2}, p=math.inf).p == 2
+    with pytest.raises(OptionError, match="p, nesterov and options are both given: put all of them into options"):
+        SchattenOptions.given(whole, {"p": 4, "nesterov": True})
+    with pytest.raises(OptionError, match=r"options=0\.001 is no SchattenOptions; .* Write lr=0\.001"):
+        SchattenOptions.given(0.001, {})
+    with pytest.raises(OptionError, match="Did you mean 'p_interval'"):
+        SchattenOptions.given(None, {"p_intervall": 4})
+
+
+def test_there_are_no_more_options_than_a_reader_can_learn():
+    assert len(dataclasses.fields(SchattenOptions)) <= 29
+
+
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    [
+        ("sync=gram", "The option 'sync' is gone: processes average their statistics; .* raise probe_rows"),
+        ("split_fused=false", r"The option 'split_fused' is gone; write fused_parts=\*: to leave every fused"),
+        ("workspace_mib=64", "The option 'workspace_mib' is a constant now; leave it out"),
+        ("buffer_mib=64", "The option 'buffer_mib' is a constant now; leave it out"),
+        ("share_processes=8", "The option 'share_processes' is a constant now; leave it out"),
+        ("p_interval_growth=2", "The option 'p_interval_growth' is gone; raise p_interval"),
+        ("p_groups=*.mlp.*", "The option 'p_groups' is gone: .* p_overrides=PATTERN:P"),
+        ("p_start=2", "The option 'p_start' is part of p_schedule; write p_schedule=START:END or"),
+        ("p=schedule,p_end=-5", "The option 'p_end' is part of p_schedule"),
+        ("p_steps=300", "The option 'p_steps' is part of p_schedule; .* such as p_schedule=4:inf:1000"),
+        ("precondition_exponent=fixed", r"gone; write precondition=adam \(scaled\) or precondition=muadam \(-1/4\)"),
+        ("precondition=adafactor", "precondition='adafactor' is not allowed: it is gone; use adam, which keeps 4 bytes"),
+        ("p_estimator=lowrank", "p_estimator='lowrank' is not allowed: it is gone; use lanczos"),
+        ("p_estimator=exact32", "p_estimator='exact32' is not allowed: it is gone; use exact"),
+    ],
+)
+def test_an_option_that_is_gone_says_what_to_write_instead(text, instead):
+    with pytest.raises(OptionError, match=instead):
+        SchattenOptions.from_optim_args(text)
+
+
 def test_adaptive_p_starts_at_p_max_unless_told():
     assert SchattenOptions(p_max=20).initial_p == 20
     assert SchattenOptions(p_max=20, p_init=3).initial_p == 3
@@ -88,7 +155,7 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
     [
         (
             "p_intervall=50",
-            "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: buffer_mib, ",
+            "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: compute_dtype, ",
         ),
         ("lr=1e-3", "'lr' is no option of schatten_p: set --learning_rate of TrainingArguments, or the argument lr"),
         ("learning_rate=1e-3", "set --learning_rate of TrainingArguments"),
@@ -113,17 +180,22 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("p=0.5", "p=0.5 is not allowed: p is at least 1"),
         ("p=-2", "p=-2.0 is not allowed: p is at least 1"),
         ("p=nan", "p=nan is not allowed"),
-        ("p_min=0.5", "p_min: p=0.5 is not allowed"),
-        ("p_min=inf,p_max=-3", "p_max: p=-3.0 is not allowed"),
+        ("p_min=0.5", "p_min=0.5 is not allowed: p is at least 1"),
+        ("p_min=inf,p_max=-3", "p_max=-3.0 is not allowed: p is at least 1"),
         ("p_min=-5,p_max=-4", "p_min=-5.0 is not allowed: 1 <= p_min <= p_max"),
-        ("p_end=0.1", "p_end: p=0.1 is not allowed"),
-        ("p_steps=0", "p_steps=0 is not allowed"),
-        ("p_interval_growth=0.9", "p_interval_growth=0.9 is not allowed: a finite number, 1 or more"),
+        ("p_schedule=4:0.1", "p_schedule: END=0.1 is not allowed: p is at least 1"),
+        ("p_schedule=-1:4", "p_schedule: START=-1.0 is not allowed: p is at least 1"),
+        ("p_schedule=4", "p_schedule='4' is not allowed: write START:END, or START:END:STEPS with 1 step or more"),
+        ("p_schedule=4:inf:0", "p_schedule='4:inf:0' is not allowed: write START:END, or START:END:STEPS with 1 step"),
+        ("p_schedule=4:inf:2.5", "p_schedule='4:inf:2.5' is not allowed: write START:END"),
+        ("p_schedule=4:inf:9:9", "p_schedule='4:inf:9:9' is not allowed: write START:END"),
+        ("p_schedule=slow:fast", "p_schedule='slow:fast' is not allowed: write START:END"),
+        ("report=loud", "report='loud' is not allowed: one of full, summary, none"),
         ("criterion=best", "criterion='best' is not allowed: one of kronecker, holder, alignment, decrease"),
         ("p_estimator=guess", "p_estimator='guess' is not allowed: one of exact, "),
         ("p_overrides=*.q_proj", "p_overrides has '\\*.q_proj', which is no pattern:p; write for example"),
         ("p_overrides=*.q_proj:two", "p_overrides='two' is not allowed: it takes a number"),
-        ("p_overrides=*.q_proj:0.5", "p_overrides: p=0.5 is not allowed"),
+        ("p_overrides=*.q_proj:0.5", "p_overrides: \\*.q_proj=0.5 is not allowed: p is at least 1"),
         ("p_overrides=*.c_proj:inf,*.q_proj:2", "join several patterns by ';'"),
         ("p_min=5,p_max=4", "p_min=5.0 is not allowed"),
         ("p_max=4,p_init=5", "p_init=5.0 is not allowed"),
@@ -138,14 +210,9 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ),
         ("momentum=1", "momentum=1.0 is not allowed"),
         ("schatten_lr_ratio=0", "schatten_lr_ratio=0.0 is not allowed"),
-        ("precondition=shampoo", "precondition='shampoo' is not allowed: one of none, adam, adafactor"),
-        ("precondition_exponent=half", "precondition_exponent='half' is not allowed: one of scaled, fixed"),
-        (
-            "precondition_exponent=fixed",
-            "precondition_exponent='fixed' is not allowed: it is for precondition=adam or ",
-        ),
+        ("precondition=shampoo", "precondition='shampoo' is not allowed: one of none, adam, muadam"),
         ("step_rule=cube", "step_rule='cube' is not allowed: one of pinned, ball, regularized"),
-        ("step_rule=ball,scale=muon", "scale='muon' is not allowed: step_rule=ball sets the step's length; leave"),
+        ("step_rule=ball,scale=muon", "scale='muon' is not allowed: step_rule=ball sets the update's length; leave"),
         (
             "coupling_order=2",
             "coupling_order=2.0 is not allowed: step_rule=pinned fixes the norm .* set step_rule=ball",
@@ -158,7 +225,7 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
             "p=-10.0 is not allowed with step_rule=ball: the order p \\+ 1 of its norm is at least 2",
         ),
         ("step_rule=regularized,p_max=-10", "p_max=-10.0 is not allowed with step_rule=regularized"),
-        ("step_rule=ball,p=schedule,p_end=-5", "p_end=-5.0 is not allowed with step_rule=ball"),
+        ("step_rule=ball,p=schedule,p_schedule=4:-5", "p_schedule: END=-5.0 is not allowed with step_rule=ball"),
         ("step_rule=ball,p_overrides=*.c_proj:-8", "p_overrides: \\*.c_proj=-8.0 is not allowed with step_rule=ball"),
         ("p=inf,target=low_rank", "target='low_rank' is not allowed: one of power, top_k:K, soft_threshold:TAU, soft"),
         ("p=inf,target=soft_treshold:0.1", "Did you mean 'soft_threshold'\\?"),

@@ -187,9 +187,9 @@ def test_an_interleaved_projection_trains_as_separate_layers(transposed):
     stored = fused.reshape(24, 6).T.contiguous() if transposed else fused.reshape(24, 6)
     one = nn.Parameter(stored.clone())
     own = [nn.Parameter(fused[:, part].reshape(8, 6).clone()) for part in range(3)]
-    for precondition in ("none", "adam", "adafactor"):
-        sections = (("q", 2), ("k", 2), ("v", 2))
-        group = {"params": [one], "parts": sections, "blocks": 4, "transposed": transposed}
+    for precondition in ("none", "adam", "muadam"):
+        parts = (("q", 2), ("k", 2), ("v", 2))
+        group = {"params": [one], "parts": parts, "blocks": 4, "transposed": transposed}
         options = {"p": 3.0, "precondition": precondition, "weight_decay": 0.1}
         together, apart = SchattenP([group], lr=0.1, **options), SchattenP(own, lr=0.1, **options)
         for _ in range(3):
@@ -264,6 +264,13 @@ def test_given_parts_come_before_the_table(gpt2):
     assert given["transformer.h.0.mlp.c_fc.weight"] == Layout(True, (("a", 64), ("b", 64)))
 
 
+def test_every_projection_stays_whole_where_asked_for(gpt2):
+    routing = route_parameters(gpt2, fused_parts=("*:",))
+    assert all(not route.layout.parts for route in routing.to("schatten_p"))
+    optimizer = create_schatten_optimizer(gpt2, p=2, verbose=False, fused_parts="*:")
+    assert {matrix.name for matrix in optimizer.matrices()} == {route.name for route in routing.to("schatten_p")}
+
+
 def test_the_optimizer_follows_given_parts(gpt2):
     optimizer = create_schatten_optimizer(gpt2, p=2, verbose=False, fused_parts=["*.c_attn:"])
     assert all(not group["parts"] for group in optimizer.param_groups)
@@ -285,8 +292,6 @@ def test_parts_that_do_not_fit(gpt2):
         route_parameters(gpt2, fused_parts=["*.c_attn:a/b*4"])
     with pytest.raises(RoutingError, match=r"fused_parts has '\*\.nothing', which matches nothing"):
         route_parameters(gpt2, fused_parts=["*.nothing:a/b"])
-    with pytest.raises(OptionError, match="split_heads=True is not allowed: split_fused=false leaves all whole"):
-        SchattenOptions(split_fused=False, split_heads=True)
 
 
 def test_layouts_of_filters_and_experts_know_their_shapes():

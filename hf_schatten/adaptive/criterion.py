@@ -66,7 +66,7 @@ class Factor:
 
     @staticmethod
     def compute(those: Iterable[Factor], log_norms: LogNormEstimator, factors: int = 1) -> None:
-        """Compute the curves of several on one device, which :meth:`curve` then returns; on an accelerator together."""
+        """Compute the curves of several on one device, on an accelerator together; :meth:`curve` then returns them."""
         missing = list({id(each): each for each in those if factors not in each._curves}.values())
         if not missing:
             return

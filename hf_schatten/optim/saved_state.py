@@ -62,8 +62,8 @@ def _present_options(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return saved options under the present names."""
     saved = dict(saved)
     if "p_start" in saved:
-        schedule = saved["p_start"], saved["p_end"], saved["p_steps"]
-        saved["p_schedule"] = ":".join(f"{float(number):g}" for number in schedule if number is not None)
+        start, end, steps = float(saved["p_start"]), float(saved["p_end"]), saved["p_steps"]
+        saved["p_schedule"] = f"{start:g}:{end:g}" + (f":{steps}" if steps else "")
     if saved.get("precondition_exponent") == "fixed":
         saved["precondition"] = "muadam"
     return saved

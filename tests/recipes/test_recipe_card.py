@@ -128,8 +128,8 @@ def test_a_push_takes_the_card_along(make_trainer, monkeypatch):
         (["--hub_token", "x", "--hub_token=y=", "a.yaml"], ["a.yaml"]),
         (["--hub_token"], []),
         (
-            ["recipes/a.yaml", "--optim_args", "p=4,p_groups=*/a"],
-            ["recipes/a.yaml", "--optim_args", "p=4,p_groups=*/a"],
+            ["recipes/a.yaml", "--optim_args", "p=4,exclude=*/a"],
+            ["recipes/a.yaml", "--optim_args", "p=4,exclude=*/a"],
         ),
         (["/somewhere/else/my.txt", "--output_dir=/somewhere/out"], ["my.txt", "--output_dir=out"]),
         (
