@@ -146,7 +146,7 @@ class Probe:
             return
         self._seen.add(name)
         keeps = [
-            self._offer(self._inputs, matrix_name(name, rows.part), rows)
+            self._offer(self._inputs, matrix_name(name, rows.expert), rows)
             for rows in input_rows(name, module, args, self._masks)
         ]
         rows_of = output_rows(name, module, self._masks) if self._with_outputs else None

@@ -18,17 +18,11 @@ Masks = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Rows:
-    """Input rows of one matrix in one forward, read only where they are picked.
+    """Input rows of one matrix in one forward, read only where they are picked."""
 
-    Attributes:
-        part: name of the expert whose rows they are; "" for a layer without experts.
-        count: number of rows.
-        pick: from indices (k,) on the host, below ``count``, to a copy of those rows, (k, n).
-    """
-
-    part: str
+    expert: str  # whose rows they are; "" for a layer without experts
     count: int
-    pick: Callable[[Tensor], Tensor]
+    pick: Callable[[Tensor], Tensor]  # from indices (k,) on the host, below `count`, to a copy of those rows, (k, n)
 
 
 def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks) -> Iterator[Rows]:
@@ -150,7 +144,7 @@ def _expert_rows(attribute: str, experts: nn.Module, hidden: Tensor, chosen: Ten
             rows = _tokens(hidden, tokens)
             if attribute == "down_proj":
                 rows = replace(rows, pick=partial(_activated, experts, expert, rows.pick))
-            yield replace(rows, part=str(expert))
+            yield replace(rows, expert=str(expert))
 
 
 @torch.no_grad()

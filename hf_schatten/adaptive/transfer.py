@@ -15,34 +15,20 @@ _SHOWN = 3  # names of a list that are printed
 
 @dataclass(frozen=True)
 class Transfer:
-    """Which matrices start from the p that a checkpoint holds; ``str()`` is the report.
+    """Which matrices start from the p that a checkpoint holds, by name; ``str()`` is the report."""
 
-    Attributes:
-        source: the checkpoint's folder.
-        p: p by name of the matrices that are in both, within the range of the present options.
-        moved: names of those whose p was out of that range and is now at its end.
-        unmatched: names of the matrices that only this model has; they start from ``otherwise``.
-        unused: names of the matrices that only the checkpoint has.
-        otherwise: p of the unmatched.
-    """
-
-    source: str
-    p: dict[str, float]
-    moved: tuple[str, ...]
-    unmatched: tuple[str, ...]
-    unused: tuple[str, ...]
+    source: str  # the checkpoint's folder
+    p: dict[str, float]  # of the matrices that are in both, within the range of the present options
+    moved: tuple[str, ...]  # those whose p was out of that range and is now at its end
+    unmatched: tuple[str, ...]  # that only this model has; they start from `otherwise`
+    unused: tuple[str, ...]  # that only the checkpoint has
     otherwise: float
 
     @classmethod
     def of(
         cls, options: SchattenOptions, names: Sequence[str], load: Callable[[str], Mapping[str, float]]
     ) -> Transfer:
-        """Match the checkpoint that ``p_init`` names with a model's matrices.
-
-        Args:
-            options: with a path as ``p_init``.
-            names: of all routed matrices.
-            load: returns the learned p of a checkpoint by matrix name.
+        """Match the checkpoint that ``p_init`` names, as ``load`` reads it, with the names of a model's matrices.
 
         Raises:
             CheckpointError: when the checkpoint cannot be read, or no name is in both.

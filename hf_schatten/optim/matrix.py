@@ -26,23 +26,14 @@ CURVES, NODES = 3, 63
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One matrix of a spectral group: its parameter, and where in it the matrix lies.
+    """One matrix of a spectral group: its parameter, and where in it the matrix lies."""
 
-    Attributes:
-        name: the parameter's, followed by the part's where the parameter consists of several matrices.
-        parameter_name: the name of the parameter.
-        parameter: the parameter that the matrix is a part of.
-        index: its number among the parameter's matrices.
-        group: the parameter's group.
-        state: the parameter's state, empty before the first step.
-    """
-
-    name: str
+    name: str  # the parameter's, followed by the part's where the parameter consists of several matrices
     parameter_name: str
     parameter: Tensor
-    index: int
-    group: Group
-    state: State
+    index: int  # its number among the parameter's matrices
+    group: Group  # the parameter's
+    state: State  # the parameter's, empty before the first step
 
     @property
     def input_name(self) -> str:

@@ -18,11 +18,7 @@ def advance_moments(
 ) -> None:
     """Take the gradients of parameters into their momentum, and into what the preconditioner keeps.
 
-    Args:
-        group: of the parameters.
-        parameters: have gradients; one that is not finite leaves the averages as they are, and is counted.
-        states: of each of them; advanced in place.
-        gradients: of the step.
+    A gradient that is not finite leaves the averages as they are, and is counted.
     """
     preconditioner = PRECONDITIONERS[group["precondition"]]
     gradients.count_skipped(parameters, [states[parameter][SKIPPED] for parameter in parameters])

@@ -46,13 +46,7 @@ class Planner:
     ) -> list[Delivery]:
         """Return how the updates of all matrices with a gradient reach their weights.
 
-        All processes call it together for the first time.
-
-        Args:
-            groups: of the optimizer.
-            states: of their parameters.
-            matrices: yields all matrices, whether they have a gradient or not.
-            gradients: of the step.
+        All processes call it together for the first time. ``matrices`` yields those without a gradient too.
         """
         key = [
             (

@@ -27,15 +27,9 @@ _RECTANGLES, _SQUARES = 5, 4
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Matrices that are updated together, and the rules that they share.
+    """Matrices that are updated together, and the rules that they share."""
 
-    Attributes:
-        matrices: B of one wide shape, dtype and device.
-        rule: how long their updates are.
-        preconditioner: what their momenta are divided by.
-    """
-
-    matrices: list[Matrix]
+    matrices: list[Matrix]  # B of one wide shape, dtype and device
     rule: StepRule
     preconditioner: Preconditioner
 
@@ -59,12 +53,7 @@ class Stack:
 
 
 def stacks_of(matrices: Iterable[Matrix], options_of: Callable[[dict[str, Any]], SchattenOptions]) -> list[Stack]:
-    """Return the stacks that matrices make, each within :data:`WORKSPACE`.
-
-    Args:
-        matrices: with state.
-        options_of: the options of a matrix' group.
-    """
+    """Return the stacks that matrices make, each within :data:`WORKSPACE`, given the options of their groups."""
     alike: dict[Any, list[Matrix]] = {}
     for matrix in matrices:
         average, group = matrix.state[MOMENTUM], matrix.group

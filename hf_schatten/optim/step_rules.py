@@ -51,19 +51,12 @@ ADAMW_RMS = 0.2
 
 @dataclass(frozen=True)
 class Update:
-    """The updates of a stack before their length is known.
+    """The updates of a stack before their length is known."""
 
-    Attributes:
-        matrices: B of one wide shape.
-        directions: (B, m, n), m <= n, of any length.
-        exponents: spectral exponents s, (B,).
-        products: ``⟨M, O⟩`` (B,) of momenta and directions where the length depends on them, else None.
-    """
-
-    matrices: list[Matrix]
-    directions: Tensor
-    exponents: Tensor
-    products: Tensor | None
+    matrices: list[Matrix]  # B of one wide shape
+    directions: Tensor  # (B, m, n), m <= n, of any length
+    exponents: Tensor  # spectral exponents s, (B,)
+    products: Tensor | None  # ⟨M, O⟩ (B,) of momenta and directions where the length depends on them
 
     @property
     def dual_norms(self) -> Tensor:
