@@ -14,6 +14,7 @@ PACKAGE = Path(hf_schatten.__file__).parent
 
 # From the ground up: a module imports from its own floor and those before it.
 FLOORS = [
+    "private_api",
     "exponent",
     "option_text",
     "options",
