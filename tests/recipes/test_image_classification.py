@@ -24,7 +24,7 @@ from sklearn.metrics import accuracy_score
 from transformers import AutoModelForImageClassification
 
 from hf_schatten import SchattenCallback, route_parameters
-from hf_schatten.adaptive.probe import Probe, RowSample
+from hf_schatten.adaptive.probe import Probe
 
 pytestmark = pytest.mark.filterwarnings("error:::(image_.*|images|recipe_parts|resmlp)")
 
@@ -347,7 +347,7 @@ def test_resmlp_routes_its_sublayers_and_not_its_ends(resmlp):
 def test_inputs_across_patches_are_sampled_by_channel(resmlp):
     """The layer over the patches sees a row for each image and channel, with an entry for each patch."""
     layer = resmlp.resmlp.layers[0]
-    probe = Probe(resmlp, {"across.weight": layer.cross_patch, "fc1.weight": layer.fc1}, partial(RowSample, 1000))
+    probe = Probe(resmlp, {"across.weight": layer.cross_patch, "fc1.weight": layer.fc1}, 1000)
     probe.arm(True)
     pixels = torch.randn(3, 1, 8, 8)
     resmlp(pixels, torch.tensor([0, 1, 2])).loss.backward()
