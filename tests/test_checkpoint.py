@@ -169,7 +169,9 @@ def test_another_format_version_is_refused(saved):
     _, folder = saved
     path = folder / CONFIG_FILE
     path.write_text(path.read_text().replace(f'"format_version": {FORMAT_VERSION}', '"format_version": 99'))
-    with pytest.raises(CheckpointError, match=f"format_version 99, and this version .* reads 3 and {FORMAT_VERSION}: resume"):
+    with pytest.raises(
+        CheckpointError, match=f"format_version 99, and this version .* reads 3 and {FORMAT_VERSION}: resume"
+    ):
         load_optimizer(make(steps=0), folder)
 
 

@@ -101,7 +101,9 @@ def test_options_are_given_whole_or_one_by_one():
     assert SchattenOptions.given(None, {"p": 4, "p_overrides": ["*.c_proj:2"]}) == SchattenOptions(
         p=4, p_overrides=("*.c_proj:2",)
     )
-    assert SchattenOptions.given(None, {"nesterov": "false"}, p=math.inf) == SchattenOptions(p=math.inf, nesterov=False)
+    assert SchattenOptions.given(None, {"nesterov": "false"}, p=math.inf) == SchattenOptions(
+        p=math.inf, nesterov=False
+    )
     assert SchattenOptions.given(None, {"p": 2}, p=math.inf).p == 2
     with pytest.raises(OptionError, match="p, nesterov and options are both given: put all of them into options"):
         SchattenOptions.given(whole, {"p": 4, "nesterov": True})
@@ -129,7 +131,10 @@ def test_there_are_no_more_options_than_a_reader_can_learn():
         ("p=schedule,p_end=-5", "The option 'p_end' is part of p_schedule"),
         ("p_steps=300", "The option 'p_steps' is part of p_schedule; .* such as p_schedule=4:inf:1000"),
         ("precondition_exponent=fixed", r"gone; write precondition=adam \(scaled\) or precondition=muadam \(-1/4\)"),
-        ("precondition=adafactor", "precondition='adafactor' is not allowed: it is gone; use adam, which keeps 4 bytes"),
+        (
+            "precondition=adafactor",
+            "precondition='adafactor' is not allowed: it is gone; use adam, which keeps 4 bytes",
+        ),
         ("p_estimator=lowrank", "p_estimator='lowrank' is not allowed: it is gone; use lanczos"),
         ("p_estimator=exact32", "p_estimator='exact32' is not allowed: it is gone; use exact"),
     ],

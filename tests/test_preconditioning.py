@@ -105,7 +105,17 @@ def muadam(W, gradients, exponent=-0.25, nesterov=False):
         ({"p": math.inf, "precondition": "adam"}, lambda W, Gs: muadam(W, Gs, exponent=0, nesterov=True)),
         ({"p": 3, "precondition": "adam"}, None),
     ],
-    ids=["SGD", "SGD Nesterov", "normalised SGD", "Muon", "AdamW", "AdamW of muadam", "MuAdam", "Muon of adam", "p = 3"],
+    ids=[
+        "SGD",
+        "SGD Nesterov",
+        "normalised SGD",
+        "Muon",
+        "AdamW",
+        "AdamW of muadam",
+        "MuAdam",
+        "Muon of adam",
+        "p = 3",
+    ],
 )
 def test_the_extremes_are_the_known_optimizers_to_rounding(shape, options, reference):
     W, gradients = weights_and_gradients(shape)

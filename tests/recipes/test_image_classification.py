@@ -21,7 +21,7 @@ from transformers import AutoModelForImageClassification
 
 from benchmarks.comparison.comparison import Task
 from hf_schatten import SchattenCallback, route_parameters
-from hf_schatten.adaptive.probe import Probe, RowSample
+from hf_schatten.adaptive.probe import Probe
 from recipes.image_classification import arguments, data, image_classification
 from recipes.image_classification.resmlp import ResMLPConfig, ResMLPForImageClassification
 from recipes.recipe_parts.command_line import InputError
@@ -346,7 +346,7 @@ def test_resmlp_routes_its_sublayers_and_not_its_ends(resmlp):
 def test_inputs_across_patches_are_sampled_by_channel(resmlp):
     """The layer over the patches sees a row for each image and channel, with an entry for each patch."""
     layer = resmlp.resmlp.layers[0]
-    probe = Probe(resmlp, {"across.weight": layer.cross_patch, "fc1.weight": layer.fc1}, partial(RowSample, 1000))
+    probe = Probe(resmlp, {"across.weight": layer.cross_patch, "fc1.weight": layer.fc1}, 1000)
     probe.arm(True)
     pixels = torch.randn(3, 1, 8, 8)
     resmlp(pixels, torch.tensor([0, 1, 2])).loss.backward()
