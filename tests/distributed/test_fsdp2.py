@@ -31,7 +31,8 @@ SETTINGS = {
     "fixed p": {"p": 3.0},
     "adaptive": ALIKE,
     "other rows": ADAPTIVE,
-    "kronecker": {"criterion": "kronecker", "shares": SHARES} | DUE,
+    # All p are -5 here, which makes rounding large where a momentum has not the full rank.
+    "kronecker": {"criterion": "kronecker", "shares": SHARES, "dtype": torch.float64} | DUE,
     "small buffer": {"p": 2.0, "buffer": MIB, "width": 260},
     "ball": {"p": 2.0, "step_rule": "ball", "nesterov": False},
     "a NaN": {"p": 2.0, "bad_step": 3},
@@ -69,9 +70,10 @@ def model_of(width=30, experts=0):
     return model, model.transformer.h
 
 
-def train(width=30, experts=0, bad_step=None, shares=1, mesh=None, **options):
+def train(width=30, experts=0, bad_step=None, shares=1, dtype=torch.float32, mesh=None, **options):
     """Train on one process' share of the global batch; return weights, p, sizes of updates, and what was moved."""
     model, layers = model_of(width, experts)
+    model.to(dtype)
     optimizer = hf_schatten.create_schatten_optimizer(model, 3e-4, verbose=False, eps=1e-6, **options)
     rank, count = (dist.get_rank(), dist.get_world_size()) if mesh is not None else (0, 1)
     if mesh is not None:
@@ -189,11 +191,13 @@ def assert_same(one, two, name):
 
 
 def assert_same_updates(one, results):
-    """Compare stable rank and relative size of the last step's updates with those of one process."""
+    """Compare stable rank and relative size of the last step's updates, rows of two, with those of one process."""
     assert results[0]["updates"].keys() == one["updates"].keys() == one["p"].keys()
     for name, expected in one["updates"].items():
         assert all(torch.equal(result["updates"][name], results[0]["updates"][name]) for result in results), name
-        torch.testing.assert_close(results[0]["updates"][name], expected.double(), rtol=1e-3, atol=0.0, msg=name)
+        of_rank, of_size = (results[0]["updates"][name] / expected - 1).abs().tolist()
+        assert of_rank <= 5e-3, name  # which float32 rounds, where p is large and the momentum has not the full rank
+        assert of_size <= 1e-3, name
 
 
 @pytest.mark.parametrize("name", SETTINGS)

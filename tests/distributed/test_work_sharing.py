@@ -86,7 +86,9 @@ def train(dtype=torch.float32, width=32, bad_step=None, **options):
     }
 
 
-def train_some(names: Collection[str] = SETTINGS.keys(), most_sharing: int = MOST_SHARING) -> dict[str, dict[str, Any]]:
+def train_some(
+    names: Collection[str] = SETTINGS.keys(), most_sharing: int = MOST_SHARING
+) -> dict[str, dict[str, Any]]:
     """Return what some settings give, where no more processes share with each other."""
     results = {}
     for name in names:
