@@ -68,8 +68,10 @@ class UpdateSizes:
 
 def _spectral_norm(X: Tensor) -> Tensor:
     """Return the largest singular value of each matrix (B, m, n) from below, to a few per cent."""
+    # Not ones: beside a LayerNorm every row of a gradient sums to zero, and they would leave rounding to start from.
+    start = torch.arange(X.shape[2], device=X.device, dtype=torch.float32).cos().to(X.dtype)
     # Rows and not columns: batched products of a matrix and a column are slow.
-    v = torch.ones(X.shape[0], 1, X.shape[2], dtype=X.dtype, device=X.device)
+    v = start.expand(X.shape[0], 1, -1)
     for _ in range(_POWER_ITERATIONS):
         v = (v @ X.mT) @ X
         v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
@@ -16,6 +17,7 @@ from hf_schatten.integration.callback import SchattenCallback, unwrap_optimizer
 LENGTH, GLOBAL_BATCH = 16, 8
 MATRICES = 2 * 6
 P_PREFIX = "schatten_p/"
+SIZE_PREFIXES = "schatten_stable_rank/", "schatten_relative_size/"  # of the updates
 
 
 def model() -> GPT2LMHeadModel:
@@ -37,6 +39,20 @@ def sequences(count: int) -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
+def sequences_alike(count: int, micro_batch: int = GLOBAL_BATCH, shares: int = 2) -> list[dict[str, Tensor]]:
+    """Return rows of which every micro-batch holds the same ones once for each share.
+
+    Taken in their order, the mean of the processes' statistics is exactly that of one process.
+
+    Args:
+        count: of all rows.
+        micro_batch: rows of one over all processes.
+        shares: a multiple of the number of processes.
+    """
+    distinct, share = sequences(count // shares), micro_batch // shares
+    return [row for start in range(0, len(distinct), share) for row in distinct[start : start + share] * shares]
+
+
 def arguments(folder: Path, micro_batch: int = GLOBAL_BATCH, **overrides: Any) -> TrainingArguments:
     """Return arguments with which a step sees GLOBAL_BATCH rows, whatever the number of processes.
 
@@ -51,6 +67,7 @@ def arguments(folder: Path, micro_batch: int = GLOBAL_BATCH, **overrides: Any) -
         "optim": "schatten_p",
         "per_device_train_batch_size": micro_batch // processes,
         "gradient_accumulation_steps": GLOBAL_BATCH // micro_batch,
+        "train_sampling_strategy": "sequential",
         "learning_rate": 3e-4,
         "adam_epsilon": 1e-6,  # a key's bias has no gradient but rounding, of which 1e-8 makes whole steps
         "logging_steps": 1,
@@ -66,7 +83,7 @@ def arguments(folder: Path, micro_batch: int = GLOBAL_BATCH, **overrides: Any) -
 
 
 def trained(trainer: SchattenTrainer, resume: bool = False) -> dict[str, Any]:
-    """Train without pictures; return the weights, and by step what was logged: losses, and the p of every matrix."""
+    """Train without pictures; return weights, and by step the logged losses, p of matrices and sizes of updates."""
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, SchattenCallback):
             callback._draw = lambda *args: None  # takes longer than the training
@@ -81,6 +98,11 @@ def trained(trainer: SchattenTrainer, resume: bool = False) -> dict[str, Any]:
             if "schatten_p_median" in entry
         },
         "statistics": _statistics(trainer),
+        "sizes": {
+            entry["step"]: {key: size for key, size in entry.items() if key.startswith(SIZE_PREFIXES)}
+            for entry in log
+            if "schatten_p_median" in entry
+        },
     }
 
 
@@ -101,6 +123,15 @@ def assert_same_p(found: dict[int, dict[str, float]], expected: dict[int, dict[s
     """Compare 1 / p of the same due steps and matrices."""
     assert {step: p.keys() for step, p in found.items()} == {step: p.keys() for step, p in expected.items()}
     torch.testing.assert_close(exponents(found), exponents(expected), atol=1e-6, rtol=0.0)
+
+
+def assert_same_sizes(found: dict[int, dict[str, float]], expected: dict[int, dict[str, float]]) -> None:
+    """Compare stable ranks and relative sizes of the updates of the same due steps and matrices."""
+    assert found.keys() == expected.keys()
+    for step, sizes in expected.items():
+        assert len(sizes) == len(SIZE_PREFIXES) * MATRICES
+        # Where p is large, float32 rounds the stable ranks of momenta that have not the full rank.
+        assert found[step] == pytest.approx(sizes, rel=5e-3, abs=0), step
 
 
 def assert_near(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

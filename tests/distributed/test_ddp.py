@@ -13,58 +13,121 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_schatten
 from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
+from hf_schatten.options import CriterionName
 
 EXACT = Estimator.named("exact")
-STEPS, RANKS = 4, 2
+STEPS, RANKS, S_MIN, LR = 4, 2, 1e-3, 1e-2
+# Criterion, micro-batches of a step, and the rank whose inputs nobody samples.
+SETTINGS: list[tuple[CriterionName, int, int | None]] = [
+    ("holder", 1, None),
+    ("holder", 1, 1),
+    ("holder", 3, None),
+    ("kronecker", 1, None),
+    ("kronecker", 1, 1),
+    ("kronecker", 3, None),
+]
 
 
 def data(rank: int) -> torch.Tensor:
-    """Return inputs whose spectrum depends on the rank: flat on rank 0, steep on rank 1."""
+    """Return inputs whose number and spectrum depend on the rank: flat on rank 0, steep on rank 1."""
     generator = torch.Generator().manual_seed(7 + rank)
-    return torch.randn(STEPS, 24, 12, generator=generator) * torch.linspace(1, 1 - 0.95 * rank, 12)
+    return torch.randn(STEPS, 24 - 6 * rank, 12, generator=generator) * torch.linspace(1, 1 - 0.95 * rank, 12)
 
 
-def run(rank_without_samples: int | None) -> dict[str, Any]:
+def run(criterion: CriterionName, micro_batches: int, rank_without_samples: int | None) -> dict[str, Any]:
+    """Train, and return what the first matrix' p is chosen from on the last step, which is due."""
     rank = dist.get_rank()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     optimizer = hf_schatten.create_schatten_optimizer(
         model,
-        criterion="holder",
+        LR,
+        weight_decay=0.0,
+        criterion=criterion,
         p_estimator="exact",
         p_interval=2,
         p_first_step=1,
         p_ema_decay=0.0,
-        p_max=1000.0,
+        p_max=1 / S_MIN,
         verbose=False,
     )
     wrapped = DistributedDataParallel(model)
     if rank == rank_without_samples:
         model[0].eval()  # changes nothing but that the probe passes it over
+    outputs: list[torch.Tensor] = []  # gradients of the first layer's outputs
+    model[0].register_forward_hook(lambda module, args, output: output.register_hook(outputs.append) and None)
     for inputs in data(rank):
-        wrapped(inputs).square().mean().backward()
+        outputs.clear()
+        for rows in inputs.chunk(micro_batches):
+            (wrapped(rows).square().mean() / micro_batches).backward()
         gradient = model[0].weight.grad.clone()
+        before = [matrix.weights.detach().clone() for matrix in optimizer.matrices()]
         optimizer.step()
         optimizer.zero_grad()
-    return {"p": optimizer.learned_p(), "gradient": gradient, "weights": model.state_dict()}
+    matrices = list(optimizer.matrices())
+    return {
+        "p": optimizer.learned_p(),
+        "gradient": gradient,
+        "outputs": torch.cat(outputs),
+        "statistics": matrices[0].statistics.clone(),
+        "weights": model.state_dict(),
+        "before": before,
+        "after": [matrix.weights.detach().clone() for matrix in matrices],
+        "updates": {name: torch.stack(pair) for name, pair in optimizer.policy.updates.items()},
+    }
 
 
-def exponent(statistics: torch.Tensor) -> torch.Tensor:
-    return maximising_exponent(objective_curve("holder", statistics, 1e-3, 1.0), 1e-3, 1.0)
+def run_all() -> list[dict[str, Any]]:
+    return [run(*setting) for setting in SETTINGS]
 
 
-@pytest.mark.parametrize("rank_without_samples", [None, 1])
-def test_p_is_shared_and_follows_every_ranks_inputs(tmp_path, rank_without_samples):
-    first, second = together(run, RANKS, tmp_path, rank_without_samples)
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """Return what each rank gets of each setting."""
+    by_rank = together(run_all, RANKS, tmp_path_factory.mktemp("ranks"))
+    return dict(zip(SETTINGS, zip(*by_rank, strict=True), strict=True))
+
+
+def exponent(criterion: CriterionName, statistics: torch.Tensor) -> torch.Tensor:
+    return maximising_exponent(objective_curve(criterion, statistics, S_MIN, 1.0), S_MIN, 1.0)
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_p_is_shared_and_follows_every_ranks_inputs(setting, results):
+    criterion, _, rank_without_samples = setting
+    first, second = results[setting]
     assert first["p"] == second["p"]
+    assert torch.equal(first["statistics"], second["statistics"])
     assert all(torch.equal(a, b) for a, b in zip(first["weights"].values(), second["weights"].values(), strict=True))
 
     sampled = [rank for rank in range(RANKS) if rank != rank_without_samples]
-    samples = [Sample(first["gradient"], None, Factor(data(rank)[-1])) for rank in range(RANKS)]
-    curves = [CRITERIA["holder"].statistics([sample], EXACT)[0] for sample in samples]
-    s = 1 / first["p"]["0.weight"]
-    expected = exponent(torch.stack([curves[rank] for rank in sampled]).mean(0))
-    torch.testing.assert_close(torch.tensor(s, dtype=torch.float64), expected, atol=1e-6, rtol=0.0)
-    if rank_without_samples is None:  # a p from one rank's data alone would be another
-        local = exponent(torch.stack(curves))
-        assert ((local - s).abs() > 1e-3).all()
+    gradient = first["gradient"].double()
+    of_ranks = [
+        (Factor(data(rank)[-1].double()), Factor(result["outputs"].double()))
+        for rank, result in enumerate((first, second))
+    ]
+    samples = [Sample(gradient, None, A, D if criterion == "kronecker" else None) for A, D in of_ranks]
+    curves = torch.stack([CRITERIA[criterion].statistics([sample], EXACT)[0] for sample in samples])
+    expected = curves[sampled].mean(0)
+    torch.testing.assert_close(first["statistics"], expected, atol=1e-6, rtol=1e-6)
+    s = torch.tensor(1 / first["p"]["0.weight"], dtype=torch.float64)
+    torch.testing.assert_close(s, exponent(criterion, expected), atol=1e-6, rtol=0.0)
+    assert S_MIN < s < 1.0 or criterion == "kronecker"
+    if rank_without_samples is None:  # what one rank's data alone would give is another
+        assert ((curves - expected).abs().amax(dim=(1, 2)) > 1e-3).all()
+        assert criterion == "kronecker" or ((exponent(criterion, curves) - s).abs() > 1e-3).all()
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_every_rank_knows_the_sizes_of_all_updates(setting, results):
+    """Each rank has computed the updates of some matrices only."""
+    first, second = results[setting]
+    assert list(first["updates"]) == list(first["p"])
+    for (name, sizes), before, after in zip(first["updates"].items(), first["before"], first["after"], strict=True):
+        assert torch.equal(sizes, second["updates"][name])
+        stable_rank, relative_size = sizes.tolist()
+        singular_values = torch.linalg.svdvals(after.double() - before.double())
+        exact = float(singular_values.square().sum() / singular_values[0] ** 2)
+        assert exact * 0.999 <= stable_rank <= exact * 1.1  # the spectral norm is from below
+        size = float(singular_values.norm() / before.norm())
+        assert relative_size == pytest.approx(size, rel=1e-4, abs=0)

@@ -16,6 +16,9 @@ from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
 from hf_schatten import SchattenTrainer, load_learned_p
+from hf_schatten.matrices.layout import layer_name
+from hf_schatten.report.figures import UPDATES
+from hf_schatten.report.log import RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX
 
 STEPS, LENGTH, GLOBAL_BATCH = 8, 8, 8
 KINDS = {
@@ -49,14 +52,16 @@ def make(folder, name, trainer_class=SchattenTrainer, state_dict_type="FULL_STAT
     for key in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         setattr(config, key, 0.0)
     generator = torch.Generator().manual_seed(3)
-    rows = torch.randint(0, 63, (STEPS * GLOBAL_BATCH, LENGTH), generator=generator)
-    rows[::2] %= 4
+    # Both processes have the same rows: the mean of their statistics is that of one process.
+    rows = torch.randint(0, 63, (STEPS, GLOBAL_BATCH // 2, LENGTH), generator=generator)
+    rows[:, ::2] %= 4
+    rows = rows.repeat(1, 2, 1).flatten(0, 1)
     wrapping = {"transformer_layer_cls_to_wrap": ["GPT2Block"], "state_dict_type": state_dict_type}
     sharding = {"fsdp": True, "fsdp_config": wrapping, "ddp_backend": "gloo"}
     arguments = TrainingArguments(
         str(Path(folder) / name),
         optim="schatten_p",
-        optim_args="criterion=holder,p_interval=3,p_first_step=2,p_max=1000,sync=gram",
+        optim_args="criterion=holder,p_interval=3,p_first_step=2,p_max=1000",
         max_steps=STEPS,
         save_steps=STEPS // 2,
         per_device_train_batch_size=GLOBAL_BATCH // processes,
@@ -84,6 +89,11 @@ def outcome(trainer):
             for name, W in trainer.model.named_parameters()
         },
         "losses": [entry["loss"] for entry in history if "loss" in entry],
+        "sizes": [
+            {key: size for key, size in entry.items() if key.startswith((STABLE_RANK_PREFIX, RELATIVE_SIZE_PREFIX))}
+            for entry in history
+            if "schatten_p_median" in entry
+        ],
     }
 
 
@@ -134,7 +144,24 @@ def test_it_trains_as_one_process_does(runs, tmp_path):
     _, results = runs
     alone = make(tmp_path, "alone", save_strategy="no")
     alone.train()
-    assert_near(outcome(alone), results[0]["whole"]["straight"])
+    expected, found = outcome(alone), results[0]["whole"]["straight"]
+    assert_near(expected, found)
+    inside = [p for p in found["p"].values() if 1.002 < p < 500]
+    assert len(inside) >= 3  # p is not only at the ends of its range
+    for at_one_step, of_one_process in zip(found["sizes"], expected["sizes"], strict=True):
+        # Where p is large, float32 rounds the stable ranks of momenta that have not the full rank.
+        assert at_one_step == pytest.approx(of_one_process, rel=5e-3, abs=0)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_stable_ranks_and_relative_sizes_are_logged_and_drawn(runs, name):
+    folder, results = runs
+    straight, resumed = results[0][name]["straight"], results[0][name]["resumed"]
+    layers = [layer_name(matrix) for matrix in straight["p"]]
+    keys = {prefix + layer for prefix in (STABLE_RANK_PREFIX, RELATIVE_SIZE_PREFIX) for layer in layers}
+    assert [entry.keys() for entry in straight["sizes"]] == [keys] * 3
+    assert straight["sizes"] == resumed["sizes"] == results[1][name]["straight"]["sizes"]
+    assert (folder / f"{name}, straight" / UPDATES).is_file()
 
 
 def test_one_process_without_fsdp_resumes_it(runs, tmp_path):

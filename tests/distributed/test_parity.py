@@ -16,47 +16,34 @@ from small_gpt2 import (
     assert_equal,
     assert_near,
     assert_same_p,
+    assert_same_sizes,
     exponents,
     model,
     sequences,
+    sequences_alike,
     trained,
 )
 
 from hf_schatten import SchattenTrainer
 
 STEPS = 30
+DIFFERENT = "different rows"  # on the two processes, which otherwise have the same
 # Sizes of a micro-batch over all processes, and options.
 SETTINGS: dict[str, tuple[int, str]] = {
-    "gram": (8, "criterion=holder,sync=gram"),
-    "gram, 4 micro-batches": (2, "criterion=holder,sync=gram"),
-    "statistics": (8, "criterion=holder,sync=statistics"),
-    "statistics, 4 micro-batches": (2, "criterion=holder,sync=statistics"),
-    "kronecker": (8, "criterion=kronecker,sync=gram"),  # whose p are at the end of the range here
-    "kronecker, 4 micro-batches": (2, "criterion=kronecker,sync=gram"),
-    "kronecker, statistics": (8, "criterion=kronecker,sync=statistics"),
-    "gram, in a worker": (8, "criterion=holder,sync=gram,p_async=true"),
-    "statistics, in a worker": (8, "criterion=holder,sync=statistics,p_async=true"),
+    "holder": (8, "criterion=holder"),
+    "holder, 4 micro-batches": (2, "criterion=holder"),
+    "kronecker": (8, "criterion=kronecker"),  # whose p are at the end of the range here
+    "kronecker, 4 micro-batches": (2, "criterion=kronecker"),
+    DIFFERENT: (8, "criterion=holder"),
+    f"{DIFFERENT}, 4 micro-batches": (2, "criterion=holder"),
+    "in a worker": (8, "criterion=holder,p_async=true"),
 }
-EXACT = [name for name, (_, options) in SETTINGS.items() if "gram" in options and "p_async" not in options]
+EXACT = [name for name, (_, options) in SETTINGS.items() if DIFFERENT not in name and "p_async" not in options]
 DUE = (10, 20, 30)
-# Bytes that processes add up: of curves, and of Gram matrices of each layer's four inputs and six matrices' outputs.
-CURVES = 1024 * MATRICES
-INPUTS = 8 * 2 * (3 * 32**2 + 128**2)
-OUTPUTS = 8 * 2 * (5 * 32**2 + 128**2)
+# Bytes that processes add up: two curves of 63 nodes in float64 with a flag each, and three numbers with a flag each.
+CURVES, SIZES = 2 * (63 + 1) * 8 * MATRICES, 3 * 2 * 8 * MATRICES
 GATHER = "all_gather_single" if "all_gather_single" in METHODS else "_allgather_base"  # torch renames it
 UPDATES = 4 * 2 * 12 * 32**2  # of all matrices in float32: each process sends a half of them
-REDUCTIONS = {  # of each due step
-    "gram": [[INPUTS]] * 3,
-    "gram, 4 micro-batches": [[INPUTS]] * 3,
-    "statistics": [[CURVES]] * 3,
-    "statistics, 4 micro-batches": [[CURVES]] * 3,
-    "kronecker": [[INPUTS + OUTPUTS]] * 3,
-    "kronecker, 4 micro-batches": [[INPUTS + OUTPUTS]] * 3,
-    "kronecker, statistics": [[CURVES]] * 3,
-    # Curves of the last due step's worker, whose Gram matrices that step has added up.
-    "gram, in a worker": [[INPUTS], [CURVES, INPUTS], [CURVES, INPUTS]],
-    "statistics, in a worker": [[], [CURVES], [CURVES]],
-}
 
 
 def train(folder: Path, name: str) -> dict[str, Any]:
@@ -69,9 +56,12 @@ def train(folder: Path, name: str) -> dict[str, Any]:
             optim_args=f"p_interval=10,p_max=1000,{options}",
             max_steps=STEPS,
             logging_steps=10,
-            train_sampling_strategy="sequential",  # half of the tokens' kinds are those of one process
         ),
-        train_dataset=sequences(STEPS * GLOBAL_BATCH),
+        train_dataset=(
+            sequences(STEPS * GLOBAL_BATCH)
+            if name.startswith(DIFFERENT)
+            else sequences_alike(STEPS * GLOBAL_BATCH, micro_batch)
+        ),
     )
     with counted(lambda: trainer.state.global_step + 1) as collectives:
         result = trained(trainer)
@@ -105,29 +95,33 @@ def test_p_and_weights_are_those_of_one_process(name, alone, pair):
     assert one["statistics"].std() > 0.1
     assert_same_p(two["p"], one["p"])
     assert_near(two["weights"], one["weights"])
+    assert_same_sizes(two["sizes"], one["sizes"])
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_processes_agree_bitwise(name, pair):
     assert pair[0][name]["p"] == pair[1][name]["p"]
+    assert pair[0][name]["sizes"] == pair[1][name]["sizes"]
     assert_equal(pair[1][name]["weights"], pair[0][name]["weights"])
 
 
 def test_the_mean_of_statistics_is_near_that_of_the_global_batch(alone, pair):
     """Halves of the batch whose inputs differ as much as here: an approximation, and no more."""
-    for name in ("statistics", "statistics, 4 micro-batches"):
+    for name in (DIFFERENT, f"{DIFFERENT}, 4 micro-batches"):
         error = (exponents(pair[0][name]["p"]) - exponents(alone[name]["p"])).abs()
         assert error.max() <= 0.2
         assert error.median() <= 0.02
+        assert error.max() > 1e-3  # the rows do differ
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_step_exchanges_updates_and_on_due_steps_what_p_is_chosen_from_and_nothing_else(name, alone, pair):
-    reductions = dict(zip(DUE, REDUCTIONS[name], strict=True))
+def test_a_step_exchanges_updates_and_on_due_steps_statistics_and_sizes_and_nothing_else(name, alone, pair):
     expected = []
     for step in range(1, STEPS + 1):
-        expected += [(step, "allreduce", size) for size in reductions.get(step, [])]
+        measured = step in DUE and not (name == "in a worker" and step == DUE[0])  # which are those of the step before
+        expected += [(step, "allreduce", CURVES)] * measured
         expected.append((step, GATHER, UPDATES))
+        expected += [(step, "allreduce", SIZES)] * (step in DUE)
     for result in pair:
         assert result[name]["collectives"] == expected
     assert not alone[name]["collectives"]

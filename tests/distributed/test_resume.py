@@ -25,6 +25,7 @@ from small_gpt2 import (
     exponents,
     model,
     sequences,
+    sequences_alike,
     trained,
 )
 from transformers import trainer as transformers_trainer
@@ -33,7 +34,7 @@ import hf_schatten.integration.checkpoint
 from hf_schatten import CheckpointError, SchattenTrainer, load_learned_p
 from hf_schatten.integration.checkpoint import CONFIG_FILE, STATE_FILE, newest_complete_checkpoint
 
-STEPS, SAVE = 12, 4
+STEPS, SAVE, MOST_PROCESSES = 12, 4, 4
 DUE = [3, 6, 9, 12]
 MIDDLE, END = f"checkpoint-{2 * SAVE}", f"checkpoint-{STEPS}"
 
@@ -53,15 +54,14 @@ def train(folder: Path, resume: bool = False) -> dict[str, Any]:
     """Train in one of several processes, or alone; return what was learned and warned of."""
     messages = Messages()
     logging.getLogger("hf_schatten").addHandler(messages)
-    # With sync=gram, p is that of the global batch, whose order does not depend on the number of processes.
     options = {
-        "optim_args": "criterion=holder,p_interval=3,p_first_step=3,p_max=1000,sync=gram",
+        "optim_args": "criterion=holder,p_interval=3,p_first_step=3,p_max=1000",
         "lr_scheduler_type": "cosine",
     }
     saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVE}
-    trainer = SchattenTrainer(
-        model(), arguments(folder, **options, **saving), train_dataset=sequences(STEPS * GLOBAL_BATCH)
-    )
+    # With the same rows on all processes, p does not depend on their number.
+    rows = sequences_alike(STEPS * GLOBAL_BATCH, shares=MOST_PROCESSES)
+    trainer = SchattenTrainer(model(), arguments(folder, **options, **saving), train_dataset=rows)
     try:
         return trained(trainer, resume) | {"messages": messages.texts}
     finally:
@@ -114,11 +114,13 @@ def test_one_process_resumes_the_run_of_two(interrupted, pair):
 
 @pytest.mark.slow
 def test_four_processes_resume_the_run_of_two(interrupted, pair, tmp_path):
-    results = together(train, 4, tmp_path, interrupted, True)
+    results = together(train, MOST_PROCESSES, tmp_path, interrupted, True)
     for result in results:
         assert_equal(result["weights"], results[0]["weights"])
         assert_goes_on_as_the_pair(result, pair)
-    assert {path.name for path in (interrupted / END).glob("rng_state*")} == {f"rng_state_{i}.pth" for i in range(4)}
+    assert {path.name for path in (interrupted / END).glob("rng_state*")} == {
+        f"rng_state_{i}.pth" for i in range(MOST_PROCESSES)
+    }
 
 
 def resume_apart(folder: Path) -> str:

@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from processes import outcomes, together
-from small_gpt2 import arguments, assert_equal, assert_near, assert_same_p, exponents, model, sequences, trained
+from small_gpt2 import (
+    arguments,
+    assert_equal,
+    assert_near,
+    assert_same_p,
+    exponents,
+    model,
+    sequences,
+    sequences_alike,
+    trained,
+)
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import MixtralConfig, MixtralForCausalLM
@@ -26,10 +36,16 @@ EPOCHS: dict[str, tuple[int, int, bool]] = {
     "4 and none, filled up": (20, 8, True),
     "2 micro-batches and 1": (21, 4, True),
 }
-ALIKE_ON_ONE_PROCESS = "4 and 1 rows"  # filling up repeats rows
+COMPARABLE = "4 and 1 rows"  # with one process: filling up repeats rows
 
 
-def train(folder: Path, name: str) -> dict[str, Any]:
+def rows_alike() -> list[dict[str, Tensor]]:
+    """Return an epoch of 4, 4 and 4 rows, and the same, 4 times the same row, and 1 such row."""
+    rows = sequences(9)
+    return rows[:4] * 2 + rows[4:8] * 2 + rows[8:] * 5
+
+
+def train(folder: Path, name: str, alike: bool = False) -> dict[str, Any]:
     rows, micro_batch, even = EPOCHS[name]
     trainer = SchattenTrainer(
         model(),
@@ -38,11 +54,11 @@ def train(folder: Path, name: str) -> dict[str, Any]:
             micro_batch,
             num_train_epochs=4,
             # Due is the last step of each epoch.
-            optim_args="criterion=holder,p_interval=3,p_first_step=3,p_max=1000,sync=gram",
+            optim_args="criterion=holder,p_interval=3,p_first_step=3,p_max=1000",
             dataloader_drop_last=False,
             accelerator_config={"even_batches": even},
         ),
-        train_dataset=sequences(rows),
+        train_dataset=rows_alike() if alike else sequences(rows),
     )
     seen: list[int] = []
     step = trainer.training_step
@@ -56,7 +72,7 @@ def train(folder: Path, name: str) -> dict[str, Any]:
 
 
 def train_all(folder: Path) -> dict[str, dict[str, Any]]:
-    return {name: train(folder, name) for name in EPOCHS}
+    return {name: train(folder, name) for name in EPOCHS} | {"alike": train(folder, COMPARABLE, alike=True)}
 
 
 @pytest.fixture(scope="module")
@@ -82,11 +98,11 @@ def test_the_last_uneven_batch_deadlocks_nobody(name, pair):
 
 
 def test_an_uneven_batch_is_that_of_one_process(pair, tmp_path):
-    alone = train(tmp_path, ALIKE_ON_ONE_PROCESS)
+    alone, two = train(tmp_path, COMPARABLE, alike=True), pair[0]["alike"]
     assert alone["rows"] == [8, 8, 5] * 4
+    assert [results["alike"]["rows"] for results in pair] == [[4, 4, 4] * 4, [4, 4, 1] * 4]
     inside = (exponents(alone["p"]) > 0.002) & (exponents(alone["p"]) < 0.998)
     assert inside.sum() >= 3
-    two = pair[0][ALIKE_ON_ONE_PROCESS]
     assert_same_p(two["p"], alone["p"])
     assert_near(two["weights"], alone["weights"])
 
@@ -133,12 +149,19 @@ class Routing:
         return logits, logits.softmax(dim=-1).gather(1, chosen), chosen
 
 
-def train_experts(sync: str) -> dict[str, Any]:
+def train_experts(alike: bool) -> dict[str, Any]:
+    """Train experts.
+
+    Args:
+        alike: both processes have the same tokens, and all statistics are those of one process: in one layer, since
+            the inputs of a second one depend on the experts of the first. Otherwise those of expert 0, which both
+            processes reach, are not, and weights that move would differ.
+    """
     torch.manual_seed(0)
     config = MixtralConfig(
         hidden_size=16,
         intermediate_size=24,
-        num_hidden_layers=2,
+        num_hidden_layers=1 if alike else 2,
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=64,
@@ -148,14 +171,11 @@ def train_experts(sync: str) -> dict[str, Any]:
     mixtral, routing = MixtralForCausalLM(config), Routing()
     for layer in mixtral.model.layers:
         layer.mlp.gate.register_forward_hook(routing)
-    options = {"sync": sync, "criterion": "holder", "p_estimator": "exact", "p_interval": 2, "p_first_step": 2}
-    options["p_max"] = FIRST_P
-    # With the mean of statistics expert 0 has another p than on one process, and weights that move would differ.
-    optimizer = hf_schatten.create_schatten_optimizer(
-        mixtral, lr=1e-3 if sync == "gram" else 0.0, verbose=False, **options
-    )
+    options = {"criterion": "holder", "p_estimator": "exact", "p_interval": 2, "p_first_step": 2, "p_max": FIRST_P}
+    optimizer = hf_schatten.create_schatten_optimizer(mixtral, lr=1e-3 if alike else 0.0, verbose=False, **options)
     wrapped = DistributedDataParallel(mixtral) if dist.is_initialized() else mixtral
-    rows = torch.stack([row["input_ids"] for row in sequences(len(REACHED) * 8)]).view(len(REACHED), 8, -1)
+    dataset = (sequences_alike if alike else sequences)(len(REACHED) * 8)
+    rows = torch.stack([row["input_ids"] for row in dataset]).view(len(REACHED), 8, -1)
     mine = slice(4 * dist.get_rank(), 4 * dist.get_rank() + 4) if dist.is_initialized() else slice(None)
     estimates = []
     for routing.step, batch in enumerate(rows[:, mine]):
@@ -171,31 +191,31 @@ def train_experts(sync: str) -> dict[str, Any]:
 
 
 def train_experts_both_ways() -> dict[str, Any]:
-    return {sync: train_experts(sync) for sync in ("gram", "statistics")}
+    return {alike: train_experts(alike) for alike in (True, False)}
 
 
 @pytest.fixture(scope="module")
 def experts(tmp_path_factory):
-    """Return what each of two processes gets with either option."""
+    """Return what each of two processes gets of the same tokens, and of different ones."""
     return together(train_experts_both_ways, PROCESSES, tmp_path_factory.mktemp("experts"))
 
 
-def matrices_of(expert):
+def matrices_of(expert, alike):
     parts = (f"gate_up_proj.{expert}.gate", f"gate_up_proj.{expert}.up", f"down_proj.{expert}")
-    return [f"model.layers.{layer}.mlp.experts.{part}" for layer in range(2) for part in parts]
+    return [f"model.layers.{layer}.mlp.experts.{part}" for layer in range(1 if alike else 2) for part in parts]
 
 
-@pytest.mark.parametrize("sync", ["gram", "statistics"])
-def test_an_expert_without_tokens_on_a_process_learns_from_the_others(sync, experts):
-    alone = train_experts(sync)
-    first, second = (results[sync] for results in experts)
+@pytest.mark.parametrize("alike", [True, False])
+def test_an_expert_without_tokens_on_a_process_learns_from_the_others(alike, experts):
+    alone = train_experts(alike)
+    first, second = (results[alike] for results in experts)
     assert_equal(second["weights"], first["weights"])
-    if sync == "gram":
+    if alike:
         assert_near(first["weights"], alone["weights"])
     inside = 0
     for estimates in zip(first["estimates"], second["estimates"], alone["estimates"], strict=True):
-        # With the mean of statistics, expert 0 has one of two processes' curves.
-        for name in [name for expert in range(sync == "statistics", 4) for name in matrices_of(expert)]:
+        # Of different tokens, expert 0 has the mean of two curves.
+        for name in [name for expert in range(not alike, 4) for name in matrices_of(expert, alike)]:
             (p, statistics), (p_of_second, statistics_of_second), (expected_p, expected) = (e[name] for e in estimates)
             assert p == p_of_second
             assert torch.equal(statistics, statistics_of_second), name
@@ -205,12 +225,12 @@ def test_an_expert_without_tokens_on_a_process_learns_from_the_others(sync, expe
     assert inside >= 4  # p is not only at the ends of its range
 
 
-@pytest.mark.parametrize("sync", ["gram", "statistics"])
-def test_an_expert_without_tokens_anywhere_keeps_its_p_and_learns_later(sync, experts):
-    early, late = experts[0][sync]["estimates"]
-    assert {early[name][0] for name in matrices_of(3)} == {FIRST_P}
-    assert {late[name][0] for name in matrices_of(3)} != {FIRST_P}
-    for name in matrices_of(2):  # reached on the first due step only
+@pytest.mark.parametrize("alike", [True, False])
+def test_an_expert_without_tokens_anywhere_keeps_its_p_and_learns_later(alike, experts):
+    early, late = experts[0][alike]["estimates"]
+    assert {early[name][0] for name in matrices_of(3, alike)} == {FIRST_P}
+    assert {late[name][0] for name in matrices_of(3, alike)} != {FIRST_P}
+    for name in matrices_of(2, alike):  # reached on the first due step only
         assert late[name][0] == early[name][0]
         assert torch.equal(late[name][1], early[name][1])
     assert all(statistics.isfinite().all() for estimate in (early, late) for _, statistics in estimate.values())
