@@ -21,8 +21,6 @@ from hf_schatten.option_text import (
     require_one_of,
 )
 
-__all__ = ["OptionError", "SchattenOptions"]
-
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
 
 # Where the estimate of p ends unless told. The norms of the oracles exist for p of at least 1 only; 100 is within a
@@ -76,8 +74,8 @@ class SchattenOptions:
         p_estimator: how norms are computed for it; see :data:`hf_schatten.linalg.spectrum.LOG_NORM_ESTIMATORS`.
             Default ``lanczos``.
         p_min: smallest p that the estimate may choose, at least 1. Default 1.
-        p_max: largest p that the estimate may choose; ``inf`` is allowed, and so are -4 and below, which extend the
-            range of 1/p below zero. Default none: -5, or 100, almost Muon, with a ``step_rule`` that is not pinned.
+        p_max: largest p that the estimate may choose; ``inf`` is allowed, and so are -4 and below, beyond Muon.
+            Default none: -5, or 100, almost Muon, with a ``step_rule`` that is not pinned.
         p_init: p of every layer until its first estimate, or the checkpoint of another run whose learned p the layers
             of the same names start from. Default ``p_max``.
         p_interval: steps between two estimates. Default 100.
@@ -96,29 +94,26 @@ class SchattenOptions:
         scale: how the length of a pinned update is measured: ``schatten`` (default), in the norm that p stands for,
             ``match_rms_adamw`` or ``muon``, in the Frobenius norm, ``interpolate``, or ``none``, which leaves the
             update its own norm; see :mod:`hf_schatten.optim.step_rules`.
-        coupling_order: order of the vector norm, in [1, inf], in which the updates of all matrices are coupled; for
-            ``step_rule`` ``ball`` and ``regularized``. Keeps one more copy of the matrices. Default none: every
-            matrix for itself.
+        coupling_order: order, in [1, inf], of the vector norm that couples the updates of all matrices of ``ball`` or
+            ``regularized``. Keeps one more copy of the matrices. Default none: every matrix for itself.
         coupling_weights: weight of a matrix in that norm: ``uniform`` (default), ``sqrt_m_over_n``, or
             ``sqrt_n_over_m``, which makes the spectral norm at p = inf the operator norm between root mean squares; in
             Python, also a function from a matrix' name and its (out, in) to a number above 0.
         precondition: divide by roots of Adam's second moment, on the way into the spectral power and on the way out:
-            ``none`` (default), ``adam`` (its power falls with p: p = 1 is Adam, p = inf is Muon) or ``muadam`` (its
-            power is -1/4 on either way: p = 1 is Adam, p = inf is MuAdam). See
-            :mod:`hf_schatten.optim.preconditioning`.
+            ``none`` (default), ``adam`` (p = 1 is Adam, p = inf is Muon) or ``muadam`` (p = 1 is Adam, p = inf is
+            MuAdam); see :mod:`hf_schatten.optim.preconditioning`.
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;
             both follow the one schedule. Default 1.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
         compute_dtype: dtype of the matrix products of an update: ``float32``, ``bfloat16``, or ``auto`` (default):
-            ``bfloat16`` on an accelerator, and for matrices of 128 rows and columns or more on a CPU with instructions
-            for it (AVX-512 BF16); else ``float32``, or float64 for float64 parameters.
+            ``bfloat16`` on an accelerator, and for sides of 128 or more on a CPU with AVX-512 BF16; else ``float32``,
+            or float64 for float64 parameters.
         target: what becomes of the singular values: ``power`` (default), σ^{1/p}; or, relative to the Schatten-8 norm
             of the matrix, ``soft_threshold:TAU``, ``soft_step:TAU``, or ``top_k:K``, 1 for the largest K and 0 for
             the rest; in Python, also a function of them, which is fitted when the optimizer is made; see
             :mod:`hf_schatten.linalg.targets`. With any but ``power``, p is a number, which then shapes
             ``precondition`` and ``scale=interpolate`` only, and ``step_rule`` is ``pinned``.
-        share_work: on several processes, compute each matrix' update on one of them and exchange the updates.
-            Default True.
+        share_work: of several processes, let one compute each matrix' update and send it. Default True.
         fused_parts: entries ``pattern:part/part``, joined by ``;``, of projections that the package does not know, or
             should not split: ``*.Wqkv:q*4/k/v`` has queries four times as large as keys and values,
             ``*.qkv:q/k/v@32`` repeats the three in 32 blocks, ``*.c_attn:`` stays whole. Default none.

@@ -37,12 +37,14 @@ from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 logger = logging.getLogger(__name__)
 
-_SKIPPED = "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: "
-_SKIPPED_ONE = _SKIPPED + "of %s, %d steps in all. Lower the learning rate, or look for the layer that overflows."
-_SKIPPED_MANY = _SKIPPED + (
-    "%d of them skipped %d steps. A Trainer, and any clipping by the norm of all gradients, makes all of them NaN "
-    "where one is, so that this names no layer. Lower the learning rate, or find the layer with --debug "
-    "underflow_overflow."
+_SKIPPED_ONE = (
+    "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: of %s, "
+    "%d steps in all. Lower the learning rate, or look for the layer that overflows."
+)
+_SKIPPED_MANY = (
+    "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: %d of "
+    "them skipped %d steps. A Trainer, and any clipping by the norm of all gradients, makes all of them NaN where one "
+    "is, so that this names no layer. Lower the learning rate, or find the layer with --debug underflow_overflow."
 )
 _REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
 
@@ -164,13 +166,7 @@ class SchattenP(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step.
-
-        Args:
-            closure: re-evaluates the model and returns the loss, as in ``torch.optim``.
-
-        Returns:
-            The closure's loss, or None.
+        """Take one step; a closure re-evaluates the model and returns the loss, as in ``torch.optim``.
 
         Raises:
             UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
@@ -216,10 +212,7 @@ class SchattenP(Optimizer):
                         yield Matrix(matrix_name(name, part), name, parameter, index, group, state)
 
     def learned_p(self) -> dict[str, float]:
-        """Return the present p of every matrix that has taken a step, by its name.
-
-        The name is the parameter's; where the parameter consists of several matrices, that of the part follows.
-        """
+        """Return the present p of every matrix that has taken a step, by its name: the parameter's, and the part's."""
         by_name = {matrix.name: matrix.p for matrix in self.matrices() if matrix.state}
         values = torch.stack(list(by_name.values())).tolist() if by_name else []  # one wait for the device
         return dict(zip(by_name, values, strict=True))
@@ -247,19 +240,14 @@ class SchattenP(Optimizer):
         return {name: int(count) for name, count in zip(states, counts, strict=True) if count}
 
     def report_skipped(self) -> None:
-        """Warn of the steps that matrices have skipped, where there are more than at the last warning.
-
-        :meth:`step` calls it every 100 steps, and a Trainer at the end of training. Waits for the device.
-        """
+        """Warn of skipped steps, where there are more than at the last warning. Waits for the device."""
         skipped = self.skipped_steps()
         if sum(skipped.values()) > self._reported_skips:
             self._reported_skips = sum(skipped.values())
             most = max(skipped.values())
             first, *others = [name for name, count in skipped.items() if count == most]
-            if others:
-                logger.warning(_SKIPPED_MANY, len(skipped), 1 + len(others), most)
-            else:
-                logger.warning(_SKIPPED_ONE, len(skipped), first, most)
+            message, which = (_SKIPPED_MANY, 1 + len(others)) if others else (_SKIPPED_ONE, first)
+            logger.warning(message, len(skipped), which, most)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as ``torch.optim.Optimizer`` does, and the options, which a resume compares."""
