@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from benchmarks.scaling.scaling_machines import Link, Machine, all_gather_bytes, all_reduce_bytes
-from benchmarks.scaling.scaling_simulation import Setting, replicated, shared
+from benchmarks.scaling.scaling_simulation import replicated, shared
 from benchmarks.scaling.scaling_workload import PLANS, Plan, Workload
 from benchmarks.tables import print_table
-from hf_schatten import SchattenP, create_schatten_optimizer
+from hf_schatten import create_schatten_optimizer
 from hf_schatten.distributed.replicated import _ALL_GATHER
 
 PROCESSES = 2
@@ -164,9 +165,8 @@ def fit_line(points: list[tuple[float, float]]) -> tuple[float, float]:
 
 def predictions(workload: Workload, machine: Machine) -> list[tuple[str, str, float]]:
     """Return (what, name of what was measured, predicted seconds); the first two were fitted."""
-    setting = Setting(p_interval=1)
-    one, two = (replicated(workload, machine, setting, ranks) for ranks in (1, PROCESSES))
-    sharing = shared(workload, machine, setting, PROCESSES)
+    one, two = (replicated(workload, machine, 1, ranks) for ranks in (1, PROCESSES))
+    sharing = shared(workload, machine, 1, PROCESSES)
     exchanged = sharing.optimizer + sharing.updates
     return [
         ("1 process: forward and backward (fitted)", "1 training", one.training),
@@ -245,7 +245,6 @@ def _kernel_seconds() -> float:
     """Seconds of one operation of an optimizer step whose matrices are so small that nothing else counts."""
     tiny = Workload(PLANS["tiny"](), "cpu")
     kernels = tiny.replicated.kernels
-    tiny.optimizer.share_work = False
     return _seconds(tiny.optimizer.step)[0] / kernels
 
 
@@ -282,19 +281,14 @@ def _seconds(call: Callable[[], object], calls: int | None = None, repeats: int 
 
 
 def _time_steps(trial: Trial, processes: int) -> Times:
-    """Train, and time forward with backward, the optimizer's step in turn without sharing and with it, and AdamW's."""
+    """Train, and time forward with backward, steps of ours without sharing and with it in turn, and AdamW's."""
     torch.manual_seed(0)
     plan = trial.plan
     model = AutoModelForCausalLM.from_config(plan.config)
-    optimizer: SchattenP = create_schatten_optimizer(
-        model,
-        1e-4,
-        verbose=False,
-        p="adaptive",
-        p_interval=trial.interval,
-        p_first_step=trial.interval,
-        compute_dtype="float32",  # in which products are timed
-    )
+    ours = partial(create_schatten_optimizer, model, 1e-4, verbose=False, compute_dtype="float32")  # as products are
+    due_after = trial.interval // 2  # steps of its own
+    sharing = ours(p="adaptive", p_interval=due_after, p_first_step=due_after)
+    replicating = ours(p=2.0, share_work=False)
     copies = [parameter.detach().clone().requires_grad_() for parameter in model.parameters()]
     adamw = torch.optim.AdamW(copies, lr=1e-4, fused=True)
     trained = DistributedDataParallel(model) if processes > 1 else model
@@ -305,11 +299,11 @@ def _time_steps(trial: Trial, processes: int) -> Times:
 
     times: Times = {}
     for number in range(1, trial.intervals * trial.interval + 1):
-        optimizer.share_work = number % 2 == 0
+        optimizer = sharing if number % 2 == 0 else replicating
         due = number % trial.interval == 0
         seconds = {"training": _timed(forward_and_backward)}
-        sharing = optimizer.share_work and processes > 1
-        name = "optimizer, due" if due else "optimizer, shared" if sharing else "optimizer"
+        shares = optimizer is sharing and processes > 1
+        name = "optimizer, due" if due else "optimizer, shared" if shares else "optimizer"
         seconds[name] = _timed(optimizer.step)
         if due:
             del seconds["training"]  # it has sampled inputs

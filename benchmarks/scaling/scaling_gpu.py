@@ -15,9 +15,10 @@ import torch
 from transformers import GPT2Config
 
 from benchmarks.scaling.scaling_machines import Machine
-from benchmarks.scaling.scaling_simulation import Setting, muon, replicated
+from benchmarks.scaling.scaling_simulation import muon, replicated
 from benchmarks.scaling.scaling_workload import Plan, Workload
 from benchmarks.tables import print_table
+from hf_schatten.options import SchattenOptions
 
 RESULTS = Path(__file__).parents[1] / "comparison/results/step_overhead_h100.json"
 
@@ -71,7 +72,9 @@ def compare(steps: Sequence[Trained], machine: Machine) -> list[dict[str, Any]]:
     """Return what was measured of each step, and what the model predicts."""
     rows = []
     for step in steps:
-        with_muon, ours = (variant(step.workload, machine, Setting(), 1) for variant in (muon, replicated))
+        with_muon, ours = (
+            variant(step.workload, machine, SchattenOptions.p_interval, 1) for variant in (muon, replicated)
+        )
         name = step.workload.plan.name
         rows += [
             {"what": f"{name}: step with Muon (fitted)", "measured": step.muon, "predicted": with_muon.seconds},

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from benchmarks.scaling.scaling_calibration import CALIBRATED, QUICK, calibrate, print_calibration
 from benchmarks.scaling.scaling_gpu import compare, print_comparison, trained
 from benchmarks.scaling.scaling_machines import H100, Machine, all_reduce_bytes, with_network
-from benchmarks.scaling.scaling_simulation import VARIANTS, Setting, Step, crossover
+from benchmarks.scaling.scaling_simulation import VARIANTS, Step, crossover
 from benchmarks.scaling.scaling_workload import PLANS, Workload
 from benchmarks.tables import print_table
 
@@ -46,15 +46,15 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"memory_rate": 0.6 * 3.35e12},
 )
 NAME = "scaling_model"
-_SHARED, _ALONE, _IN_NODE = "ours, shared", "ours, replicated", "ours, shared in a node"
+_SHARED, _ALONE = "ours, shared", "ours, replicated"
 
 Simulated = dict[str, list[Step]]  # a step for each number of ranks, by variant
 
 
-def simulate(workload: Workload, machine: Machine, setting: Setting, ranks: Sequence[int]) -> Simulated:
+def simulate(workload: Workload, machine: Machine, interval: int, ranks: Sequence[int]) -> Simulated:
     """Return every variant's step on each number of ranks."""
     return {
-        name: [variant(workload, machine, setting, number) for number in ranks] for name, variant in VARIANTS.items()
+        name: [variant(workload, machine, interval, number) for number in ranks] for name, variant in VARIANTS.items()
     }
 
 
@@ -83,22 +83,19 @@ def print_bytes(workloads: Iterable[Workload], ranks: int) -> None:
                 f"{len(workload.matrices)}",
                 _bytes(all_reduce_bytes(ranks, gradients)),
                 _bytes((ranks - 1) / ranks * updates),
-                *(
-                    _bytes(all_reduce_bytes(ranks, size))
-                    for size in (workload.statistics_bytes(), workload.gram_bytes())
-                ),
+                _bytes(all_reduce_bytes(ranks, workload.statistics_bytes())),
             )
         )
-    header = ("model", "parameters", "matrices", "gradients", "updates, without padding")
-    print_table((*header, "statistics, due step", "`sync=gram`, due step"), rows)
+    header = ("model", "parameters", "matrices", "gradients", "updates, without padding", "statistics, due step")
+    print_table(header, rows)
 
 
 def print_steps(machine: Machine, simulated: Simulated) -> None:
     """Print the parts of a step, and how the variants compare, for each number of ranks."""
-    names = ("AdamW", "Muon", _ALONE, _SHARED, _IN_NODE)
+    names = ("AdamW", "Muon", _ALONE, _SHARED)
     first = simulated[_SHARED][0].seconds
     rows = []
-    for adamw, muon, alone, shared, in_node in zip(*(simulated[name] for name in names), strict=True):
+    for adamw, muon, alone, shared in zip(*(simulated[name] for name in names), strict=True):
         rows.append(
             (
                 f"{shared.ranks}",
@@ -120,24 +117,23 @@ def print_steps(machine: Machine, simulated: Simulated) -> None:
                 _bytes(shared.gradient_bytes),
                 _bytes(shared.update_bytes),
                 _bytes(shared.buffers),
-                f"{1e3 * in_node.seconds:.1f}",
             )
         )
     parts = ("training", "gradients", "optimizer", "updates", "statistics")
     ratios = ("over AdamW", "over Muon", "over not sharing")
     sent = ("gradients sent", "updates sent", "two buffers")
     times = ("AdamW", "Muon", "replicated", "shared")
-    print_table(("ranks", "of these share", *times, *parts, "efficiency", *ratios, *sent, "in a node"), rows)
+    print_table(("ranks", "of these share", *times, *parts, "efficiency", *ratios, *sent), rows)
 
 
 def print_crossovers(
-    workloads: Iterable[Workload], machine: Machine, setting: Setting, ranks: Sequence[int]
+    workloads: Iterable[Workload], machine: Machine, interval: int, ranks: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Print and return from how many ranks on sharing the work costs more than it saves, for slower networks too."""
     found: list[dict[str, Any]] = []
     for workload in workloads:
         for gigabits in NETWORKS:
-            simulated = simulate(workload, with_network(machine, gigabits), setting, ranks)
+            simulated = simulate(workload, with_network(machine, gigabits), interval, ranks)
             shared, alone = simulated[_SHARED], simulated[_ALONE]
             fits = [step.ranks for step in shared if step.memory <= machine.memory]
             best = min(zip(shared, alone, strict=True), key=lambda pair: pair[0].seconds / pair[1].seconds)
@@ -170,7 +166,7 @@ def print_crossovers(
 
 
 def print_sensitivity(
-    workloads: Sequence[Workload], machine: Machine, setting: Setting, ranks: Sequence[int]
+    workloads: Sequence[Workload], machine: Machine, interval: int, ranks: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Print and return how the time of shared work compares where one number of the machine is another."""
     shown = (ranks[0], ranks[len(ranks) // 2], ranks[-1])
@@ -178,7 +174,7 @@ def print_sensitivity(
     for workload in workloads:
         for change in CHANGES:
             changed: Machine = replace(machine, **change)
-            simulated = simulate(workload, changed, setting, shown)
+            simulated = simulate(workload, changed, interval, shown)
             ratios = {
                 name: [step.seconds / other.seconds for step, other in zip(simulated[_SHARED], column, strict=True)]
                 for name, column in simulated.items()
@@ -212,7 +208,7 @@ def draw(path: Path, machine: Machine, results: dict[str, Simulated]) -> None:
         panel.set_title(name)
     panels[0].set_ylabel("tokens per second and rank,\nrelative to AdamW on one rank")
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"Modelled weak scaling, {machine.name}; dotted: does not fit into memory")
     figure.savefig(path, dpi=110)
 
@@ -245,14 +241,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     calibration = calibrate(QUICK if options.quick else CALIBRATED) if options.calibrate else _stored_calibration(file)
     names = ["tiny"] if options.quick else options.models
     ranks = (1, 2, 16) if options.quick else RANKS
-    setting, machine = Setting(options.p_interval, options.buffer_mib, options.share_processes), H100
+    interval, machine = options.p_interval, H100
     workloads = [Workload(PLANS[name]()) for name in names]
-    results = {workload.plan.name: simulate(workload, machine, setting, ranks) for workload in workloads}
+    results = {workload.plan.name: simulate(workload, machine, interval, ranks) for workload in workloads}
     text = io.StringIO()
     with redirect_stdout(text):
         print("# Weak scaling, modelled\n")
         print("A model: no step on several machines has been measured. Every rank keeps its tokens.")
-        print(f"`python benchmarks/scaling/scaling_model.py`: {setting}.\n")
+        print(f"`python benchmarks/scaling/scaling_model.py`: an estimate of p every {interval} steps.\n")
         print(f"## Machine: {machine.name}\n")
         print_machine(machine)
         print(f"\n## Bytes that a rank of {ranks[-1]} sends in a step\n")
@@ -262,9 +258,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"\n## {workload.plan.name}: a step of {tokens} tokens a rank, ms\n")
             print_steps(machine, results[workload.plan.name])
         print("\n## When sharing the work pays\n")
-        crossovers = print_crossovers(workloads, machine, setting, ranks)
+        crossovers = print_crossovers(workloads, machine, interval, ranks)
         print("\n## How much the assumptions matter: time of shared work\n")
-        sensitivity = print_sensitivity(workloads, machine, setting, ranks)
+        sensitivity = print_sensitivity(workloads, machine, interval, ranks)
         one_gpu = [] if options.quick else compare(trained(), machine)
         if one_gpu:
             print("\n## One H100, measured and predicted\n")
@@ -283,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     written = {
         "machine": asdict(machine),
-        "setting": asdict(setting),
+        "p_interval": interval,
         "steps": steps,
         "crossovers": crossovers,
         "sensitivity": sensitivity,
@@ -310,19 +306,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--models", nargs="+", choices=[name for name in PLANS if name != "tiny"], default=["gpt2", "llama-1.3b"]
     )
     parser.add_argument("--p-interval", type=int, default=100, help="steps between estimates (default %(default)s)")
-    parser.add_argument("--buffer-mib", type=int, default=256, help="memory of a round (default %(default)s)")
-    parser.add_argument(
-        "--share-processes", type=int, default=16, help="most that share updates (default %(default)s)"
-    )
     parser.add_argument(
         "--calibrate", action="store_true", help="measure this machine, and compare; else keep the last"
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, only to check that everything runs")
     options = parser.parse_args(arguments)
-    for name in ("p_interval", "buffer_mib", "share_processes"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if options.p_interval < 1:
+        parser.error("--p-interval must be at least 1")
     return options
 
 

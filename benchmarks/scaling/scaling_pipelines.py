@@ -37,7 +37,7 @@ def gradients_exposed(backward: float, travelling: Sequence[float]) -> float:
 def exchange(
     computing: Sequence[Sequence[float]], travelling: Sequence[float], applying: Sequence[float], overlaps: bool = True
 ) -> Exchanged:
-    """Follow :func:`hf_schatten.distributed.replicated.exchange`: a round travels while its ranks compute the next.
+    """Follow :class:`hf_schatten.distributed.replicated.Replicated`: a round travels while its ranks compute the next.
 
     A rank computes its part of a round and sends it; then it waits for the round before, and applies that one.
 

@@ -6,26 +6,12 @@ from dataclasses import dataclass, replace
 
 from benchmarks.scaling.scaling_machines import Cost, Machine, all_gather_bytes, all_reduce_bytes, broadcast_bytes
 from benchmarks.scaling.scaling_pipelines import exchange, gradients_exposed
-from benchmarks.scaling.scaling_workload import Workload, elements, update_costs
-from hf_schatten.distributed.replicated import Round, assign, fits, rounds_of, sharing_groups
+from benchmarks.scaling.scaling_workload import Workload
+from hf_schatten.distributed.owners import assign, elements, sharing_groups
+from hf_schatten.distributed.replicated import Round, fits, rounds_of
 
 BUCKET_BYTES = 25 << 20  # of DDP
 _BACKWARD = 2 / 3  # of the training
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What of the optimizer's options the cost depends on.
-
-    Attributes:
-        p_interval: Steps between two estimates of p.
-        buffer_mib: Memory of a receiving buffer of updates.
-        share_processes: Most ranks that share the updates with each other.
-    """
-
-    p_interval: int = 100
-    buffer_mib: int = 256
-    share_processes: int = 16
 
 
 @dataclass(frozen=True)
@@ -64,33 +50,52 @@ class Step:
         return self.training + self.gradients + self.optimizer + self.updates + self.statistics
 
 
-Variant = Callable[[Workload, Machine, Setting, int], Step]
+# Of a workload, a machine, steps between two estimates of p, and ranks.
+Variant = Callable[[Workload, Machine, int, int], Step]
 
 
-def adamw(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+def adamw(workload: Workload, machine: Machine, interval: int, ranks: int) -> Step:
     """Fused AdamW for all parameters, on every rank."""
     return _with_optimizer(workload, machine, ranks, workload.adamw, "adamw")
 
 
-def muon(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+def muon(workload: Workload, machine: Machine, interval: int, ranks: int) -> Step:
     """``torch.optim.Muon`` for all matrices on every rank, and fused AdamW for the rest."""
     return _with_optimizer(workload, machine, ranks, workload.muon, "muon")
 
 
-def replicated(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+def replicated(workload: Workload, machine: Machine, interval: int, ranks: int) -> Step:
     """`SchattenP` with ``share_work=false``."""
     step = _with_optimizer(workload, machine, ranks, workload.replicated, "schatten_p")
-    return replace(step, statistics=statistics_seconds(workload, machine, setting, ranks))
+    return replace(step, statistics=statistics_seconds(workload, machine, interval, ranks))
 
 
-def shared(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
+def shared(workload: Workload, machine: Machine, interval: int, ranks: int) -> Step:
     """`SchattenP` with ``share_work=true``: each update is computed by one rank of each group."""
-    return _sharing(workload, machine, setting, ranks, setting.share_processes)
-
-
-def shared_in_node(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> Step:
-    """The same with ``share_processes`` as many as a node has: updates stay inside it."""
-    return _sharing(workload, machine, setting, ranks, machine.node_ranks)
+    alone = replicated(workload, machine, interval, ranks)
+    groups = sharing_groups(workload.matrices, ranks)
+    if groups == ranks:
+        return alone
+    sharing = ranks // groups
+    rounds = travels(workload, machine, sharing, math.ceil(ranks / groups) - sharing)
+    computing = [
+        [machine.seconds(workload.updates(sent)) if sent else 0.0 for sent in travel.matrices] for travel in rounds
+    ]
+    applying = [
+        machine.seconds(sum((workload.apply(matrix) for sent in travel.matrices for matrix in sent), Cost()))
+        for travel in rounds
+    ]
+    exchanged = exchange(computing, [travel.seconds for travel in rounds], applying, machine.overlaps)
+    buffers = sum(sorted(travel.buffer for travel in rounds)[-2:])
+    return replace(
+        alone,
+        sharing=sharing,
+        optimizer=machine.seconds(workload.moments) + exchanged.computing,
+        updates=exchanged.exposed,
+        update_bytes=sum(travel.sent for travel in rounds),
+        memory=alone.memory + buffers,
+        buffers=buffers,
+    )
 
 
 VARIANTS: dict[str, Variant] = {
@@ -98,14 +103,13 @@ VARIANTS: dict[str, Variant] = {
     "Muon": muon,
     "ours, replicated": replicated,
     "ours, shared": shared,
-    "ours, shared in a node": shared_in_node,
 }
 
 
-def statistics_seconds(workload: Workload, machine: Machine, setting: Setting, ranks: int) -> float:
+def statistics_seconds(workload: Workload, machine: Machine, interval: int, ranks: int) -> float:
     """The estimate of p and its all-reduce, spread over ``p_interval`` steps."""
     travelling = machine.all_reduce_seconds(ranks, workload.statistics_bytes())
-    return (workload.spectra * machine.spectrum_seconds + travelling) / setting.p_interval
+    return (workload.spectra * machine.spectrum_seconds + travelling) / interval
 
 
 def crossover(ranks: Sequence[int], sharing: Sequence[Step], alone: Sequence[Step]) -> int | None:
@@ -138,15 +142,15 @@ class Travel:
     buffer: int
 
 
-def travels(workload: Workload, machine: Machine, setting: Setting, sharing: int, receivers: int = 0) -> list[Travel]:
+def travels(workload: Workload, machine: Machine, sharing: int, receivers: int = 0) -> list[Travel]:
     """Return the rounds in which ``sharing`` ranks exchange their updates, and send them to some receivers too."""
     group = sharing + receivers
-    owners = assign(update_costs(workload.matrices), sharing)
+    owners = assign([matrix.cost for matrix in workload.matrices], sharing)
     found = []
-    for current in rounds_of(workload.matrices, owners, sharing, setting.buffer_mib):
-        sizes = [workload.itemsize * sum(map(elements, matrices)) for matrices in current]
+    for current in rounds_of(workload.matrices, owners, sharing):
+        sizes = [workload.itemsize * elements(matrices) for matrices in current]
         largest = max(sizes)
-        if fits(current, setting.buffer_mib):
+        if fits(current):
             seconds, sent = machine.all_gather_seconds(group, largest), all_gather_bytes(group, largest)
             found.append(Travel(current, seconds, sent, group * largest))
         else:
@@ -170,32 +174,4 @@ def _with_optimizer(workload: Workload, machine: Machine, ranks: int, cost: Cost
         _with_training(workload, machine, ranks),
         optimizer=machine.seconds(cost),
         memory=workload.memory(optimizer, ranks),
-    )
-
-
-def _sharing(workload: Workload, machine: Machine, setting: Setting, ranks: int, most: int) -> Step:
-    """A step in which groups of ranks share the updates, at most so many in each."""
-    alone = replicated(workload, machine, setting, ranks)
-    groups = sharing_groups(workload.matrices, ranks, most)
-    if groups == ranks:
-        return alone
-    sharing = ranks // groups
-    rounds = travels(workload, machine, setting, sharing, math.ceil(ranks / groups) - sharing)
-    computing = [
-        [machine.seconds(workload.updates(sent)) if sent else 0.0 for sent in travel.matrices] for travel in rounds
-    ]
-    applying = [
-        machine.seconds(sum((workload.apply(matrix) for sent in travel.matrices for matrix in sent), Cost()))
-        for travel in rounds
-    ]
-    exchanged = exchange(computing, [travel.seconds for travel in rounds], applying, machine.overlaps)
-    buffers = sum(sorted(travel.buffer for travel in rounds)[-2:])
-    return replace(
-        alone,
-        sharing=sharing,
-        optimizer=machine.seconds(workload.moments) + exchanged.computing,
-        updates=exchanged.exposed,
-        update_bytes=sum(travel.sent for travel in rounds),
-        memory=alone.memory + buffers,
-        buffers=buffers,
     )

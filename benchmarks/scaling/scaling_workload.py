@@ -4,8 +4,8 @@ On the device ``meta`` operations have shapes and no values: products of matrice
 all other operations by the bytes that they read and write.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
@@ -18,10 +18,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from benchmarks.scaling.scaling_machines import Cost
 from hf_schatten import SchattenP, create_schatten_optimizer
-from hf_schatten.adaptive.criterion import CRITERIA, NODES
-from hf_schatten.distributed.replicated import update_cost
-from hf_schatten.optim.matrix import Matrix
-from hf_schatten.optim.stack import Update, batches, factors_alone
+from hf_schatten.adaptive.criterion import CRITERIA
+from hf_schatten.distributed.owners import Compute, Delivered, Delivery, elements
+from hf_schatten.distributed.processes import ALONE
+from hf_schatten.distributed.replicated import Replicated
+from hf_schatten.optim.finite_gradients import FiniteGradients
+from hf_schatten.optim.matrix import NODES, Matrix
+from hf_schatten.optim.momentum import LookAhead
+from hf_schatten.optim.schatten_p import _apply
+from hf_schatten.optim.stack import Stack, stacks_of
 from hf_schatten.options import CriterionName
 
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
@@ -104,12 +109,11 @@ class Workload:
             self.model: nn.Module = AutoModelForCausalLM.from_config(plan.config).to(plan.dtype)
         compute_dtype = "float32" if device == "cpu" else "auto"  # a CPU is calibrated in float32
         self.optimizer: SchattenP = create_schatten_optimizer(
-            self.model, p=2.0, compute_dtype=compute_dtype, verbose=False
+            self.model, p=2.0, compute_dtype=compute_dtype, share_work=False, verbose=False
         )
         self.optimizer.create_state()
-        usable = torch.ones((), dtype=torch.bool, device=device)
-        self.matrices = [replace(matrix, usable=usable) for matrix in self.optimizer.matrices()]
-        self._batch_costs: dict[Any, tuple[Cost, Cost]] = {}
+        self.matrices = list(self.optimizer.matrices())
+        self._update_costs: dict[tuple[tuple[int, int], ...], Cost] = {}
         self._apply_costs: dict[tuple[int, int], Cost] = {}
 
     @property
@@ -125,7 +129,7 @@ class Workload:
     @cached_property
     def matrix_elements(self) -> int:
         """Number of those in matrices."""
-        return sum(elements(matrix) for matrix in self.matrices)
+        return elements(self.matrices)
 
     @property
     def itemsize(self) -> int:
@@ -157,19 +161,34 @@ class Workload:
     @cached_property
     def moments(self) -> Cost:
         """Of that step what is neither update nor weight: momentum, checks, and AdamW's parameters."""
-        computed = sum((self._of_batches(self.matrices, shared=False), *map(self.apply, self.matrices)), Cost())
-        return self.replicated - computed
+        delivery, (gradients, momenta, compute) = Delivery(self.matrices, self._stacks), self._computation()
+
+        def deliver_all() -> None:
+            for delivered in delivery.deliver(compute, momenta):
+                _apply(delivered, gradients)
+
+        return self.replicated - count(deliver_all, self.device)
 
     def updates(self, matrices: Sequence[Matrix]) -> Cost:
         """What a rank does to compute these matrices' updates and to put them into the buffer that it sends."""
-        return self._of_batches(matrices, shared=True)
+        key = tuple(sorted(matrix.wide_shape for matrix in matrices))
+        if key not in self._update_costs:
+            sender, (_, momenta, compute) = Replicated(matrices, self._stacks, ALONE), self._computation()
+
+            def fill_buffers() -> None:
+                for current, work in zip(sender.rounds, sender.work, strict=True):
+                    sender._own(current, compute(work, momenta.write))
+
+            self._update_costs[key] = count(fill_buffers, self.device)
+        return self._update_costs[key]
 
     def apply(self, matrix: Matrix) -> Cost:
         """What a rank does with an update that it has."""
         shape = matrix.wide_shape
         if shape not in self._apply_costs:
-            step, factor = torch.zeros(shape, device=self.device), torch.ones((), device=self.device)
-            self._apply_costs[shape] = count(lambda: matrix.apply(step, factor, factor), self.device)
+            gradients, factor = self._computation()[0], torch.ones((), device=self.device)
+            delivered = Delivered(matrix, matrix.weights, torch.zeros_like(matrix.weights), factor)
+            self._apply_costs[shape] = count(lambda: _apply(delivered, gradients), self.device)
         return self._apply_costs[shape]
 
     @cached_property
@@ -188,17 +207,10 @@ class Workload:
         """Bytes that a due step's all-reduce adds up: each matrix' curves, and whether a rank has measured them."""
         return 8 * CRITERIA[criterion].curves * (NODES + 1) * len(self.matrices)
 
-    def gram_bytes(self, criterion: CriterionName = "kronecker") -> int:
-        """The same with ``sync=gram``: n² float64 numbers for each layer of n inputs, m² for a matrix of m outputs."""
-        sides = [*self._inputs.values()]
-        if CRITERIA[criterion].needs_outputs:
-            sides += [matrix.shape[0] for matrix in self.matrices]
-        return 8 * sum(side * side for side in sides)
-
     @property
     def spectra(self) -> int:
         """How many spectra a due step estimates: of each matrix' gradient and outputs, and of each layer's inputs."""
-        return 2 * len(self.matrices) + len(self._inputs)
+        return 2 * len(self.matrices) + len({matrix.input_name for matrix in self.matrices})
 
     def memory(self, optimizer: str, ranks: int) -> float:
         """Bytes of weights, gradients, DDP's buckets and the optimizer's state: all but activations and buffers.
@@ -213,42 +225,29 @@ class Workload:
         state += elements_of_others * (self.parameters - self.matrix_elements)
         return (2 + (ranks > 1)) * self.itemsize * self.parameters + state
 
-    @cached_property
-    def _inputs(self) -> Mapping[str, int]:
-        return {matrix.input_name: matrix.shape[1] for matrix in self.matrices}
-
     def _fused_adamw(self, parameters: int) -> Cost:
         return Cost(moved=_FUSED_ADAMW_PASSES * self.itemsize * parameters, kernels=_FUSED_ADAMW_KERNELS)
 
-    def _of_batches(self, matrices: Sequence[Matrix], shared: bool) -> Cost:
-        total = Cost()
-        for batch in batches(matrices, self.optimizer.workspace_mib):
-            first, further = self._batch_cost(batch[0], shared)
-            total += first + further * (len(batch) - 1)
-        return total
+    def _stacks(self, matrices: Iterable[Matrix]) -> list[Stack]:
+        return stacks_of(matrices, lambda group: self.optimizer.options)
 
-    def _batch_cost(self, matrix: Matrix, shared: bool) -> tuple[Cost, Cost]:
-        """Cost of a batch of one matrix, and of each further one in the batch."""
-        key = matrix.wide_shape, shared
-        if key not in self._batch_costs:
-            matrix.parameter.grad = torch.zeros_like(matrix.parameter)
-            one, two = (count(partial(self._update, [matrix] * size, shared), self.device) for size in (1, 2))
-            self._batch_costs[key] = one, two - one
-        return self._batch_costs[key]
+    def _computation(self) -> tuple[FiniteGradients, LookAhead, Compute]:
+        """Return what a step of `SchattenP` computes updates from, and what computes them."""
+        self._give_gradients(self.model.parameters())
+        gradients = FiniteGradients(self.optimizer.param_groups)
+        momenta, optimizer = LookAhead(gradients), self.optimizer
+        scaled = optimizer._coupling.start(Delivery([], list), momenta.write, optimizer.direction)
+        return gradients, momenta, partial(optimizer._compute, scaled, gradients)
 
-    def _update(self, batch: list[Matrix], shared: bool) -> None:
-        update = Update.of(batch, self.optimizer.direction)
-        factors = factors_alone(update)
-        if shared:
-            buffer = torch.zeros(len(batch), *batch[0].wide_shape, dtype=self.plan.dtype, device=self.device)
-            for direction, factor, slot in zip(update.directions, factors, buffer, strict=True):
-                slot.copy_(direction.mul_(factor))
+    @staticmethod
+    def _give_gradients(parameters: Iterable[Tensor]) -> None:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
 
     def _count_step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> Cost:
         """Cost of a step that is not the first."""
         self.model.zero_grad()
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+        self._give_gradients(parameters)
         optimizer.step()
         return count(optimizer.step, self.device)
 
@@ -296,14 +295,3 @@ def count(call: Callable[[], object], device: str) -> Cost:
     with torch.no_grad(), FlopCounterMode(display=False) as flops, _Counter(device) as counter:
         call()
     return Cost(flops.get_total_flops(), counter.moved, counter.kernels)
-
-
-def elements(matrix: Matrix) -> int:
-    """Number of a matrix' elements."""
-    m, n = matrix.wide_shape
-    return m * n
-
-
-def update_costs(matrices: Sequence[Matrix]) -> list[int]:
-    """What the work is shared out by."""
-    return [update_cost(matrix) for matrix in matrices]

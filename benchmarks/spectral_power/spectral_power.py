@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": describe_machine(bench)}
     print(", ".join(f"{key} {value}" for key, value in results["machine"].items()))
-    for section in options.parts:
+    for section in options.sections:
         print(f"\n## {section}\n")
         results[section] = SECTIONS[section](bench, options.output)
     text = json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False)

@@ -29,13 +29,11 @@ from benchmarks.scaling.scaling_machines import (
 from benchmarks.scaling.scaling_pipelines import exchange, gradients_exposed
 from benchmarks.scaling.scaling_simulation import (
     VARIANTS,
-    Setting,
     Step,
     crossover,
     muon,
     replicated,
     shared,
-    shared_in_node,
     travels,
 )
 from benchmarks.scaling.scaling_workload import PLANS, Plan, Workload, count
@@ -47,6 +45,7 @@ from hf_schatten.options import SchattenOptions
 ROOT = Path(__file__).parents[2]
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 SLOW_NETWORK = with_network(H100, 1.0)
+INTERVAL = SchattenOptions.p_interval
 
 
 @pytest.fixture(scope="module")
@@ -237,14 +236,14 @@ def test_operations_of_training_are_pytorchs():
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_one_rank_sends_nothing(tiny, name):
-    step = VARIANTS[name](tiny, SLOW_NETWORK, Setting(), 1)
+    step = VARIANTS[name](tiny, SLOW_NETWORK, INTERVAL, 1)
     assert step.gradients == step.updates == step.gradient_bytes == step.update_bytes == step.buffers == 0
     assert step.training > 0
     assert step.optimizer > 0
 
 
 def test_sharing_on_one_rank_is_not_sharing(tiny):
-    assert shared(tiny, H100, Setting(), 1) == replicated(tiny, H100, Setting(), 1)
+    assert shared(tiny, H100, INTERVAL, 1) == replicated(tiny, H100, INTERVAL, 1)
 
 
 def test_the_slowest_rank_has_the_largest_share(wide):
@@ -258,7 +257,7 @@ def test_the_slowest_rank_has_the_largest_share(wide):
             min(shares, key=lambda share: sum(costs[other.name] for other in share)).append(matrix)
         slowest = max(free.seconds(wide.updates(share)) for share in shares)
         applied = sum(free.seconds(wide.apply(matrix)) for matrix in wide.matrices)
-        step = shared(wide, free, Setting(buffer_mib=1024), ranks)
+        step = shared(wide, free, INTERVAL, ranks)
         expected = free.seconds(wide.moments) + slowest + applied
         assert step.optimizer == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert step.updates == pytest.approx(0, abs=1e-12)
@@ -266,45 +265,40 @@ def test_the_slowest_rank_has_the_largest_share(wide):
 
 def test_what_a_rank_sends_stays_bounded_where_ranks_outnumber_matrices(wide):
     for ranks in (2, 32, 512, 1024):
-        step = shared(wide, H100, Setting(), ranks)
+        step = shared(wide, H100, INTERVAL, ranks)
         assert 1 <= step.update_bytes / ((step.sharing - 1) / step.sharing * 4 * wide.matrix_elements) <= 1.5
         assert step.sharing <= len(wide.matrices)
-    assert shared(wide, H100, Setting(), 2).sharing == 2
+    assert shared(wide, H100, INTERVAL, 2).sharing == 2
 
 
 def test_a_prime_number_of_ranks_shares_in_groups_of_two_sizes(wide):
     """17 ranks: 8 and 9, of which one receives only, and receives as much from each of the others."""
-    step, eight = (shared(wide, H100, Setting(share_processes=9), ranks) for ranks in (17, 8))
+    step, eight = (shared(wide, H100, INTERVAL, ranks) for ranks in (17, 8))
     assert step.sharing == eight.sharing == 8
     assert step.optimizer == pytest.approx(eight.optimizer, rel=1e-9, abs=1e-12)
     assert step.update_bytes == pytest.approx(8 / 7 * eight.update_bytes, rel=1e-9, abs=0)
     assert step.buffers == pytest.approx(9 / 8 * eight.buffers, rel=1e-9, abs=0)
 
 
-def test_buffers_stay_within_their_bound(wide):
+def test_buffers_stay_within_their_bound(wide, monkeypatch: pytest.MonkeyPatch):
     """Matrices of 64 KiB: at most 16 parts of one matrix each go into 1 MiB together."""
-    together, one_by_one = (travels(wide, H100, Setting(buffer_mib=1), ranks) for ranks in (16, 24))
+    monkeypatch.setattr("hf_schatten.distributed.replicated.BUFFER", 1 << 20)
+    together, one_by_one = (travels(wide, H100, ranks) for ranks in (16, 24))
     assert all(travel.buffer <= 1 << 20 for travel in together + one_by_one)
     assert one_by_one[0].buffer == 4 * max(math.prod(matrix.wide_shape) for matrix in wide.matrices)
     sent = sum(travel.sent for travel in one_by_one if len(travel.matrices[0]) == 1)
     assert sent <= 23 / 24 * 4 * wide.matrix_elements  # no padding
 
 
-def test_sharing_in_a_node_sends_no_more_than_a_node_does(wide):
-    steps = [shared_in_node(wide, H100, Setting(), ranks) for ranks in (8, 64, 1024)]
-    assert len({(step.update_bytes, step.optimizer, step.updates) for step in steps}) == 1
-    assert steps[0] == shared(wide, H100, Setting(), 8)
-
-
 def test_a_slower_network_never_helps(wide):
     for name in ("AdamW", "ours, shared"):
-        seconds = [VARIANTS[name](wide, with_network(H100, rate), Setting(), 64).seconds for rate in (400, 100, 25, 1)]
+        seconds = [VARIANTS[name](wide, with_network(H100, rate), INTERVAL, 64).seconds for rate in (400, 100, 25, 1)]
         assert seconds == sorted(seconds)
         assert seconds[0] < seconds[-1]
 
 
 def test_statistics_are_spread_over_the_interval(wide, plain):
-    rare, often = (replicated(wide, plain, Setting(p_interval=interval), 1).statistics for interval in (100, 10))
+    rare, often = (replicated(wide, plain, interval, 1).statistics for interval in (100, 10))
     assert often == pytest.approx(10 * rare, **EXACT)
     # Seven matrices a layer, as many outputs, and as many inputs: each module's are sampled for themselves.
     assert rare == pytest.approx(7.0 * (21 + 21 + 21) / 100, **EXACT)
@@ -323,7 +317,7 @@ def test_crossover():
 
 def test_fit_finds_the_machine_that_has_made_the_steps(tiny, wide, plain):
     machine = replace(plain, training_efficiency=0.25, layer_seconds=3.0)
-    steps = [Trained(workload, muon(workload, machine, Setting(), 1).seconds, math.nan) for workload in (tiny, wide)]
+    steps = [Trained(workload, muon(workload, machine, INTERVAL, 1).seconds, math.nan) for workload in (tiny, wide)]
     assert fit(steps, plain) == pytest.approx((0.25, 3.0), rel=1e-6, abs=0)
 
 
@@ -400,7 +394,7 @@ def test_quick_calibration_is_kept_for_the_next_run(tmp_path: Path):
     assert "## Calibration on this machine" in (tmp_path / "scaling_model.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("arguments", [["--p-interval", "0"], ["--buffer-mib", "-1"], ["--models", "gpt5"]])
+@pytest.mark.parametrize("arguments", [["--p-interval", "0"], ["--models", "gpt5"]])
 def test_malformed_arguments(arguments, capsys):
     with pytest.raises(SystemExit):
         script.main(arguments)
@@ -412,7 +406,7 @@ def test_results_are_those_of_the_present_code():
     workload = Workload(PLANS["gpt2"]())
     for name in VARIANTS:
         for stored in results["steps"]["GPT-2 small"][name][3::7]:  # 8 and 1,024 ranks
-            step = VARIANTS[name](workload, H100, Setting(**results["setting"]), stored["ranks"])
+            step = VARIANTS[name](workload, H100, results["p_interval"], stored["ranks"])
             for part in ("seconds", "gradient_bytes", "update_bytes", "buffers"):
                 assert getattr(step, part) == pytest.approx(stored[part], rel=1e-3, abs=1e-12), (name, part)
 
@@ -439,7 +433,7 @@ def test_table_of_the_page_is_the_results(model):
     for row in rows:
         columns = {name: next(step for step in steps[name] if step["ranks"] == int(row[0])) for name in steps}
         names = ("AdamW", "Muon", "ours, replicated", "ours, shared")
-        for name, cell in (*zip(names, row[1:5], strict=True), ("ours, shared in a node", row[6])):
+        for name, cell in zip(names, row[1:5], strict=True):
             assert number_of(cell) == pytest.approx(1e3 * columns[name]["seconds"], rel=0, abs=0.0501)
         assert number_of(row[5]) == pytest.approx(columns["ours, shared"]["update_bytes"], rel=0.005, abs=0)
 
@@ -451,7 +445,7 @@ def test_worked_example_of_the_page():
         workload = Workload(PLANS[name]())
         weights = itemsize * workload.parameters
         state = 4 * workload.matrix_elements + 8 * (workload.parameters - workload.matrix_elements)
-        rounds = travels(workload, H100, Setting(), 16)
+        rounds = travels(workload, H100, 16)
         expected = {
             "parameters": workload.parameters,
             "gradients, sent in a step": 2 * 15 / 16 * weights,
@@ -459,8 +453,6 @@ def test_worked_example_of_the_page():
             "without padding they would be": 15 / 16 * itemsize * workload.matrix_elements,
             "both receiving buffers": sum(sorted(travel.buffer for travel in rounds)[-2:]),
             "statistics, sent on one step in 100": 2 * 15 / 16 * 1024 * len(workload.matrices),
-            "Gram matrices instead": 2 * 15 / 16 * workload.gram_bytes(),
-            "with `criterion=holder`": 2 * 15 / 16 * workload.gram_bytes("holder"),
         }
         for label, value in expected.items():
             assert number_of(rows[label][column]) == pytest.approx(value, rel=0.005, abs=0), label
@@ -471,10 +463,6 @@ def test_worked_example_of_the_page():
             rows["checkpoint: weights and optimizer"][column].split(" and "), (weights, state), strict=True
         ):
             assert number_of(text) == pytest.approx(value, rel=0.005, abs=0)
-    inputs = 12 * (3 * 768**2 + 3072**2)
-    outputs = 12 * (5 * 768**2 + 3072**2)
-    assert Workload(PLANS["gpt2"]()).gram_bytes() == 8 * (inputs + outputs)
-    assert Workload(PLANS["gpt2"]()).gram_bytes("holder") == 8 * inputs
 
 
 def test_bytes_of_the_page_are_those_that_processes_really_exchange(monkeypatch: pytest.MonkeyPatch, tiny):
@@ -490,44 +478,31 @@ def test_bytes_of_the_page_are_those_that_processes_really_exchange(monkeypatch:
         return Arrived()
 
     monkeypatch.setattr(torch.distributed, _ALL_GATHER, all_gather)
-    workload = Workload(PLANS["tiny"]())
-    monkeypatch.setattr(workload.optimizer, "_peers", lambda: Peers(None, 2, 0))
-    for parameter in workload.model.parameters():
+    model = Workload(PLANS["tiny"]()).model
+    optimizer = create_schatten_optimizer(model, p=2.0, verbose=False)
+    monkeypatch.setattr(optimizer._planner, "_sharing", Peers(None, 2, 0))
+    for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    workload.optimizer.step()
-    assert sum(gathered) == shared(tiny, H100, Setting(), 2).update_bytes > 0
-
-
-def added_up(workload, monkeypatch, function, **options):
-    """Return the bytes of the tensors that a function which adds up over processes is given on a due step."""
-    added = []
-    monkeypatch.setattr(function, lambda values: added.append(values.numel() * values.itemsize) or values)
-    optimizer = create_schatten_optimizer(workload.model, verbose=False, p_first_step=1, **options)
-    tokens = torch.arange(8)[None]
-    workload.model(input_ids=tokens, labels=tokens).loss.backward()
     optimizer.step()
-    return added
+    assert sum(gathered) == shared(tiny, H100, INTERVAL, 2).update_bytes > 0
 
 
 @pytest.mark.parametrize("criterion", ["kronecker", "holder", "alignment"])
 def test_statistics_of_the_model_are_those_that_are_added_up(criterion, monkeypatch: pytest.MonkeyPatch):
-    workload = Workload(PLANS["tiny"](), "cpu")
-    added = added_up(
-        workload, monkeypatch, "hf_schatten.distributed.processes.sum_over_processes", criterion=criterion
-    )
+    workload, added = Workload(PLANS["tiny"](), "cpu"), []
+
+    def add_up(values):
+        added.append(values.numel() * values.itemsize)
+        return values
+
+    monkeypatch.setattr("hf_schatten.distributed.processes.sum_over_processes", add_up)
+    optimizer = create_schatten_optimizer(workload.model, verbose=False, p_first_step=1, criterion=criterion)
+    tokens = torch.arange(8)[None]
+    workload.model(input_ids=tokens, labels=tokens).loss.backward()
+    optimizer.step()
     assert added == [workload.statistics_bytes(criterion)]
 
 
-@pytest.mark.parametrize("criterion", ["kronecker", "holder"])
-def test_gram_matrices_of_the_model_are_those_that_are_added_up(criterion, monkeypatch: pytest.MonkeyPatch):
-    workload, options = Workload(PLANS["tiny"](), "cpu"), {"criterion": criterion, "sync": "gram"}
-    added = added_up(workload, monkeypatch, "hf_schatten.adaptive.adaptation.sum_over_processes", **options)
-    assert added == [workload.gram_bytes(criterion)]
-
-
 def test_the_model_takes_the_default_criterion():
-    workload, default = Workload(PLANS["tiny"]()), SchattenOptions().criterion
-    assert (workload.statistics_bytes(), workload.gram_bytes()) == (
-        workload.statistics_bytes(default),
-        workload.gram_bytes(default),
-    )
+    workload = Workload(PLANS["tiny"]())
+    assert workload.statistics_bytes() == workload.statistics_bytes(SchattenOptions().criterion)
