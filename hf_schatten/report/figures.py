@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_schatten.adaptive.adaptation import Choice
+from hf_schatten.exponent import p_label, p_of
 from hf_schatten.matrices.layout import layer_name
-from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX, p_label
+from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,14 +34,11 @@ LogHistory = Iterable[Mapping[str, Any]]
 
 
 def draw_log(log_history: LogHistory, folder: Path) -> list[Path]:
-    """Draw all that a log holds of the optimizer: p by layer, and the updates.
+    """Draw p by layer and the updates, as far as a log holds them, and return the pictures, relative to the folder.
 
     Args:
         log_history: entries as in ``trainer_state.json``.
         folder: a run's output folder.
-
-    Returns:
-        The pictures, relative to the folder.
     """
     log_history = list(log_history)
     drawings = ((P_BY_LAYER, plot_p_by_layer), (UPDATES, plot_updates))
@@ -53,16 +51,13 @@ def has_p_by_layer(log_history: LogHistory) -> bool:
 
 
 def plot_p_by_layer(log_history: LogHistory, path: Path) -> bool:
-    """Draw the learned p as a heat map, layers × steps of the estimates.
+    """Draw the learned p as a heat map, layers × steps of the estimates; return whether there was one to draw.
 
     Colours are linear in s = 1/p, in which the update is smooth, and labelled in p.
 
     Args:
         log_history: entries as in ``trainer_state.json``; those without a layer's p are passed over.
         path: the PNG to write; its folder is made.
-
-    Returns:
-        Whether there was an estimate to draw.
     """
     return plot_p_of_runs({"p of each layer (1: SGD-like, ∞: Muon)": log_history}, path)
 
@@ -73,9 +68,6 @@ def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
     Args:
         log_histories: of each run, by the title of its panel; runs without an estimate are passed over.
         path: the PNG to write; its folder is made.
-
-    Returns:
-        Whether there was an estimate to draw.
     """
     runs = {title: _by_layer(history, LAYER_PREFIX) for title, history in log_histories.items()}
     runs = {title: run for title, run in runs.items() if run[1]}
@@ -101,16 +93,13 @@ def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
 
 
 def plot_updates(log_history: LogHistory, path: Path) -> bool:
-    """Draw stable rank and relative size of the updates, layers × steps of the estimates.
+    """Draw stable rank and relative size of the updates, layers × steps; return whether there were any to draw.
 
     Both are quantities of F. L. Cesista 2025, "Steepest Descent Under Schatten-p Norms".
 
     Args:
         log_history: entries as in ``trainer_state.json``.
         path: the PNG to write; its folder is made.
-
-    Returns:
-        Whether there was an update to draw.
     """
     log_history = list(log_history)
     panels = (
@@ -120,11 +109,13 @@ def plot_updates(log_history: LogHistory, path: Path) -> bool:
     values = [_by_layer(log_history, prefix) for prefix, _ in panels]
     if not values[0][1]:
         return False
+    from matplotlib.colors import LogNorm  # noqa: PLC0415 - as the module says
+
     figure = _layers_figure(13, len(values[0][1]))
     for axes, (steps, layers, matrix), (_, title) in zip(figure.subplots(1, 2), values, panels, strict=True):
         shown = np.where((matrix > 0) & np.isfinite(matrix), matrix, np.nan)
         # Before the first step that moves anything there is nothing to show, and the colours need a range.
-        norm = _log_colours() if np.isfinite(shown).any() else _log_colours(0.1, 1.0)
+        norm = LogNorm() if np.isfinite(shown).any() else LogNorm(0.1, 1.0)
         image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
         _label_layers_and_steps(axes, layers, steps)
         axes.set_title(title)
@@ -134,14 +125,11 @@ def plot_updates(log_history: LogHistory, path: Path) -> bool:
 
 
 def plot_choices(choices: Sequence[Choice], path: Path) -> bool:
-    """Draw for each matrix the spectra of gradient and input, and the criterion with its maximum.
+    """Draw the spectra of gradient and input, and the criterion with its maximum; return whether there was a choice.
 
     Args:
         choices: one for each row of the picture.
         path: the PNG to write; its folder is made.
-
-    Returns:
-        Whether there was a choice to draw.
     """
     if not choices:
         return False
@@ -157,11 +145,8 @@ def _draw_spectra(axes: Axes, choice: Choice) -> None:
     for label, spectrum in (("gradient G", choice.gradient_spectrum), ("input rows A", choice.input_spectrum)):
         positive = spectrum[spectrum > 0].numpy()
         axes.plot(np.arange(1, len(positive) + 1), positive / positive[0], label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("index i")
-    axes.set_ylabel("singular value σᵢ / σ₁")
-    axes.set_title(f"{layer_name(choice.name)}, step {choice.step}")
+    title = f"{layer_name(choice.name)}, step {choice.step}"
+    axes.set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value σᵢ / σ₁", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -170,24 +155,21 @@ def _draw_criterion(axes: Axes, choice: Choice) -> None:
     exponents, objective = choice.exponents.numpy(), choice.objective.numpy()
     finite = np.isfinite(objective)
     axes.plot(exponents[finite], objective[finite] - objective[finite].max())
-    p = 1 / choice.chosen if choice.chosen else math.inf
-    axes.axvline(choice.chosen, color="tab:red", linestyle="--", label=f"chosen: p = {p_label(p)}")
+    chosen = f"chosen: p = {p_label(p_of(choice.chosen))}"
+    axes.axvline(choice.chosen, color="tab:red", linestyle="--", label=chosen)
     ticks = [tick for tick in _P_TICKS if exponents[0] - 0.01 <= 1 / tick <= exponents[-1]]
     axes.set_xticks([1 / tick for tick in ticks], [p_label(tick) for tick in ticks])
-    axes.set_xlabel("p, on an axis linear in 1/p")
-    axes.set_ylabel("criterion, relative to its maximum")
-    axes.set_title("criterion")
+    ylabel = "criterion, relative to its maximum"
+    axes.set(xlabel="p, on an axis linear in 1/p", ylabel=ylabel, title="criterion")
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def _by_layer(log_history: LogHistory, prefix: str) -> tuple[list[int], list[str], Array]:
-    """Return the steps of the entries with this prefix, the layers, and the values (layers, steps).
-
-    A log history holds the string ``inf`` for infinity.
-    """
+    """Return the steps of the entries with this prefix, the layers, and the values (layers, steps)."""
     entries = [entry for entry in log_history if any(key.startswith(prefix) for key in entry)]
     keys = [key for key in entries[-1] if key.startswith(prefix)] if entries else []
+    # A log history holds the string ``inf`` for infinity.
     values = np.array([[float(entry.get(key, math.nan)) for entry in entries] for key in keys], dtype=np.float64)
     return [entry["step"] for entry in entries], [key.removeprefix(prefix) for key in keys], values
 
@@ -201,12 +183,6 @@ def _figure(width: float, height: float) -> Figure:
     from matplotlib.figure import Figure  # noqa: PLC0415 - as the module says
 
     return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def _log_colours(lowest: float | None = None, highest: float | None = None) -> Any:
-    from matplotlib.colors import LogNorm  # noqa: PLC0415 - as the module says
-
-    return LogNorm(lowest, highest)
 
 
 def _label_layers_and_steps(axes: Axes, layers: Sequence[str], steps: Sequence[int]) -> None:
