@@ -1,9 +1,7 @@
 """All that the package uses of torch, transformers and accelerate without their promise to keep it, in one place.
 
 :data:`NAMES` lists it. ``tests/test_private_api.py`` has a canary for each entry, and fails on a use that is not
-listed. ``torch._foreach_*`` is not here: torch documents it, as beta. What has a public form is used in that form:
-``ModuleTracker.is_bw`` tells a recomputation in backward, and ``disable_saved_tensors_hooks`` whether autograd packs
-what it saves.
+listed. ``torch._foreach_*`` is not here: torch documents it, as beta. What has a public form is used in that form.
 """
 
 from __future__ import annotations

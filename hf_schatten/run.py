@@ -1,8 +1,7 @@
 """Runs an unmodified script with ``--optim schatten_p`` available: ``python -m hf_schatten.run SCRIPT.py …``.
 
-Also ``-m MODULE …`` for a module, and behind ``accelerate launch -m`` or ``torchrun -m``. The import of the package
-registers the optimizer; the script needs no change, and finds itself as Python would have started it. What trains
-without the optimizer is reported.
+Also ``-m MODULE …`` for a module, and behind ``accelerate launch -m`` or ``torchrun -m``. The script finds itself as
+Python would have started it. What trains without the optimizer is reported.
 """
 
 from __future__ import annotations
@@ -20,9 +19,7 @@ from typing import Any, NoReturn
 
 from torch import distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback
-from transformers import TrainerControl as Control
-from transformers import TrainerState as State
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
 from hf_schatten.integration.callback import unwrap_optimizer
@@ -44,8 +41,7 @@ Also after "accelerate launch -m" and "torchrun -m" in place of "python -m"."""
 def main() -> None:
     """Run the script or module named on the command line as ``__main__``, with the rest as its arguments.
 
-    Raises:
-        SystemExit: with status 2 when the command line names nothing that can be run, and with the script's own.
+    The exit status is the script's own, and 2 when the command line names nothing that can be run.
     """
     arguments = sys.argv[1:]
     if arguments[:1] in (["-h"], ["--help"]):
@@ -113,7 +109,7 @@ def _run_module(name: str) -> None:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # the package is there, and lacks one of its own requirements
         spec = None
-    if spec is None:
+    if not spec:
         _refuse(f"error: there is no module named {name!r} in this environment")
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
@@ -153,7 +149,7 @@ class _Watch(TrainerCallback):
 
     _trained = False
 
-    def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compare what was asked for with what trains."""
         self._trained = True
         optimizer = kwargs.get("optimizer")

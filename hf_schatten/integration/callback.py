@@ -7,9 +7,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from transformers import TrainerCallback
-from transformers import TrainerControl as Control
-from transformers import TrainerState as State
+from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
@@ -34,20 +32,19 @@ class SchattenCallback(TrainerCallback):
     re-estimates p is always logged: the summary ``schatten_p_min``, ``schatten_p_median`` and ``schatten_p_max``, and
     per layer ``schatten_p/<layer>`` and the update's ``schatten_stable_rank/<layer>`` and
     ``schatten_relative_size/<layer>``. Once a gradient was not finite, ``schatten_skipped_steps`` is the most steps
-    that a matrix has skipped. An infinite p is the number for the loggers, and the string ``inf`` in
-    ``trainer_state.json``. At the end of training, pictures of them, and of what p was chosen from, go into the folder
-    ``figures`` of the output folder. The option ``report`` leaves out the layers and the pictures (``summary``), or
-    everything (``none``).
+    that a matrix has skipped. An infinite p is the string ``inf`` in ``trainer_state.json``. At the end of training,
+    pictures of them, and of what p was chosen from, go into the output folder's ``figures``. The option ``report``
+    leaves out the layers and the pictures (``summary``), or everything (``none``).
     """
 
     _logged_estimates = 0
 
-    def on_init_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+    def on_init_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Report malformed options when the Trainer is made, not when training starts."""
         if args.optim == OPTIMIZER_NAME:
             SchattenOptions.from_optim_args(args.optim_args)
 
-    def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Prepare the first step, and stop a resumed run that has lost its optimizer state.
 
         Raises:
@@ -78,19 +75,19 @@ class SchattenCallback(TrainerCallback):
                 "model's weights."
             )
 
-    def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a log when the step has re-estimated p."""
         schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if schatten is not None and self._has_news(schatten) and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
 
-    def on_log(self, args: Arguments, state: State, control: Control, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add p to the training logs of the step that has estimated it.
 
         Logs without a training loss are metrics that ``evaluate`` and ``train`` return, and stay as they are.
         """
-        schatten = unwrap_optimizer(kwargs.get("optimizer"))
-        if schatten is None or logs is None or "loss" not in logs:
+        schatten, logs = unwrap_optimizer(kwargs.get("optimizer")), kwargs.get("logs") or {}
+        if schatten is None or "loss" not in logs:
             return
         entry: dict[str, float] = {}
         skipped = schatten.skipped_steps()
@@ -105,7 +102,7 @@ class SchattenCallback(TrainerCallback):
             logs.update(entry)
             state.log_history[-1].update(history_entry(entry))  # type: ignore[arg-type] # declared as floats alone
 
-    def on_train_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+    def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw the pictures, warn of steps that were skipped since the last warning, and leave the model alone."""
         schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if schatten is None:
@@ -116,13 +113,13 @@ class SchattenCallback(TrainerCallback):
         if schatten.policy is not None:
             schatten.policy.pause()
 
-    def on_save(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
+    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep p where the checkpoint's own file cannot be read for it."""
         schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if schatten is not None and state.is_world_process_zero and args.output_dir and not args.save_only_model:
             write_learned_p(schatten, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
-    def _draw(self, schatten: SchattenP, state: State, folder: Path) -> None:
+    def _draw(self, schatten: SchattenP, state: TrainerState, folder: Path) -> None:
         """Draw into the output folder what was logged and measured: p, its criterion, the updates."""
         draw_log(state.log_history, folder)
         if isinstance(schatten.policy, Adaptation):

@@ -58,10 +58,7 @@ _TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
 def save_optimizer(optimizer: SchattenP, folder: Folder, *, write: bool = True) -> None:
     """Write the optimizer's state and configuration into a checkpoint folder.
 
-    Args:
-        optimizer: optimizer with named parameters. Where they are sharded, every process must call this.
-        folder: exists.
-        write: whether this process writes; of several, one does. Default True.
+    Where parameters, which need names, are sharded, every process must call this; one of them is to write.
     """
     folder = Path(folder)
     tensors = {}
@@ -76,9 +73,7 @@ def save_optimizer(optimizer: SchattenP, folder: Folder, *, write: bool = True) 
         "format_version": FORMAT_VERSION,
         "package_version": version("hf_schatten"),
         "options": optimizer.state_dict().get(OPTIONS),
-        "groups": [
-            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-        ],
+        "groups": [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups],
     }
     _replace(folder / STATE_FILE, lambda path: save_file(tensors, path))
     _write_json(folder / CONFIG_FILE, config)
@@ -105,9 +100,11 @@ def write_learned_p(optimizer: SchattenP, folder: Folder) -> None:
 
 def is_foreign(folder: Folder) -> bool:
     """Return whether a plain ``Trainer`` wrote the optimizer's state in the folder, into ``optimizer.pt``."""
-    folder = Path(folder)
-    own = (folder / STATE_FILE).exists() or (folder / CONFIG_FILE).exists()
-    return not own and (folder / _TORCH_FILE).exists()
+    return (Path(folder) / _TORCH_FILE).exists() and not _has_own_state(Path(folder))
+
+
+def _has_own_state(folder: Path) -> bool:
+    return (folder / STATE_FILE).exists() or (folder / CONFIG_FILE).exists()
 
 
 def load_optimizer(optimizer: SchattenP, folder: Folder) -> None:
@@ -121,7 +118,7 @@ def load_optimizer(optimizer: SchattenP, folder: Folder) -> None:
             The optimizer is unchanged then.
     """
     folder = Path(folder)
-    if not ((folder / CONFIG_FILE).exists() or (folder / STATE_FILE).exists()):
+    if not _has_own_state(folder):
         raise CheckpointError(
             f"{folder} holds no optimizer state (was it saved with save_only_model?): start a new run from its "
             "weights."
@@ -146,11 +143,7 @@ def load_optimizer(optimizer: SchattenP, folder: Folder) -> None:
 
 @contextmanager
 def naming_damaged_files(checkpoint: Folder) -> Iterator[None]:
-    """Turn errors of readers that name no file, such as torch's and safetensors', into errors that name the folder.
-
-    Raises:
-        CheckpointError: when a file is truncated, or of another kind.
-    """
+    """Turn errors of readers that name no file, such as torch's and safetensors', into a CheckpointError that does."""
     try:
         yield
     except (SafetensorError, OSError, EOFError, UnpicklingError, RuntimeError) as error:
@@ -191,12 +184,9 @@ def newest_complete_checkpoint(output_dir: Folder) -> Path | None:
 
 
 def require_same_checkpoint(checkpoint: Path | None) -> None:
-    """Raise unless all processes resume one checkpoint; every process must call it.
+    """Raise a CheckpointError unless all processes, which must all call it, resume a checkpoint of one name.
 
     Machines without a common folder may have different ones, and would go on from different steps.
-
-    Raises:
-        CheckpointError: when the names differ.
     """
     names = gather_object([checkpoint.name if checkpoint else "none"])
     if len(set(names)) > 1:
@@ -226,8 +216,8 @@ def load_learned_p(checkpoint: Folder) -> dict[str, float]:
         content = json.loads((folder / LEARNED_P_FILE).read_text(encoding="utf-8"))
         return {name: float(p) for name, p in content.items()}
     files = STATE_FILE, _TORCH_FILE, LEARNED_P_FILE
-    newest = next((path for path in checkpoints_of(folder) if any((path / name).exists() for name in files)), None)
-    hint = f" Did you mean {newest}?" if newest else ""
+    found = [path for path in checkpoints_of(folder) if any((path / name).exists() for name in files)]
+    hint = f" Did you mean {found[0]}?" if found else ""
     raise CheckpointError(f"{folder} has no {STATE_FILE}.{hint}")
 
 
@@ -275,9 +265,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing, so the checkpoint is incomplete: resume from an earlier one."
-        ) from error
+        message = f"{path} is missing, so the checkpoint is incomplete: resume from an earlier one."
+        raise CheckpointError(message) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is no valid JSON ({error}): resume from an earlier checkpoint.") from error
     found = config.get("format_version") if isinstance(config, dict) else None
@@ -301,13 +290,11 @@ def _read_state(path: Path, only: Container[str] | None = None) -> dict[str, dic
                 if only is None or state_name in only:
                     states.setdefault(name, {})[state_name] = file.get_tensor(key)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing, so the optimizer cannot resume; was the checkpoint saved with save_only_model?"
-        ) from error
+        message = f"{path} is missing, so the optimizer cannot resume; was the checkpoint saved with save_only_model?"
+        raise CheckpointError(message) from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({error}): resume from an earlier checkpoint."
-        ) from error
+        message = f"{path} is truncated or no safetensors file ({error}): resume from an earlier checkpoint."
+        raise CheckpointError(message) from error
     return states
 
 

@@ -30,12 +30,7 @@ def load_converted_weights(model: nn.Module | None, checkpoint: str | os.PathLik
 
     Takes the memory of a second copy of the model, on the CPU, while it loads.
 
-    Args:
-        model: the model that is trained, not wrapped.
-        checkpoint: its folder.
-
-    Returns:
-        Whether it was loaded; False where Trainer loads it as it should.
+    Returns whether it was loaded; others Trainer loads as it should. The model is the trained one, not its wrapper.
 
     Raises:
         RuntimeError: when not every weight of the model, or more than these, is in the file.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -56,20 +57,10 @@ def create_schatten_optimizer(
         RoutingError: when no matrix is routed, or a pattern matches nothing.
         CheckpointError: when the checkpoint of ``p_init`` cannot be read, or has no matrix of this model.
         UnsupportedEngineError: when the model is wrapped by DeepSpeed or FSDP version 1.
-
-    Example:
-        >>> optimizer = hf_schatten.create_schatten_optimizer(model, lr=1e-3, p_interval=50)
-        >>> loss = model(**batch).loss
-        >>> loss.backward()
-        >>> optimizer.step()
     """
     options = SchattenOptions.given(options, fields)
     talks = verbose and options.report != "none" and is_main_process()
-
-    def say(text: object) -> None:
-        if talks:
-            print(text, flush=True)
-
+    say: Callable[[object], None] = partial(print, flush=True) if talks else lambda text: None
     refuse_unsupported_engines(model)
     parts, heads = options.fused_parts, options.split_heads
     routing = route_parameters(model, options.exclude, fused_parts=parts, split_heads=heads)
@@ -108,22 +99,12 @@ def _spectral_groups(
     """Return one parameter group for each layout; their number does not depend on any p, which a resume may change."""
     groups: dict[Any, Group] = {}
     for route in routes:
-        group = groups.setdefault(
-            route.layout,
-            {
-                "params": [],
-                "weight_decay": weight_decay,
-                "spectral": True,
-                "transposed": route.layout.transposed,
-                "parts": route.layout.parts,
-                "blocks": route.layout.blocks,
-                "p_by_parameter": {},
-            },
-        )
+        own = {"params": [], "p_by_parameter": {}, "weight_decay": weight_decay, "spectral": True}
+        group = groups.setdefault(route.layout, own | vars(route.layout))
         group["params"].append((route.name, route.parameter))
-        own = tuple(first_p[name] for name in _matrix_names(route))
-        if set(own) != {p}:
-            group["p_by_parameter"][route.name] = own
+        each_p = tuple(first_p[name] for name in _matrix_names(route))
+        if set(each_p) != {p}:
+            group["p_by_parameter"][route.name] = each_p
     return list(groups.values())
 
 

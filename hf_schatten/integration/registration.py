@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_optimizer import OptimizerContext
 from transformers.training_args import OptimizerNames
@@ -15,7 +14,6 @@ from hf_schatten.integration.callback import SchattenCallback
 from hf_schatten.integration.factory import create_schatten_optimizer
 from hf_schatten.integration.terminal import SchattenPrinterCallback, SchattenProgressCallback
 from hf_schatten.matrices.engines import UnsupportedEngineError
-from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 Handler: TypeAlias = Callable[[OptimizerContext], tuple[Any, dict[str, Any]]]
@@ -79,8 +77,7 @@ def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
 class _Factory:
     """The callable that Trainer expects from handlers of optimizers that need the whole model."""
 
-    def __call__(self, model: nn.Module, **arguments: Any) -> SchattenP:
-        return create_schatten_optimizer(model, **arguments)
+    __call__ = staticmethod(create_schatten_optimizer)
 
 
 def _refuse_unsupported_arguments(args: TrainingArguments) -> None:

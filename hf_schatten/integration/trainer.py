@@ -35,6 +35,7 @@ from hf_schatten.report import card_section, plot_p_by_layer, read_card_section,
 from hf_schatten.report.figures import P_BY_LAYER, has_p_by_layer
 
 logger = logging.get_logger(__name__)
+
 _CARD_TAGS = ("schatten-p",)
 
 if TYPE_CHECKING:
@@ -95,8 +96,7 @@ class SchattenTrainerMixin(_Base):
         A Trainer that has not trained keeps the section that the card has: it describes the weights that were loaded.
         Where the Trainer writes no card, there is none.
         """
-        folder = Path(self.args.output_dir or ".")
-        card = folder / "README.md"
+        card = Path(self.args.output_dir or ".") / "README.md"
         earlier = read_card_section(card) if self.is_world_process_zero() else None
         schatten = self._schatten_optimizer()
         model: Any = self.model
@@ -106,7 +106,7 @@ class SchattenTrainerMixin(_Base):
         if not (self.is_world_process_zero() and card.is_file()):
             return
         if schatten is not None:
-            figure = self._figure_of_p(folder) if schatten.options.report == "full" else None
+            figure = self._figure_of_p(card.parent) if schatten.options.report == "full" else None
             section = card_section(schatten.options, schatten.destinations(), schatten.learned_p(), figure)
             write_card_section(card, section, _CARD_TAGS)
         elif self.optimizer is None and earlier:
@@ -184,7 +184,4 @@ class SchattenTrainerMixin(_Base):
 
 
 class SchattenTrainer(SchattenTrainerMixin, Trainer):
-    """A ``Trainer`` whose checkpoints hold the optimizer state and the learned p in safetensors.
-
-    Takes the arguments of ``Trainer``; :class:`SchattenTrainerMixin` says what it adds.
-    """
+    """A ``Trainer``, with its arguments, and with the checkpoints and card of :class:`SchattenTrainerMixin`."""

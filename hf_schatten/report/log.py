@@ -35,10 +35,7 @@ def log_entry(
 ) -> dict[str, float]:
     """Return the log entry of one estimate: the summary of p, and every layer's values by its name.
 
-    Args:
-        learned_p: p by matrix name, at least one.
-        stable_ranks: ‖ΔW‖_F² / ‖ΔW‖_2² of the step's updates, by matrix name.
-        relative_sizes: ‖ΔW‖_F / ‖W‖_F of the step's updates, by matrix name.
+    By matrix name, it takes p of one or more, and ‖ΔW‖_F² / ‖ΔW‖_2² and ‖ΔW‖_F / ‖W‖_F of the step's updates.
     """
     by_layer = zip(LAYER_PREFIXES, (learned_p, stable_ranks or {}, relative_sizes or {}), strict=True)
     return {
@@ -69,13 +66,9 @@ def without_layers(entry: Mapping[str, object]) -> dict[str, object]:
 
 
 def read_log_history(run: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the log history of a run, after the file that holds it.
+    """Return the log history of a run, after the file that holds it, or raise a LogError.
 
-    Args:
-        run: a checkpoint, or an output folder, whose own ``trainer_state.json`` is read, or its newest checkpoint's.
-
-    Raises:
-        LogError: when there is none that can be read.
+    ``run`` is a checkpoint, or an output folder, whose own ``trainer_state.json`` is read, or its newest checkpoint's.
     """
     checkpoints = (folder for folder in checkpoints_of(run) if step_of(folder) >= 0)
     for folder in (run, *checkpoints):
