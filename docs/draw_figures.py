@@ -15,10 +15,9 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
-from hf_schatten.exponent import exponent_of
+from hf_schatten.exponent import exponent_of, p_label
 from hf_schatten.linalg import Coefficients
 from hf_schatten.linalg.coefficient_table import interpolate
-from hf_schatten.report.log import p_label
 
 STEPS = 5
 SHOWN = (1, 1.5, 2, 4, 10, math.inf, -5)

@@ -1,15 +1,12 @@
 """All that the package uses of torch, transformers and accelerate without their promise to keep it, in one place.
 
 :data:`NAMES` lists it. ``tests/test_private_api.py`` has a canary for each entry, and fails on a use that is not
-listed. ``torch._foreach_*`` is not here: torch documents it, as beta. What has a public form is used in that form:
-``ModuleTracker.is_bw`` tells a recomputation in backward, and ``disable_saved_tensors_hooks`` whether autograd packs
-what it saves.
+listed. ``torch._foreach_*`` is not here: torch documents it, as beta. What has a public form is used in that form.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -24,22 +21,13 @@ class PrivateApiError(ImportError):
 
 @dataclass(frozen=True)
 class PrivateName:
-    """One name without a promise.
+    """One name without a promise."""
 
-    Attributes:
-        path: module and attributes, joined by a colon.
-        purpose: what would not work without it.
-    """
-
-    path: str
-    purpose: str
+    path: str  # module and attributes, joined by a colon
+    purpose: str  # what would not work without it
 
     def resolve(self) -> Any:
-        """Return the object.
-
-        Raises:
-            PrivateApiError: when it is gone.
-        """
+        """Return the object, or raise a :class:`PrivateApiError` when it is gone."""
         module, _, attributes = self.path.partition(":")
         try:
             found = importlib.import_module(module)
@@ -55,13 +43,14 @@ class PrivateName:
         return found
 
 
+# To be added to: functions by optimizer name, and the callbacks, classes or instances, that every Trainer gets.
 HANDLERS = PrivateName("transformers.trainer_optimizer:_OPTIMIZER_HANDLERS", "make optim='schatten_p' valid")
+CALLBACKS = PrivateName("transformers.trainer:DEFAULT_CALLBACKS", "log p in every Trainer")
 # What Python's enum fills when the class is made, and never again.
 ENUM_NAMES, ENUM_MEMBERS, ENUM_VALUES = (
     PrivateName(f"transformers.training_args:OptimizerNames.{attribute}", "make optim='schatten_p' valid")
     for attribute in ("_member_names_", "_member_map_", "_value2member_map_")
 )
-CALLBACKS = PrivateName("transformers.trainer:DEFAULT_CALLBACKS", "log p in every Trainer")
 PROGRESS = PrivateName("transformers.trainer:DEFAULT_PROGRESS_CALLBACK", "keep p by layer off the progress bar")
 PRINTER = PrivateName("transformers.trainer:PrinterCallback", "keep p by layer off the terminal")
 SCHEDULER_FILE = PrivateName(
@@ -84,10 +73,7 @@ TRAINER_METHODS: dict[str, tuple[PrivateName, tuple[str, ...]]] = {
 }
 
 NAMES: tuple[PrivateName, ...] = (
-    HANDLERS,
-    *(ENUM_NAMES, ENUM_MEMBERS, ENUM_VALUES),
-    *(CALLBACKS, PROGRESS, PRINTER),
-    SCHEDULER_FILE,
+    *(HANDLERS, CALLBACKS, ENUM_NAMES, ENUM_MEMBERS, ENUM_VALUES, PROGRESS, PRINTER, SCHEDULER_FILE),
     *(name for name, _ in TRAINER_METHODS.values()),
 )
 
@@ -95,45 +81,24 @@ NAMES: tuple[PrivateName, ...] = (
 WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
 
 
-def optimizer_handlers() -> MutableMapping[str, Callable[..., Any]]:
-    """Return transformers' handlers by optimizer name, to be added to."""
-    return HANDLERS.resolve()
-
-
-def default_callbacks() -> list[Any]:
-    """Return the callbacks, classes or instances, that every Trainer gets, to be added to."""
-    return CALLBACKS.resolve()
-
-
 def replace_in_trainer(name: PrivateName, ours: type, theirs: type) -> None:
-    """Replace a callback class that every Trainer looks up by a subclass of it.
-
-    Args:
-        name: :data:`PROGRESS` or :data:`PRINTER`.
-        ours: the subclass.
-        theirs: what is replaced; another, such as a notebook's, stays.
-    """
+    """Replace a callback class that every Trainer looks up by a subclass; another, such as a notebook's, stays."""
     if name.resolve() is theirs:
         module, _, attribute = name.path.partition(":")
         setattr(importlib.import_module(module), attribute, ours)
 
 
 def add_optimizer_name(name: str) -> str:
-    """Add a real member to transformers' enumeration of optimizers, and return it.
+    """Add a member to transformers' enumeration of optimizers, and return it; ``name`` is in lower case, and new.
 
     Argument parsers list the members, so a lookup hook is not enough.
-
-    Args:
-        name: value of the member, in lower case; no member has it.
     """
     names, members, values = (entry.resolve() for entry in (ENUM_NAMES, ENUM_MEMBERS, ENUM_VALUES))
     enumeration: Any = importlib.import_module("transformers.training_args").OptimizerNames
     attribute = name.upper()
     member: Any = str.__new__(enumeration, name)
-    member._name_ = attribute
-    member._value_ = name
-    member.__objclass__ = enumeration
-    member._sort_order_ = len(names)
+    member._name_, member._value_ = attribute, name
+    member.__objclass__, member._sort_order_ = enumeration, len(names)
     # Pickled as a plain string, so that training_args.bin loads where this package is not installed.
     member.__reduce_ex__ = lambda protocol: (str, (name,))
     type.__setattr__(enumeration, attribute, member)
@@ -144,11 +109,7 @@ def add_optimizer_name(name: str) -> str:
 
 
 def require_trainer_methods() -> None:
-    """Check that Trainer has every method that is overridden.
-
-    Raises:
-        PrivateApiError: naming the one that is gone.
-    """
+    """Raise a :class:`PrivateApiError` unless Trainer has every method that is overridden."""
     for name, _ in TRAINER_METHODS.values():
         name.resolve()
 
@@ -159,10 +120,5 @@ def has_gate(experts: Any) -> bool:
 
 
 def apply_gate(experts: Any, gate_up: Any) -> Any:
-    """Return what the experts' ``down_proj`` gets, (tokens, features), of the outputs of their ``gate_up_proj``.
-
-    Args:
-        experts: a module that :func:`has_gate`.
-        gate_up: (tokens, 2 features).
-    """
+    """Return what the experts' ``down_proj`` gets, (tokens, features), of the outputs (tokens, 2 features) before."""
     return experts._apply_gate(gate_up)

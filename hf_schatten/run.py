@@ -1,8 +1,7 @@
 """Runs an unmodified script with ``--optim schatten_p`` available: ``python -m hf_schatten.run SCRIPT.py …``.
 
-Also ``-m MODULE …`` for a module, and behind ``accelerate launch -m`` or ``torchrun -m``. The import of the package
-registers the optimizer; the script needs no change, and finds itself as Python would have started it. What trains
-without the optimizer is reported.
+Also ``-m MODULE …`` for a module, and behind ``accelerate launch -m`` or ``torchrun -m``. The script finds itself as
+Python would have started it. What trains without the optimizer is reported.
 """
 
 from __future__ import annotations
@@ -20,14 +19,15 @@ from typing import Any, NoReturn
 
 from torch import distributed as dist
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
 
 from hf_schatten.integration.callback import unwrap_optimizer
 from hf_schatten.integration.checkpoint import naming_damaged_files
 from hf_schatten.integration.converted_weights import load_converted_weights
 from hf_schatten.integration.registration import is_registered
 from hf_schatten.options import OPTIMIZER_NAME
-from hf_schatten.private_api import default_callbacks, require_trainer_methods
+from hf_schatten.private_api import CALLBACKS, require_trainer_methods
 
 _PROGRAM = "python -m hf_schatten.run"
 _USAGE = f"""usage: {_PROGRAM} SCRIPT.py [ARGUMENT …]
@@ -41,8 +41,7 @@ Also after "accelerate launch -m" and "torchrun -m" in place of "python -m"."""
 def main() -> None:
     """Run the script or module named on the command line as ``__main__``, with the rest as its arguments.
 
-    Raises:
-        SystemExit: with status 2 when the command line names nothing that can be run, and with the script's own.
+    The exit status is the script's own, and 2 when the command line names nothing that can be run.
     """
     arguments = sys.argv[1:]
     if arguments[:1] in (["-h"], ["--help"]):
@@ -53,14 +52,11 @@ def main() -> None:
     if not target or target[0].startswith("-"):
         _refuse(f"{_USAGE}\n\nerror: name a script, or a module after -m; its own options come after it")
     watch = _Watch()
-    default_callbacks().append(watch)
+    CALLBACKS.resolve().append(watch)
     _resume_as_this_package_does()
     sys.argv = target
     try:
-        if of_module:
-            _run_module(target[0])
-        else:
-            _run_script(target[0])
+        (_run_module if of_module else _run_script)(target[0])
     except SystemExit as end:
         if not end.code:
             _leave_processes()
@@ -97,10 +93,7 @@ def _run_script(script: str) -> None:
 
 
 def _enter_folder(folder: str) -> None:
-    """Make the modules beside the script importable, in place of those in the working directory.
-
-    ``python -m`` has put the working directory first, which a script would not see.
-    """
+    """Make the folder's modules importable in place of the working directory's, which ``python -m`` has put first."""
     if sys.path[:1] == [os.getcwd()]:
         del sys.path[0]
     sys.path.insert(0, folder)
@@ -116,7 +109,7 @@ def _run_module(name: str) -> None:
         if not f"{name}.".startswith(f"{error.name}."):
             raise  # the package is there, and lacks one of its own requirements
         spec = None
-    if spec is None:
+    if not spec:
         _refuse(f"error: there is no module named {name!r} in this environment")
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
@@ -127,8 +120,7 @@ def _resume_as_this_package_does() -> None:
     In the runner only: a program that imports this package keeps transformers' Trainer as it is.
     """
     require_trainer_methods()
-    load = Trainer._load_from_checkpoint
-    load_best = Trainer._load_best_model
+    load, load_best = Trainer._load_from_checkpoint, Trainer._load_best_model
     load_optimizer = Trainer._load_optimizer_and_scheduler
 
     @functools.wraps(load)
@@ -155,19 +147,12 @@ def _resume_as_this_package_does() -> None:
 class _Watch(TrainerCallback):
     """Says so when a Trainer trains with another optimizer, which would otherwise pass for a run with this one."""
 
-    def __init__(self) -> None:
-        self._trained = False
+    _trained = False
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Compare what was asked for with what trains."""
         self._trained = True
+        optimizer = kwargs.get("optimizer")
         if unwrap_optimizer(optimizer) is not None:
             return
         name = getattr(args.optim, "value", args.optim)

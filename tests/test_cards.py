@@ -1,4 +1,4 @@
-"""Model cards: the optimizer's section in any Trainer's card, and the cards of our recipes."""
+"""Model cards: the optimizer's section in any Trainer's card, and the folder of cards."""
 
 from __future__ import annotations
 
@@ -6,21 +6,19 @@ import math
 import shlex
 from pathlib import Path
 
-import jinja2
 import pytest
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import Seq2SeqTrainer, Trainer
 
 from hf_schatten import SchattenCallback, SchattenOptions, SchattenTrainer, SchattenTrainerMixin, load_learned_p
-from hf_schatten.report import card_from_template, card_section, read_card_section, write_card_section
+from hf_schatten.report import card_section, read_card_section, write_card_section
 from hf_schatten.report.card import SECTION_END, SECTION_START, options_text
 
 ADAPTIVE = "p=adaptive,p_interval=4,p_first_step=2"
 HEADING = "## Optimizer: Schatten-p"
 DESTINATIONS = {"schatten_p": (20, 123_456), "adamw": (0, 0)}
 CARDS = Path(__file__).parents[1] / "model_cards"
-TEMPLATE = CARDS / "template.md"
 
 
 @pytest.fixture(autouse=True)
@@ -185,9 +183,7 @@ def test_the_mixin_works_with_a_trainer_that_rewrites_its_card(gpt2, token_datas
     assert "# own, save 2" in card.text
     assert "(figures/p_by_layer.png)" in section_of(card.text)
     assert card.data.tags == ["own", "schatten-p"]
-    assert not (folder / "figures").exists()  # a card that a save writes names what the end of training draws
-    trainer.create_model_card(model_name="own")
-    assert (folder / "figures" / "p_by_layer.png").is_file()  # and one after it draws what is missing
+    assert (folder / "figures" / "p_by_layer.png").is_file()  # a save draws what its card shows
 
 
 def test_a_card_shows_the_picture_that_the_training_drew(gpt2, token_dataset, training_arguments, monkeypatch):
@@ -329,43 +325,6 @@ def test_trls_sft_trainer_keeps_the_section_over_its_saves(gpt2, tmp_path):
     assert (tmp_path / "figures" / "p_by_layer.png").is_file()
     assert {"trl", "sft", "schatten-p"} <= set(card.data.tags)
     assert load_learned_p(tmp_path / "checkpoint-4") == trainer.optimizer.optimizer.learned_p()
-
-
-# Cards from the template
-
-
-TEXTS = {
-    name: f"The {name}."
-    for name in ("title", "description", "intended_use", "data", "results", "circumstances", "command")
-}
-
-
-def test_the_template_is_filled_from_the_trainers_record(gpt2, token_dataset, training_arguments):
-    arguments = training_arguments(
-        optim_args="p=4", max_steps=2, weight_decay=0.25, eval_strategy="steps", eval_steps=1, seed=7
-    )
-    trainer = Trainer(model=gpt2, args=arguments, train_dataset=token_dataset, eval_dataset=token_dataset[:4])
-    trainer.evaluate()  # from here on, Trainer's metrics tell how long it took to prepare the model
-    trainer.train()
-    assert any("eval_model_preparation_time" in entry for entry in trainer.state.log_history)
-    card = card_from_template(TEMPLATE, trainer, TEXTS, tasks="text-generation", pipeline_tag="text-generation")
-    assert card.data.pipeline_tag == "text-generation"
-    assert card.data.library_name == "transformers"
-    assert "# The title.\n" in card.text
-    assert all(text in card.text for text in TEXTS.values())
-    assert "More information needed" not in card.text
-    rows = table_rows(card.text)
-    for row in (["weight_decay", "0.25"], ["seed", "7"], ["optimizer", "schatten_p"], ["learning_rate", "0.003"]):
-        assert row in rows
-    losses = [f"{entry['eval_loss']:.4f}" for entry in trainer.state.log_history if "eval_loss" in entry]
-    evaluations = [row for row in rows if len(row) == 4][2:]
-    assert [(row[2], row[3]) for row in evaluations] == [("1", losses[0]), ("2", losses[1])]
-
-
-def test_a_text_that_the_template_names_must_be_given(gpt2, token_dataset, training_arguments):
-    trainer = Trainer(model=gpt2, args=training_arguments(), train_dataset=token_dataset)
-    with pytest.raises(jinja2.UndefinedError, match="'data' is undefined"):
-        card_from_template(TEMPLATE, trainer, {name: text for name, text in TEXTS.items() if name != "data"})
 
 
 # The folder of cards

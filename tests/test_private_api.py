@@ -61,7 +61,7 @@ def test_a_trainer_without_one_of_the_methods_is_refused_at_first_use(gpt2, trai
 
 
 def test_a_handler_is_called_for_its_name_and_a_member_is_found_in_every_way(training_arguments):
-    assert private_api.HANDLERS.resolve()["schatten_p"] is private_api.optimizer_handlers()["schatten_p"]
+    assert "schatten_p" in private_api.HANDLERS.resolve()
     factory, _ = Trainer.get_optimizer_cls_and_kwargs(training_arguments(), None)
     assert factory.__module__.startswith("hf_schatten")
     member = OptimizerNames("schatten_p")

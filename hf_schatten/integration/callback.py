@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainingArguments as Arguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, IntervalStrategy
 
 from hf_schatten.adaptive.adaptation import Adaptation
@@ -16,7 +17,7 @@ from hf_schatten.distributed.processes import process_count
 from hf_schatten.integration.checkpoint import write_learned_p
 from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.schatten_p import SchattenP
-from hf_schatten.options import OPTIMIZER_NAME, ReportLevel, SchattenOptions
+from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report import draw_log, log_entry, plot_choices, summary_entry
 from hf_schatten.report.figures import SPECTRA
 from hf_schatten.report.log import SKIPPED_STEPS, history_entry
@@ -27,45 +28,30 @@ _ILLUSTRATED = 3  # matrices whose spectra and criterion are drawn: the first, t
 class SchattenCallback(TrainerCallback):
     """Logs the learned p and draws it at the end of training; does nothing with other optimizers.
 
-    ``import hf_schatten`` adds it to every Trainer. A step that re-estimates p is always logged, so that
-    ``trainer_state.json`` and the loggers hold every estimate: the summary ``schatten_p_min``, ``schatten_p_median``
-    and ``schatten_p_max``, and per layer ``schatten_p/<layer>`` and the update's ``schatten_stable_rank/<layer>`` and
+    ``import hf_schatten`` adds it to every Trainer, before all loggers, since it adds to what they get. A step that
+    re-estimates p is always logged: the summary ``schatten_p_min``, ``schatten_p_median`` and ``schatten_p_max``, and
+    per layer ``schatten_p/<layer>`` and the update's ``schatten_stable_rank/<layer>`` and
     ``schatten_relative_size/<layer>``. Once a gradient was not finite, ``schatten_skipped_steps`` is the most steps
-    that a matrix has skipped. An infinite p is the number for the loggers, and the string ``inf`` in
-    ``trainer_state.json``. At the end of training, pictures of them, and of what p was chosen from, go into the folder
-    ``figures`` of the output folder; ``python -m hf_schatten.report figures`` draws them from the log at any time. The
-    option ``report`` leaves out the layers and the pictures (``summary``), or everything (``none``). The cadence of
-    the estimates itself is the optimizer's (:class:`hf_schatten.adaptive.adaptation.Adaptation`), which works without
-    a Trainer too.
-
-    It stands before all loggers in the Trainer's list of callbacks, since it adds to what they get.
+    that a matrix has skipped. An infinite p is the string ``inf`` in ``trainer_state.json``. At the end of training,
+    pictures of them, and of what p was chosen from, go into the output folder's ``figures``. The option ``report``
+    leaves out the layers and the pictures (``summary``), or everything (``none``).
     """
 
-    def __init__(self) -> None:
-        self._logged_estimates = 0
+    _logged_estimates = 0
 
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """ReportLevel malformed options when the Trainer is made, not when training starts."""
+    def on_init_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Report malformed options when the Trainer is made, not when training starts."""
         if args.optim == OPTIMIZER_NAME:
             SchattenOptions.from_optim_args(args.optim_args)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Prepare the first step, and stop a resumed run that has lost its optimizer state.
 
         Raises:
             RuntimeError: when the run continues at a later step and the optimizer starts at its first, or when several
                 processes train each for itself.
         """
-        schatten = unwrap_optimizer(optimizer)
+        schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if schatten is None:
             return
         if process_count() > 1 and args.world_size == 1:
@@ -73,13 +59,14 @@ class SchattenCallback(TrainerCallback):
                 f"{process_count()} processes were started, but the Trainer trains in each of them as if it were "
                 "alone: pass --use_cpu where there is no GPU."
             )
-        self._logged_estimates = schatten.policy.estimates if schatten.policy else 0
-        if schatten.policy is not None:
-            schatten.policy.after_update(schatten)
-        if isinstance(schatten.policy, Adaptation) and state.is_world_process_zero and report_of(schatten) == "full":
-            schatten.policy.illustrated = _ILLUSTRATED
-        if isinstance(schatten.policy, ScheduledP) and schatten.policy.steps is None:
-            schatten.policy.steps = state.max_steps
+        policy = schatten.policy
+        self._logged_estimates = policy.estimates if policy else 0
+        if policy is not None:
+            policy.after_update(schatten)
+        if isinstance(policy, Adaptation) and state.is_world_process_zero and schatten.options.report == "full":
+            policy.illustrated = _ILLUSTRATED
+        if isinstance(policy, ScheduledP) and policy.steps is None:
+            policy.steps = state.max_steps
         if state.global_step > 0 and not schatten.state:
             raise RuntimeError(
                 f"Training resumes at step {state.global_step}, but the checkpoint's optimizer state was not loaded: "
@@ -88,100 +75,59 @@ class SchattenCallback(TrainerCallback):
                 "model's weights."
             )
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask for a log when the step has re-estimated p."""
-        if self._has_news(optimizer) and args.logging_strategy != IntervalStrategy.NO:
+        schatten = unwrap_optimizer(kwargs.get("optimizer"))
+        if schatten is not None and self._has_news(schatten) and args.logging_strategy != IntervalStrategy.NO:
             control.should_log = True
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add p to the training logs of the step that has estimated it.
 
         Logs without a training loss are metrics that ``evaluate`` and ``train`` return, and stay as they are.
         """
-        schatten = unwrap_optimizer(optimizer)
-        policy = schatten.policy if schatten else None
-        if logs is None or "loss" not in logs or schatten is None:
+        schatten, logs = unwrap_optimizer(kwargs.get("optimizer")), kwargs.get("logs") or {}
+        if schatten is None or "loss" not in logs:
             return
+        entry: dict[str, float] = {}
         skipped = schatten.skipped_steps()
         if skipped:
-            most = {SKIPPED_STEPS: float(max(skipped.values()))}
-            logs.update(most)
-            state.log_history[-1].update(most)
-        scheduled = isinstance(policy, ScheduledP) and report_of(schatten) != "none"
-        if not (self._has_news(optimizer) or scheduled):
-            return
-        assert policy is not None
-        self._logged_estimates = policy.estimates
-        if report_of(schatten) == "full":
-            entry = log_entry(schatten.learned_p(), *_updates(policy))
-        else:
-            entry = summary_entry(schatten.learned_p())
-        logs.update(entry)
-        state.log_history[-1].update(history_entry(entry))  # type: ignore[arg-type] # declared as floats alone
+            entry[SKIPPED_STEPS] = float(max(skipped.values()))
+        policy, report = schatten.policy, schatten.options.report
+        if policy is not None and (self._has_news(schatten) or (isinstance(policy, ScheduledP) and report != "none")):
+            self._logged_estimates = policy.estimates
+            learned_p = schatten.learned_p()
+            entry |= log_entry(learned_p, *_updates(policy)) if report == "full" else summary_entry(learned_p)
+        if entry:
+            logs.update(entry)
+            state.log_history[-1].update(history_entry(entry))  # type: ignore[arg-type] # declared as floats alone
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw the pictures, warn of steps that were skipped since the last warning, and leave the model alone."""
-        self._draw(args, state, optimizer)
-        schatten = unwrap_optimizer(optimizer)
+        schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if schatten is None:
             return
+        if schatten.options.report == "full" and state.is_world_process_zero and args.output_dir:
+            self._draw(schatten, state, Path(args.output_dir))
         schatten.report_skipped()
         if schatten.policy is not None:
             schatten.policy.pause()
 
-    def on_save(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_save(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep p where the checkpoint's own file cannot be read for it."""
-        schatten = unwrap_optimizer(optimizer)
+        schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if schatten is not None and state.is_world_process_zero and args.output_dir and not args.save_only_model:
             write_learned_p(schatten, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
-    def _draw(self, args: TrainingArguments, state: TrainerState, optimizer: Any) -> None:
+    def _draw(self, schatten: SchattenP, state: TrainerState, folder: Path) -> None:
         """Draw into the output folder what was logged and measured: p, its criterion, the updates."""
-        schatten = unwrap_optimizer(optimizer)
-        if schatten is None or report_of(schatten) != "full":
-            return
-        if not (state.is_world_process_zero and args.output_dir):
-            return
-        folder = Path(args.output_dir)
         draw_log(state.log_history, folder)
         if isinstance(schatten.policy, Adaptation):
             plot_choices(schatten.policy.choices, folder / SPECTRA)
 
-    def _has_news(self, optimizer: Any) -> bool:
-        schatten = unwrap_optimizer(optimizer)
-        if schatten is None or report_of(schatten) == "none":
-            return False
-        policy = schatten.policy
-        return policy is not None and policy.estimates > self._logged_estimates
+    def _has_news(self, schatten: SchattenP) -> bool:
+        estimates = schatten.policy.estimates if schatten.policy else 0
+        return schatten.options.report != "none" and estimates > self._logged_estimates
 
 
 def _updates(policy: Policy) -> tuple[dict[str, float], dict[str, float]]:
@@ -198,8 +144,3 @@ def unwrap_optimizer(optimizer: Optimizer | None) -> SchattenP | None:
     """Return the SchattenP inside accelerate's wrapper, or None when it is another optimizer."""
     inner = getattr(optimizer, "optimizer", optimizer)
     return inner if isinstance(inner, SchattenP) else None
-
-
-def report_of(optimizer: SchattenP) -> ReportLevel:
-    """Return what is to be shown of an optimizer; all of one that was made without options."""
-    return optimizer.options.report if optimizer.options else "full"

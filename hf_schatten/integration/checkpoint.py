@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate.utils import gather_object
@@ -41,26 +41,24 @@ from hf_schatten.optim.saved_state import (
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.optim.state import expected_state
 from hf_schatten.option_text import json_ready
+from hf_schatten.report.log import TRAINER_STATE_FILE, checkpoints_of
 
 logger = logging.getLogger(__name__)
+
+Folder: TypeAlias = str | os.PathLike[str]
 
 STATE_FILE = "optimizer.safetensors"
 CONFIG_FILE = "optimizer_config.json"
 LEARNED_P_FILE = "learned_p.json"
 FORMAT_VERSION = 4
 _READ_VERSIONS = (3, FORMAT_VERSION)  # 3 had other names of groups and options, see present_group
-
 _TORCH_FILE = "optimizer.pt"  # what a plain Trainer writes
-_TRAINER_STATE_FILE = "trainer_state.json"
 
 
-def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str], *, write: bool = True) -> None:
+def save_optimizer(optimizer: SchattenP, folder: Folder, *, write: bool = True) -> None:
     """Write the optimizer's state and configuration into a checkpoint folder.
 
-    Args:
-        optimizer: optimizer with named parameters. Where they are sharded, every process must call this.
-        folder: exists.
-        write: whether this process writes; of several, one does. Default True.
+    Where parameters, which need names, are sharded, every process must call this; one of them is to write.
     """
     folder = Path(folder)
     tensors = {}
@@ -75,63 +73,52 @@ def save_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str], *, writ
         "format_version": FORMAT_VERSION,
         "package_version": version("hf_schatten"),
         "options": optimizer.state_dict().get(OPTIONS),
-        "groups": [
-            {key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-        ],
+        "groups": [{key: group[key] for key in group if key != "params"} for group in optimizer.param_groups],
     }
     _replace(folder / STATE_FILE, lambda path: save_file(tensors, path))
-    text = json.dumps(json_ready(config), indent=2, allow_nan=False) + "\n"
-    _replace(folder / CONFIG_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    _write_json(folder / CONFIG_FILE, config)
 
 
-def write_refusal(folder: str | os.PathLike[str]) -> None:
+def write_refusal(folder: Folder) -> None:
     """Write the ``optimizer.pt`` that makes other trainers stop instead of resuming without the optimizer's state.
 
     ``torch.optim`` refuses it for its number of groups, and :class:`hf_schatten.SchattenP` with the fix.
-
-    Args:
-        folder: a checkpoint of :func:`save_optimizer`.
     """
     refusal = {"state": {}, "param_groups": [], STATE_ELSEWHERE: STATE_FILE}
     _replace(Path(folder) / _TORCH_FILE, lambda path: torch.save(refusal, path))
 
 
-def write_learned_p(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None:
+def write_learned_p(optimizer: SchattenP, folder: Folder) -> None:
     """Write the learned p beside a state that :func:`load_learned_p` cannot read: a plain ``Trainer``'s under FSDP.
 
-    Args:
-        optimizer: after a step.
-        folder: the checkpoint; where it does not exist, or the state can be read, nothing is written.
+    Where the checkpoint's folder does not exist, or its state can be read, nothing is written.
     """
     folder = Path(folder)
     if folder.is_dir() and not ((folder / STATE_FILE).exists() or (folder / _TORCH_FILE).exists()):
-        text = json.dumps(json_ready(optimizer.learned_p()), indent=2, allow_nan=False) + "\n"
-        _replace(folder / LEARNED_P_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+        _write_json(folder / LEARNED_P_FILE, optimizer.learned_p())
 
 
-def is_foreign(folder: str | os.PathLike[str]) -> bool:
+def is_foreign(folder: Folder) -> bool:
     """Return whether a plain ``Trainer`` wrote the optimizer's state in the folder, into ``optimizer.pt``."""
-    folder = Path(folder)
-    own = (folder / STATE_FILE).exists() or (folder / CONFIG_FILE).exists()
-    return not own and (folder / _TORCH_FILE).exists()
+    return (Path(folder) / _TORCH_FILE).exists() and not _has_own_state(Path(folder))
 
 
-def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None:
+def _has_own_state(folder: Path) -> bool:
+    return (folder / STATE_FILE).exists() or (folder / CONFIG_FILE).exists()
+
+
+def load_optimizer(optimizer: SchattenP, folder: Folder) -> None:
     """Load the state that :func:`save_optimizer` wrote, after checking that it is this model's.
 
     The learning rates come from the checkpoint, whose schedule they belong to. All other options are the present
     optimizer's; those that differ from the checkpoint's are logged as a warning.
-
-    Args:
-        optimizer: optimizer of the same model, with named parameters.
-        folder: the checkpoint.
 
     Raises:
         CheckpointError: when a file is missing, truncated, foreign, of another format version or of another model.
             The optimizer is unchanged then.
     """
     folder = Path(folder)
-    if not ((folder / CONFIG_FILE).exists() or (folder / STATE_FILE).exists()):
+    if not _has_own_state(folder):
         raise CheckpointError(
             f"{folder} holds no optimizer state (was it saved with save_only_model?): start a new run from its "
             "weights."
@@ -155,15 +142,8 @@ def load_optimizer(optimizer: SchattenP, folder: str | os.PathLike[str]) -> None
 
 
 @contextmanager
-def naming_damaged_files(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn errors of readers that name no file, such as torch's and safetensors', into errors that name the folder.
-
-    Args:
-        checkpoint: what is read in the context.
-
-    Raises:
-        CheckpointError: when a file is truncated, or of another kind.
-    """
+def naming_damaged_files(checkpoint: Folder) -> Iterator[None]:
+    """Turn errors of readers that name no file, such as torch's and safetensors', into a CheckpointError that does."""
     try:
         yield
     except (SafetensorError, OSError, EOFError, UnpicklingError, RuntimeError) as error:
@@ -175,29 +155,21 @@ def naming_damaged_files(checkpoint: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def mark_incomplete(folder: str | os.PathLike[str]) -> None:
-    """Make :func:`newest_complete_checkpoint` pass over a checkpoint, which may not exist, until it is written again.
-
-    Args:
-        folder: whose files are about to be replaced one by one.
-    """
-    (Path(folder) / _TRAINER_STATE_FILE).unlink(missing_ok=True)
+def mark_incomplete(folder: Folder) -> None:
+    """Make :func:`newest_complete_checkpoint` pass over a folder, which may not exist, until it is written again."""
+    (Path(folder) / TRAINER_STATE_FILE).unlink(missing_ok=True)
 
 
-def newest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+def newest_complete_checkpoint(output_dir: Folder) -> Path | None:
     """Return the newest ``checkpoint-<step>`` whose writing was finished, None where there is none.
 
     A Trainer writes ``trainer_state.json`` last. Newer folders, which a run that was killed while it saved has left,
     are logged as a warning.
-
-    Args:
-        output_dir: of the run.
     """
-    folders = sorted(Path(output_dir).glob("checkpoint-*"), key=_step_of, reverse=True)
     skipped = []
-    for folder in folders:
+    for folder in checkpoints_of(Path(output_dir)):
         try:
-            json.loads((folder / _TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+            json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             skipped.append(folder.name)
             continue
@@ -212,15 +184,9 @@ def newest_complete_checkpoint(output_dir: str | os.PathLike[str]) -> Path | Non
 
 
 def require_same_checkpoint(checkpoint: Path | None) -> None:
-    """Raise unless all processes resume one checkpoint; every process must call it.
+    """Raise a CheckpointError unless all processes, which must all call it, resume a checkpoint of one name.
 
     Machines without a common folder may have different ones, and would go on from different steps.
-
-    Args:
-        checkpoint: what this process would resume, None where it has found none.
-
-    Raises:
-        CheckpointError: when the names differ.
     """
     names = gather_object([checkpoint.name if checkpoint else "none"])
     if len(set(names)) > 1:
@@ -231,14 +197,11 @@ def require_same_checkpoint(checkpoint: Path | None) -> None:
         )
 
 
-def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
-    """Return the learned p of every matrix in a checkpoint.
+def load_learned_p(checkpoint: Folder) -> dict[str, float]:
+    """Return the learned p by matrix name (the parameter's, and the part's where it has several).
 
     Args:
         checkpoint: folder ``checkpoint-<step>`` of a ``SchattenTrainer``, or of a plain ``Trainer``.
-
-    Returns:
-        p by matrix name (the parameter's, and the part's where it has several), in the order of the file.
 
     Raises:
         CheckpointError: when the folder holds no such state, or the file cannot be read.
@@ -252,11 +215,9 @@ def load_learned_p(checkpoint: str | os.PathLike[str]) -> dict[str, float]:
     if (folder / LEARNED_P_FILE).is_file():
         content = json.loads((folder / LEARNED_P_FILE).read_text(encoding="utf-8"))
         return {name: float(p) for name, p in content.items()}
-    files = (
-        path for name in (STATE_FILE, _TORCH_FILE, LEARNED_P_FILE) for path in folder.glob(f"checkpoint-*/{name}")
-    )
-    newest = max((path.parent for path in files), key=_step_of, default=None)
-    hint = f" Did you mean {newest}?" if newest else ""
+    files = STATE_FILE, _TORCH_FILE, LEARNED_P_FILE
+    found = [path for path in checkpoints_of(folder) if any((path / name).exists() for name in files)]
+    hint = f" Did you mean {found[0]}?" if found else ""
     raise CheckpointError(f"{folder} has no {STATE_FILE}.{hint}")
 
 
@@ -288,7 +249,13 @@ def _named_parameters(optimizer: SchattenP) -> Iterator[tuple[str, Tensor]]:
         yield from zip(group["param_names"], group["params"], strict=True)
 
 
-def _replace(path: Path, write: Any) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(json_ready(content), indent=2, allow_nan=False) + "\n"
+    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file under a temporary name, and rename it: what has the name is whole."""
     temporary = path.with_name(path.name + ".tmp")
     write(temporary)
     os.replace(temporary, path)
@@ -298,17 +265,15 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing, so the checkpoint is incomplete: resume from an earlier one."
-        ) from error
+        message = f"{path} is missing, so the checkpoint is incomplete: resume from an earlier one."
+        raise CheckpointError(message) from error
     except ValueError as error:
         raise CheckpointError(f"{path} is no valid JSON ({error}): resume from an earlier checkpoint.") from error
     found = config.get("format_version") if isinstance(config, dict) else None
     if found not in _READ_VERSIONS:
         raise CheckpointError(
             f"{path} has format_version {found!r}, and this version of hf_schatten reads "
-            f"{' and '.join(map(str, _READ_VERSIONS))}: "
-            "resume with the version that wrote it."
+            f"{' and '.join(map(str, _READ_VERSIONS))}: resume with the version that wrote it."
         )
     if not isinstance(config.get("groups"), list):
         raise CheckpointError(f"{path} has no list of groups, so it is damaged: resume from an earlier checkpoint.")
@@ -316,7 +281,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _read_state(path: Path, only: Container[str] | None = None) -> dict[str, dict[str, Tensor]]:
-    """Return the state tensors by parameter name and state name; with ``only``, of those state names."""
+    """Return the state tensors by parameter name and state name, all or only those of the given state names."""
     states: dict[str, dict[str, Tensor]] = {}
     try:
         with safe_open(path, framework="pt") as file:
@@ -325,13 +290,11 @@ def _read_state(path: Path, only: Container[str] | None = None) -> dict[str, dic
                 if only is None or state_name in only:
                     states.setdefault(name, {})[state_name] = file.get_tensor(key)
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing, so the optimizer cannot resume; was the checkpoint saved with save_only_model?"
-        ) from error
+        message = f"{path} is missing, so the optimizer cannot resume; was the checkpoint saved with save_only_model?"
+        raise CheckpointError(message) from error
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is truncated or no safetensors file ({error}): resume from an earlier checkpoint."
-        ) from error
+        message = f"{path} is truncated or no safetensors file ({error}): resume from an earlier checkpoint."
+        raise CheckpointError(message) from error
     return states
 
 
@@ -340,17 +303,8 @@ def _learned_p_of_torch_file(path: Path) -> dict[str, float]:
         state_dict = torch.load(path, map_location="cpu", weights_only=True)
         if STATE_ELSEWHERE in state_dict:
             raise ValueError(f"{state_dict[STATE_ELSEWHERE]} has it, and is missing")
-        names = {
-            index: name
-            for group in state_dict["param_groups"]
-            for index, name in zip(group["params"], group["param_names"], strict=True)
-        }
-        states = {names[index]: state for index, state in state_dict["state"].items() if P in state}
-        return _p_by_matrix(states, state_dict["param_groups"])
+        groups, states = state_dict["param_groups"], state_dict["state"]
+        named = (pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True))
+        return _p_by_matrix({name: states[index] for name, index in named if index in states}, groups)
     except Exception as error:  # whatever torch raises on a truncated or foreign file
         raise CheckpointError(f"{path} is no state of SchattenP ({error}).") from error
-
-
-def _step_of(checkpoint: Path) -> int:
-    suffix = checkpoint.name.rpartition("-")[2]
-    return int(suffix) if suffix.isdigit() else -1

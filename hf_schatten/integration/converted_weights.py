@@ -30,12 +30,7 @@ def load_converted_weights(model: nn.Module | None, checkpoint: str | os.PathLik
 
     Takes the memory of a second copy of the model, on the CPU, while it loads.
 
-    Args:
-        model: the model that is trained, not wrapped.
-        checkpoint: folder of a checkpoint.
-
-    Returns:
-        Whether it was loaded; False where Trainer loads it as it should.
+    Returns whether it was loaded; others Trainer loads as it should. The model is the trained one, not its wrapper.
 
     Raises:
         RuntimeError: when not every weight of the model, or more than these, is in the file.
@@ -66,9 +61,10 @@ def load_converted_weights(model: nn.Module | None, checkpoint: str | os.PathLik
 
 def _stored_names(folder: Path) -> set[str]:
     """Return the names of the weights in a checkpoint, none where it has no safetensors file of a whole model."""
-    if (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        return set(json.loads((folder / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"])
-    if (folder / SAFE_WEIGHTS_NAME).is_file():
-        with safe_open(folder / SAFE_WEIGHTS_NAME, framework="pt") as file:
+    index, weights = folder / SAFE_WEIGHTS_INDEX_NAME, folder / SAFE_WEIGHTS_NAME
+    if index.is_file():
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+    if weights.is_file():
+        with safe_open(weights, framework="pt") as file:
             return set(file.keys())
     return set()

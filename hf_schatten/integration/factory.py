@@ -42,14 +42,13 @@ def create_schatten_optimizer(
     Args:
         model: a ``PreTrainedModel``, a PEFT model or any ``nn.Module``; of the latter, name the output head in
             ``exclude``.
-        lr: learning rate of AdamW; that of the matrices is ``lr * schatten_lr_ratio``. With the default scale rule
-            AdamW's customary values fit both. Default 1e-3.
+        lr: learning rate of AdamW; that of the matrices is ``lr * schatten_lr_ratio``. Default 1e-3.
         options: of the update and of the estimation of p. Default None: made of ``fields``.
         weight_decay: decoupled weight decay of matrices and embeddings; vectors get none. Default 0.1.
         betas: AdamW's decays, the second of them the preconditioner's too. Default (0.9, 0.999).
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
-        verbose: print the routing table, and a fitted target's accuracy, on the main process; the option
-            ``report="none"`` does not either. Default True.
+        verbose: print the routing table, and a fitted target's accuracy, on the main process, unless the option
+            ``report`` is ``none``. Default True.
         **fields: of :class:`SchattenOptions`, in place of ``options``, such as ``p=4`` or ``p_interval=50``.
 
     Raises:
@@ -58,46 +57,36 @@ def create_schatten_optimizer(
         RoutingError: when no matrix is routed, or a pattern matches nothing.
         CheckpointError: when the checkpoint of ``p_init`` cannot be read, or has no matrix of this model.
         UnsupportedEngineError: when the model is wrapped by DeepSpeed or FSDP version 1.
-
-    Example:
-        >>> optimizer = hf_schatten.create_schatten_optimizer(model, lr=1e-3, p_interval=50)
-        >>> loss = model(**batch).loss
-        >>> loss.backward()
-        >>> optimizer.step()
     """
     options = SchattenOptions.given(options, fields)
-    say = partial(print, flush=True) if verbose and options.report != "none" and is_main_process() else _say_nothing
+    talks = verbose and options.report != "none" and is_main_process()
+    say: Callable[[object], None] = partial(print, flush=True) if talks else lambda text: None
     refuse_unsupported_engines(model)
-    routing = route_parameters(
-        model, options.exclude, fused_parts=options.fused_parts, split_heads=options.split_heads
-    )
+    parts, heads = options.fused_parts, options.split_heads
+    routing = route_parameters(model, options.exclude, fused_parts=parts, split_heads=heads)
     say(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}")
     matrices, others = routing.to("schatten_p"), routing.to("adamw")
     names = [name for route in matrices for name in _matrix_names(route)]
     require_matches("p_overrides", options.overrides, names)
-    transferred: Mapping[str, float] = {}
+    first_p = dict.fromkeys(names, options.initial_p)
     if isinstance(options.p_init, str):
         transfer = Transfer.of(options, names, load_learned_p)
-        transferred = transfer.p
+        first_p |= transfer.p
         say(transfer)
-    first_p = partial(_first_p, options=options, transferred=transferred)
+    overrides = reversed(options.overrides.items())  # so that of several that match, the first counts
+    overridden = {name: p for pattern, p in overrides for name in names if matches(pattern, name)}
     groups = [
-        *_spectral_groups(matrices, weight_decay, options.initial_p, first_p),
+        *_spectral_groups(matrices, weight_decay, options.initial_p, first_p | overridden),
         *_adamw_group((route for route in others if route.decay), weight_decay),
         *_adamw_group((route for route in others if not route.decay), 0.0),
     ]
     optimizer = SchattenP(groups, options, lr=lr, betas=betas, eps=eps)
     if options.target != POWER:
         say(f"schatten_p's target {optimizer.target.name}: {optimizer.target.accuracy(options.ns_steps)}.")
-    free = [name for name in names if not any(matches(pattern, name) for pattern in options.overrides)]
-    policy = _policy(model, matrices, free, options)
+    policy = _policy(model, matrices, [name for name in names if name not in overridden], options)
     if policy is not None:
         optimizer.follow(policy)
     return optimizer
-
-
-def _say_nothing(text: object) -> None:
-    pass
 
 
 def _matrix_names(route: Route) -> list[str]:
@@ -105,33 +94,18 @@ def _matrix_names(route: Route) -> list[str]:
 
 
 def _spectral_groups(
-    routes: Iterable[Route], weight_decay: float, p: float, first_p: Callable[[str], float]
+    routes: Iterable[Route], weight_decay: float, p: float, first_p: Mapping[str, float]
 ) -> list[Group]:
     """Return one parameter group for each layout; their number does not depend on any p, which a resume may change."""
     groups: dict[Any, Group] = {}
     for route in routes:
-        group = groups.setdefault(
-            route.layout,
-            {
-                "params": [],
-                "weight_decay": weight_decay,
-                "spectral": True,
-                "transposed": route.layout.transposed,
-                "parts": route.layout.parts,
-                "blocks": route.layout.blocks,
-                "p_by_parameter": {},
-            },
-        )
+        own = {"params": [], "p_by_parameter": {}, "weight_decay": weight_decay, "spectral": True}
+        group = groups.setdefault(route.layout, own | vars(route.layout))
         group["params"].append((route.name, route.parameter))
-        own = tuple(first_p(name) for name in _matrix_names(route))
-        if set(own) != {p}:
-            group["p_by_parameter"][route.name] = own
+        each_p = tuple(first_p[name] for name in _matrix_names(route))
+        if set(each_p) != {p}:
+            group["p_by_parameter"][route.name] = each_p
     return list(groups.values())
-
-
-def _first_p(name: str, options: SchattenOptions, transferred: Mapping[str, float]) -> float:
-    otherwise = transferred.get(name, options.initial_p)
-    return next((p for pattern, p in options.overrides.items() if matches(pattern, name)), otherwise)
 
 
 def _adamw_group(routes: Iterable[Route], weight_decay: float) -> list[Group]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_optimizer import OptimizerContext
 from transformers.training_args import OptimizerNames
@@ -15,7 +14,6 @@ from hf_schatten.integration.callback import SchattenCallback
 from hf_schatten.integration.factory import create_schatten_optimizer
 from hf_schatten.integration.terminal import SchattenPrinterCallback, SchattenProgressCallback
 from hf_schatten.matrices.engines import UnsupportedEngineError
-from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 Handler: TypeAlias = Callable[[OptimizerContext], tuple[Any, dict[str, Any]]]
@@ -31,9 +29,8 @@ def register() -> None:
     """
     register_optimizer(OPTIMIZER_NAME, _handle)
     private_api.replace_in_trainer(private_api.PROGRESS, SchattenProgressCallback, ProgressCallback)
-    # In place of a disabled progress bar.
-    private_api.replace_in_trainer(private_api.PRINTER, SchattenPrinterCallback, PrinterCallback)
-    callbacks = private_api.default_callbacks()
+    private_api.replace_in_trainer(private_api.PRINTER, SchattenPrinterCallback, PrinterCallback)  # without a bar
+    callbacks = private_api.CALLBACKS.resolve()
     if SchattenCallback not in callbacks:
         callbacks.append(SchattenCallback)
 
@@ -43,16 +40,15 @@ def register_optimizer(name: str, handler: Handler) -> None:
 
     Args:
         name: as ``--optim`` takes it.
-        handler: gets Trainer's ``OptimizerContext`` and returns what Trainer makes the optimizer with: an optimizer
-            class and its keyword arguments; or a class whose instances have no ``step`` and are called with the
-            model and the keyword arguments.
+        handler: gets Trainer's ``OptimizerContext`` and returns an optimizer class and its keyword arguments; or a
+            class whose instances have no ``step`` and are called with the model and these.
 
     Raises:
         ValueError: when another handler has the name, such as that of an optimizer of transformers.
     """
-    handlers, members = private_api.optimizer_handlers(), OptimizerNames.__members__
+    handlers, members = private_api.HANDLERS.resolve(), OptimizerNames.__members__
     if name in members.values() or name.upper() in members:
-        if not _is_same_function(handlers.get(name), handler):
+        if name not in handlers or _full_name(handlers[name]) != _full_name(handler):
             raise ValueError(f"optim={name!r} is taken by another optimizer: register it under another name.")
         handlers[name] = handler
     else:
@@ -65,40 +61,27 @@ def is_registered(name: str) -> bool:
     return name in _registered
 
 
-def _is_same_function(registered: Handler | None, handler: Handler) -> bool:
-    """Whether both are one function by name: a module that is reloaded defines its functions anew."""
-    return registered is not None and (registered.__module__, registered.__qualname__) == (
-        handler.__module__,
-        handler.__qualname__,
-    )
+def _full_name(handler: Handler) -> tuple[str, str]:
+    """Return what tells one function from another: a module that is reloaded defines its functions anew."""
+    return handler.__module__, handler.__qualname__
 
 
 def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
     """Return what Trainer calls to make the optimizer: a factory and its keyword arguments."""
     _refuse_unsupported_arguments(context.args)
     options = SchattenOptions.from_optim_args(context.args.optim_args)
-    arguments = {
-        **context.optimizer_kwargs,
-        **context.adam_kwargs,
-        "weight_decay": context.args.weight_decay,
-        "options": options,
-    }
-    return _Factory, arguments
+    own = {"weight_decay": context.args.weight_decay, "options": options}
+    return _Factory, {**context.optimizer_kwargs, **context.adam_kwargs, **own}
 
 
 class _Factory:
     """The callable that Trainer expects from handlers of optimizers that need the whole model."""
 
-    def __call__(self, model: nn.Module, **arguments: Any) -> SchattenP:
-        return create_schatten_optimizer(model, **arguments)
+    __call__ = staticmethod(create_schatten_optimizer)
 
 
 def _refuse_unsupported_arguments(args: TrainingArguments) -> None:
-    """Raise when the arguments ask for an engine that flattens the matrices.
-
-    Raises:
-        UnsupportedEngineError: for DeepSpeed and FSDP version 1.
-    """
+    """Raise an UnsupportedEngineError when the arguments ask for DeepSpeed or FSDP version 1."""
     flattening = args.fsdp and int((args.fsdp_plugin_args or {}).get("fsdp_version", 1)) == 1
     deepspeed = args.deepspeed or args.deepspeed_plugin  # the latter alone where accelerate launch asks for it
     for engine, asked_for in (("DeepSpeed", deepspeed), ("FSDP version 1", flattening)):

@@ -4,54 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback
+from transformers import TrainerControl as Control
+from transformers import TrainerState as State
+from transformers import TrainingArguments as Arguments
 
 from hf_schatten.adaptive.adaptation import Adaptation
-from hf_schatten.integration.callback import report_of, unwrap_optimizer
+from hf_schatten.integration.callback import unwrap_optimizer
 from hf_schatten.report.log import MEDIAN, SUMMARY_PREFIX, summary, without_layers
 
 
 class SchattenProgressCallback(ProgressCallback):
     """Transformers' progress bar with the median p, and without per-layer values, which would fill the terminal."""
 
-    def __init__(self, max_str_len: int = 100) -> None:
-        super().__init__(max_str_len)
-        self._shown_estimates = 0
+    _shown_estimates = 0
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Open the bar."""
         super().on_train_begin(args, state, control, **kwargs)
         self._shown_estimates = 0
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        optimizer: Any = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Arguments, state: State, control: Control, **kwargs: Any) -> None:
         """Advance the bar, and show the median p of every estimate, logged or not; after a resume, of the last one."""
-        super().on_step_end(args, state, control, optimizer=optimizer, **kwargs)
-        schatten = unwrap_optimizer(optimizer)
+        super().on_step_end(args, state, control, **kwargs)
+        schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if self.training_bar is None or schatten is None or not isinstance(schatten.policy, Adaptation):
             return
-        if report_of(schatten) == "none":
-            return
-        if schatten.policy.estimates != self._shown_estimates:
+        if schatten.options.report != "none" and schatten.policy.estimates != self._shown_estimates:
             self._shown_estimates = schatten.policy.estimates
             self._show(summary(schatten.learned_p())[MEDIAN])
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Arguments, state: State, control: Control, logs: Any = None, **kwargs: Any) -> None:
         """Write the logs above the bar, with the summary of p instead of every layer's; a schedule's p at the bar."""
         logs = logs or {}
         super().on_log(args, state, control, logs=without_layers(logs), **kwargs)
@@ -67,13 +50,6 @@ class SchattenProgressCallback(ProgressCallback):
 class SchattenPrinterCallback(PrinterCallback):
     """Transformers' printed logs, which a disabled progress bar leaves, without the per-layer values."""
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Arguments, state: State, control: Control, logs: Any = None, **kwargs: Any) -> None:
         """Print the logs with the summary of p instead of every layer's."""
         super().on_log(args, state, control, logs=without_layers(logs or {}), **kwargs)

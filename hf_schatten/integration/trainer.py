@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_schatten.integration.callback import report_of, unwrap_optimizer
+from hf_schatten.integration.callback import unwrap_optimizer
 from hf_schatten.integration.checkpoint import (
     STATE_FILE,
     CheckpointError,
@@ -60,8 +60,7 @@ class SchattenTrainerMixin(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        before = cls.__mro__[: cls.__mro__.index(SchattenTrainerMixin)]
-        for base in before:
+        for base in cls.__mro__[: cls.__mro__.index(SchattenTrainerMixin)]:
             if issubclass(base, Trainer) and not issubclass(base, SchattenTrainerMixin):
                 raise TypeError(
                     f"{cls.__name__} names {base.__name__} before SchattenTrainerMixin, whose checkpoints and card it "
@@ -97,8 +96,7 @@ class SchattenTrainerMixin(_Base):
         A Trainer that has not trained keeps the section that the card has: it describes the weights that were loaded.
         Where the Trainer writes no card, there is none.
         """
-        folder = Path(self.args.output_dir or ".")
-        card = folder / "README.md"
+        card = Path(self.args.output_dir or ".") / "README.md"
         earlier = read_card_section(card) if self.is_world_process_zero() else None
         schatten = self._schatten_optimizer()
         model: Any = self.model
@@ -108,22 +106,17 @@ class SchattenTrainerMixin(_Base):
         if not (self.is_world_process_zero() and card.is_file()):
             return
         if schatten is not None:
-            section = card_section(
-                schatten.options, schatten.destinations(), schatten.learned_p(), self._figure_of_p(folder)
-            )
+            figure = self._figure_of_p(card.parent) if schatten.options.report == "full" else None
+            section = card_section(schatten.options, schatten.destinations(), schatten.learned_p(), figure)
             write_card_section(card, section, _CARD_TAGS)
         elif self.optimizer is None and earlier:
             write_card_section(card, earlier, _CARD_TAGS)
 
     def _figure_of_p(self, folder: Path) -> Path | None:
-        """Return the picture of p that a card in the folder shows, relative to it, if there is one.
-
-        The end of training draws it. A card that is written earlier, at a save, names the picture that will be there.
-        """
-        schatten = self._schatten_optimizer()
-        if schatten is None or report_of(schatten) != "full" or not has_p_by_layer(self.state.log_history):
+        """Return the picture of p relative to the folder, drawn where it is missing; None without an estimate."""
+        if not has_p_by_layer(self.state.log_history):
             return None
-        if not (self.is_in_train or (folder / P_BY_LAYER).is_file()):  # its callback was removed, or the folder moved
+        if not (folder / P_BY_LAYER).is_file():  # a save's card; the end of training draws the picture anew
             plot_p_by_layer(self.state.log_history, folder / P_BY_LAYER)
         return P_BY_LAYER
 
@@ -143,18 +136,14 @@ class SchattenTrainerMixin(_Base):
         if schatten is None:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        if self.is_fsdp_enabled:
-            self._save_sharded_model(output_dir)
+        if self.is_fsdp_enabled:  # what a resume loads the weights from; every process takes part
+            plugin = self.accelerator.state.fsdp_plugin
+            save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
         save_optimizer(schatten, output_dir, write=self.args.should_save)
         if self.args.should_save:
             assert self.lr_scheduler is not None  # made with the optimizer
             write_refusal(output_dir)
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE.resolve()))
-
-    def _save_sharded_model(self, output_dir: str) -> None:
-        """Save what a resume under FSDP loads the weights from; every process must call it."""
-        plugin = self.accelerator.state.fsdp_plugin
-        save_fsdp_model(plugin, self.accelerator, self.model, output_dir, adapter_only=True)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         schatten = self._schatten_optimizer()
@@ -177,9 +166,8 @@ class SchattenTrainerMixin(_Base):
         try:
             self.lr_scheduler.load_state_dict(torch.load(path, weights_only=True))
         except Exception as error:  # whatever torch raises on a missing, truncated or foreign file
-            raise CheckpointError(
-                f"{path} holds no learning-rate schedule ({error}): resume from an earlier checkpoint."
-            ) from error
+            message = f"{path} holds no learning-rate schedule ({error}): resume from an earlier checkpoint."
+            raise CheckpointError(message) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         with naming_damaged_files(resume_from_checkpoint):
@@ -196,7 +184,4 @@ class SchattenTrainerMixin(_Base):
 
 
 class SchattenTrainer(SchattenTrainerMixin, Trainer):
-    """A ``Trainer`` whose checkpoints hold the optimizer state and the learned p in safetensors.
-
-    Takes the arguments of ``Trainer``; :class:`SchattenTrainerMixin` says what it adds.
-    """
+    """A ``Trainer``, with its arguments, and with the checkpoints and card of :class:`SchattenTrainerMixin`."""

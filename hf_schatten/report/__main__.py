@@ -24,11 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw_figures(run: Path) -> str:
-    """Draw what a run's log holds into its folder ``figures``; return what was drawn, and what was not and why.
-
-    Raises:
-        LogError: when there is no log, or p of no layer in it.
-    """
+    """Draw what a run's log holds into its folder ``figures``; say what was drawn, and what was not and why."""
     source, log_history = read_log_history(run)
     drawn = draw_log(log_history, run)
     if not drawn:

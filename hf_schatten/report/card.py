@@ -1,7 +1,4 @@
-"""The model card: the optimizer's section in any Trainer's card, and whole cards from a template.
-
-What writes cards is imported when one is written: a training may never do so.
-"""
+"""The section on the optimizer in a model card. What reads and writes cards is imported when one is."""
 
 from __future__ import annotations
 
@@ -9,23 +6,18 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from hf_schatten.exponent import p_label
 from hf_schatten.matrices.layout import layer_name
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
-from hf_schatten.report.log import p_label, summary
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCard
-    from transformers import Trainer
-    from transformers.modelcard import TrainingSummary
+from hf_schatten.report.log import summary
 
 SECTION_START = "<!-- hf_schatten: start of the optimizer section -->"
 SECTION_END = "<!-- hf_schatten: end of the optimizer section -->"
 
-_VERSIONS = ("hf_schatten", "transformers", "torch", "datasets", "tokenizers")  # given in a card, where installed
 _HEADING = "## Optimizer: Schatten-p"
 # The markers, also after an edit of their words or blanks: still comments of ours.
 _START = re.compile(r"<!--\s*hf_schatten\b.*\bstart\b.*-->", re.IGNORECASE)
@@ -50,15 +42,15 @@ For another Trainer, such as trl's: `class MyTrainer(hf_schatten.SchattenTrainer
 
 
 def card_section(
-    options: SchattenOptions | None,
+    options: SchattenOptions,
     destinations: Mapping[str, tuple[int, int]],
     learned_p: Mapping[str, float],
     figure: Path | None,
 ) -> str:
-    """Return the Markdown section on the optimizer.
+    """Return the section, Markdown.
 
     Args:
-        options: of the optimizer, or None where it was made without them.
+        options: of the optimizer.
         destinations: update name to (tensors, parameters) that get it.
         learned_p: p by matrix name at the end of training; empty before the first step.
         figure: picture of p, relative to the card, or None.
@@ -71,13 +63,10 @@ def card_section(
             ("update", "tensors", "parameters"),
             ((name, f"{tensors:,}", f"{size:,}") for name, (tensors, size) in destinations.items() if tensors),
         ),
+        "### Options",
+        f"All that are not named have the defaults of hf_schatten {version('hf_schatten')}.",
+        f"```bash\n--optim {OPTIMIZER_NAME} --optim_args {options_text(options)!r}\n```",
     ]
-    if options is not None:
-        paragraphs += [
-            "### Options",
-            f"All that are not named have the defaults of hf_schatten {version('hf_schatten')}.",
-            f"```bash\n--optim {OPTIMIZER_NAME} --optim_args {options_text(options)!r}\n```",
-        ]
     if learned_p:
         paragraphs += ["### p by layer", *_p_paragraphs(options, learned_p)]
     if figure is not None:
@@ -100,12 +89,7 @@ def write_card_section(card_path: Path, section: str, tags: Iterable[str]) -> No
     """Put the optimizer's section into a model card, in place of every earlier one.
 
     The section stands between two comments. Where one of them was deleted, an earlier section begins at its heading,
-    or ends before the next heading of its level. Text outside is kept.
-
-    Args:
-        card_path: the card, which exists.
-        section: Markdown, from :func:`card_section`.
-        tags: added to the card's tags.
+    or ends before the next heading of its level. Text outside is kept. The tags are added to the card's.
     """
     from huggingface_hub import ModelCard  # noqa: PLC0415 - as the module says
 
@@ -128,47 +112,8 @@ def read_card_section(card_path: Path) -> str | None:
     return _split(ModelCard.load(card_path).text)[1]
 
 
-def card_from_template(template: Path, trainer: Trainer, texts: Mapping[str, str], **metadata: Any) -> ModelCard:
-    """Return a model card that is filled in from a Trainer's record and the given texts.
-
-    The template is Jinja, as the Hub's are. Besides the texts it has ``card_data`` (the metadata as YAML),
-    ``hyperparameters`` and ``versions`` (pairs of name and value), and ``training_table`` (Markdown, "" without
-    evaluations).
-
-    Args:
-        template: the file.
-        trainer: after training.
-        texts: whatever else the template names.
-        **metadata: arguments of ``Trainer.create_model_card``, and further fields of the metadata.
-
-    Raises:
-        jinja2.UndefinedError: when the template names something that is not given.
-    """
-    import jinja2  # noqa: PLC0415 - as the module says
-    from huggingface_hub import ModelCard, ModelCardData  # noqa: PLC0415
-    from transformers.modelcard import TrainingSummary  # noqa: PLC0415
-
-    names = {field.name for field in fields(TrainingSummary)}
-    record = TrainingSummary.from_trainer(trainer, **{key: metadata.pop(key) for key in set(metadata) & names})
-    data = record.create_metadata() | metadata
-    if not any(model["results"] for model in data["model-index"]):
-        del data["model-index"]
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, autoescape=False)
-    content = environment.from_string(template.read_text(encoding="utf-8")).render(
-        card_data=ModelCardData(**data).to_yaml(),
-        hyperparameters=_hyperparameters(trainer, record),
-        training_table=_training_table(record),
-        versions=[(name, found) for name in _VERSIONS if (found := _installed_version(name))],
-        **texts,
-    )
-    return ModelCard(content)
-
-
 def _split(text: str) -> tuple[str, str | None, str]:
-    """Return a card's text before the optimizer's section, that section or None, and the text after it.
-
-    Of several sections the first counts, and the others are left out.
-    """
+    """Return a card's text before the optimizer's section, that (the first of several) or None, and the text after."""
     kept: list[str] = []
     sections: list[list[str]] = []
     places: list[int] = []  # where in the kept lines each section was
@@ -195,31 +140,7 @@ def _split(text: str) -> tuple[str, str | None, str]:
     return "\n".join(kept[: min(places)]), "\n".join(sections[0]).strip(), "\n".join(kept[min(places) :])
 
 
-def _training_table(record: TrainingSummary) -> str:
-    """Return the evaluations during training, without the time that Trainer took to prepare the model."""
-    from transformers.modelcard import make_markdown_table  # noqa: PLC0415 - as the module says
-
-    evaluations: Any = record.eval_lines or []  # dictionaries, declared as text
-    lines = [{name: value for name, value in line.items() if name != "Model Preparation Time"} for line in evaluations]
-    return make_markdown_table(lines).strip() if lines else ""
-
-
-def _hyperparameters(trainer: Trainer, record: TrainingSummary) -> list[tuple[str, Any]]:
-    """Return what the record has, and what a reader needs besides to repeat the run."""
-    args = trainer.args
-    return list(
-        {
-            **(record.hyperparameters or {}),
-            "optimizer": getattr(args.optim, "value", args.optim),
-            "adam_betas": (args.adam_beta1, args.adam_beta2),
-            "adam_epsilon": args.adam_epsilon,
-            "weight_decay": args.weight_decay,
-            "max_grad_norm": args.max_grad_norm,
-        }.items()
-    )
-
-
-def _p_paragraphs(options: SchattenOptions | None, learned_p: Mapping[str, float]) -> list[str]:
+def _p_paragraphs(options: SchattenOptions, learned_p: Mapping[str, float]) -> list[str]:
     """Describe p: in a sentence where it is one number, else by kind of layer, and where the estimate left p_max."""
     if len({p_label(p) for p in learned_p.values()}) == 1:
         return [f"p = {p_label(next(iter(learned_p.values())))} for all {len(learned_p)} matrices."]
@@ -230,9 +151,7 @@ def _p_paragraphs(options: SchattenOptions | None, learned_p: Mapping[str, float
     header = ("layers", "matrices", "min", "median", "max")
     rows = [(f"`{kind}`", str(len(ps)), *map(p_label, summary(ps).values())) for kind, ps in kinds.items()]
     paragraphs = [f"Over all {len(learned_p)} matrices: {extremes}.", _table(header, rows)]
-    if options is not None and options.adaptive:
-        paragraphs += _below_p_max(options, learned_p)
-    return paragraphs
+    return paragraphs + (_below_p_max(options, learned_p) if options.adaptive else [])
 
 
 def _below_p_max(options: SchattenOptions, learned_p: Mapping[str, float]) -> list[str]:
@@ -263,10 +182,3 @@ def _option_value(value: Any) -> str:
     if isinstance(value, float):
         return str(value).removesuffix(".0")
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _installed_version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None

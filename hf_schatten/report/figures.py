@@ -6,7 +6,7 @@ matplotlib is imported when something is drawn: most processes of a training nev
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_schatten.adaptive.adaptation import Choice
+from hf_schatten.exponent import p_label, p_of
 from hf_schatten.matrices.layout import layer_name
-from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX, p_label
+from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,20 +30,11 @@ _PANELS_IN_A_ROW = 4  # of several runs
 _P_TICKS = (1, 1.5, 2, 3, 4, 6, 10, math.inf, -10, -6, -4)
 
 Array = NDArray[np.float64]
-LogHistory = Iterable[Mapping[str, Any]]
+LogHistory = Sequence[Mapping[str, Any]]  # entries as in ``trainer_state.json``
 
 
 def draw_log(log_history: LogHistory, folder: Path) -> list[Path]:
-    """Draw all that a log holds of the optimizer: p by layer, and the updates.
-
-    Args:
-        log_history: entries as in ``trainer_state.json``.
-        folder: a run's output folder.
-
-    Returns:
-        The pictures, relative to the folder.
-    """
-    log_history = list(log_history)
+    """Draw p by layer and the updates, as far as a log holds them, and return the pictures, relative to the folder."""
     drawings = ((P_BY_LAYER, plot_p_by_layer), (UPDATES, plot_updates))
     return [picture for picture, draw in drawings if draw(log_history, folder / picture)]
 
@@ -53,29 +45,17 @@ def has_p_by_layer(log_history: LogHistory) -> bool:
 
 
 def plot_p_by_layer(log_history: LogHistory, path: Path) -> bool:
-    """Draw the learned p as a heat map, layers × steps of the estimates.
+    """Draw the learned p as a heat map, layers × steps of the estimates; return whether there was one to draw.
 
-    Colours are linear in s = 1/p, in which the update is smooth, and labelled in p.
-
-    Args:
-        log_history: entries as in ``trainer_state.json``; those without a layer's p are passed over.
-        path: the PNG to write; its folder is made.
-
-    Returns:
-        Whether there was an estimate to draw.
+    Colours are linear in s = 1/p, in which the update is smooth, and labelled in p. The folder of the PNG is made.
     """
     return plot_p_of_runs({"p of each layer (1: SGD-like, ∞: Muon)": log_history}, path)
 
 
 def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
-    """Draw the learned p of several runs of one model, four in a row, as :func:`plot_p_by_layer` draws one.
+    """Draw the learned p of several runs of one model, by title, four in a row, as :func:`plot_p_by_layer` draws one.
 
-    Args:
-        log_histories: of each run, by the title of its panel; runs without an estimate are passed over.
-        path: the PNG to write; its folder is made.
-
-    Returns:
-        Whether there was an estimate to draw.
+    Runs without an estimate are passed over.
     """
     runs = {title: _by_layer(history, LAYER_PREFIX) for title, history in log_histories.items()}
     runs = {title: run for title, run in runs.items() if run[1]}
@@ -84,7 +64,7 @@ def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
     first_layers = next(iter(runs.values()))[1]
     columns = min(len(runs), _PANELS_IN_A_ROW)
     rows = math.ceil(len(runs) / columns)
-    figure = _layers_figure(3.5 + 4.5 * columns, rows * len(first_layers))
+    figure = _figure(3.5 + 4.5 * columns, 1.6 + 0.2 * rows * len(first_layers))
     panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).flat)
     while len(panels) > len(runs):
         panels.pop().remove()
@@ -101,18 +81,10 @@ def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
 
 
 def plot_updates(log_history: LogHistory, path: Path) -> bool:
-    """Draw stable rank and relative size of the updates, layers × steps of the estimates.
+    """Draw stable rank and relative size of the updates, layers × steps; return whether there were any to draw.
 
     Both are quantities of F. L. Cesista 2025, "Steepest Descent Under Schatten-p Norms".
-
-    Args:
-        log_history: entries as in ``trainer_state.json``.
-        path: the PNG to write; its folder is made.
-
-    Returns:
-        Whether there was an update to draw.
     """
-    log_history = list(log_history)
     panels = (
         (STABLE_RANK_PREFIX, "stable rank of the update  ‖ΔW‖²_F / ‖ΔW‖²₂"),
         (RELATIVE_SIZE_PREFIX, "relative size of the update  ‖ΔW‖_F / ‖W‖_F"),
@@ -120,11 +92,13 @@ def plot_updates(log_history: LogHistory, path: Path) -> bool:
     values = [_by_layer(log_history, prefix) for prefix, _ in panels]
     if not values[0][1]:
         return False
-    figure = _layers_figure(13, len(values[0][1]))
+    from matplotlib.colors import LogNorm  # noqa: PLC0415 - as the module says
+
+    figure = _figure(13, 1.6 + 0.2 * len(values[0][1]))
     for axes, (steps, layers, matrix), (_, title) in zip(figure.subplots(1, 2), values, panels, strict=True):
         shown = np.where((matrix > 0) & np.isfinite(matrix), matrix, np.nan)
         # Before the first step that moves anything there is nothing to show, and the colours need a range.
-        norm = _log_colours() if np.isfinite(shown).any() else _log_colours(0.1, 1.0)
+        norm = LogNorm() if np.isfinite(shown).any() else LogNorm(0.1, 1.0)
         image = axes.imshow(shown, aspect="auto", interpolation="nearest", cmap="viridis", norm=norm)
         _label_layers_and_steps(axes, layers, steps)
         axes.set_title(title)
@@ -134,15 +108,7 @@ def plot_updates(log_history: LogHistory, path: Path) -> bool:
 
 
 def plot_choices(choices: Sequence[Choice], path: Path) -> bool:
-    """Draw for each matrix the spectra of gradient and input, and the criterion with its maximum.
-
-    Args:
-        choices: one for each row of the picture.
-        path: the PNG to write; its folder is made.
-
-    Returns:
-        Whether there was a choice to draw.
-    """
+    """Draw a row for each choice: spectra of gradient and input, the criterion; return whether there was a choice."""
     if not choices:
         return False
     figure = _figure(11, 3.2 * len(choices))
@@ -157,11 +123,8 @@ def _draw_spectra(axes: Axes, choice: Choice) -> None:
     for label, spectrum in (("gradient G", choice.gradient_spectrum), ("input rows A", choice.input_spectrum)):
         positive = spectrum[spectrum > 0].numpy()
         axes.plot(np.arange(1, len(positive) + 1), positive / positive[0], label=label)
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("index i")
-    axes.set_ylabel("singular value σᵢ / σ₁")
-    axes.set_title(f"{layer_name(choice.name)}, step {choice.step}")
+    title = f"{layer_name(choice.name)}, step {choice.step}"
+    axes.set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value σᵢ / σ₁", title=title)
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -170,43 +133,30 @@ def _draw_criterion(axes: Axes, choice: Choice) -> None:
     exponents, objective = choice.exponents.numpy(), choice.objective.numpy()
     finite = np.isfinite(objective)
     axes.plot(exponents[finite], objective[finite] - objective[finite].max())
-    p = 1 / choice.chosen if choice.chosen else math.inf
-    axes.axvline(choice.chosen, color="tab:red", linestyle="--", label=f"chosen: p = {p_label(p)}")
+    chosen = f"chosen: p = {p_label(p_of(choice.chosen))}"
+    axes.axvline(choice.chosen, color="tab:red", linestyle="--", label=chosen)
     ticks = [tick for tick in _P_TICKS if exponents[0] - 0.01 <= 1 / tick <= exponents[-1]]
     axes.set_xticks([1 / tick for tick in ticks], [p_label(tick) for tick in ticks])
-    axes.set_xlabel("p, on an axis linear in 1/p")
-    axes.set_ylabel("criterion, relative to its maximum")
-    axes.set_title("criterion")
+    ylabel = "criterion, relative to its maximum"
+    axes.set(xlabel="p, on an axis linear in 1/p", ylabel=ylabel, title="criterion")
     axes.grid(alpha=0.3)
     axes.legend()
 
 
 def _by_layer(log_history: LogHistory, prefix: str) -> tuple[list[int], list[str], Array]:
-    """Return the steps of the entries with this prefix, the layers, and the values (layers, steps).
-
-    A log history holds the string ``inf`` for infinity.
-    """
+    """Return the steps of the entries with this prefix, the layers, and the values (layers, steps)."""
     entries = [entry for entry in log_history if any(key.startswith(prefix) for key in entry)]
     keys = [key for key in entries[-1] if key.startswith(prefix)] if entries else []
+    # A log history holds the string ``inf`` for infinity.
     values = np.array([[float(entry.get(key, math.nan)) for entry in entries] for key in keys], dtype=np.float64)
     return [entry["step"] for entry in entries], [key.removeprefix(prefix) for key in keys], values
 
 
-def _layers_figure(width: float, layers: int) -> Figure:
-    return _figure(width, min(40, 1.6 + 0.2 * layers))
-
-
 def _figure(width: float, height: float) -> Figure:
-    """Return a figure of this size in inches, which belongs to no window."""
+    """Return a figure of this size in inches, at most 40 high, which belongs to no window."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - as the module says
 
-    return Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def _log_colours(lowest: float | None = None, highest: float | None = None) -> Any:
-    from matplotlib.colors import LogNorm  # noqa: PLC0415 - as the module says
-
-    return LogNorm(lowest, highest)
+    return Figure(figsize=(width, min(40, height)), dpi=120, layout="constrained")
 
 
 def _label_layers_and_steps(axes: Axes, layers: Sequence[str], steps: Sequence[int]) -> None:

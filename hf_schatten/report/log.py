@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_schatten.exponent import ascending
 from hf_schatten.matrices.layout import layer_name
 
 # Of entries that hold one layer's value, by quantity.
@@ -18,10 +19,9 @@ LAYER_PREFIXES = (LAYER_PREFIX, STABLE_RANK_PREFIX, RELATIVE_SIZE_PREFIX)
 
 SUMMARY_PREFIX = "schatten_p_"  # of the entries that summarise the p of all layers
 MEDIAN = "median"
-
 SKIPPED_STEPS = "schatten_skipped_steps"
 
-_STATE_FILE = "trainer_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
 
 
 class LogError(ValueError):
@@ -35,10 +35,7 @@ def log_entry(
 ) -> dict[str, float]:
     """Return the log entry of one estimate: the summary of p, and every layer's values by its name.
 
-    Args:
-        learned_p: p by matrix name, at least one.
-        stable_ranks: ‖ΔW‖_F² / ‖ΔW‖_2² of the step's updates, by matrix name.
-        relative_sizes: ‖ΔW‖_F / ‖W‖_F of the step's updates, by matrix name.
+    By matrix name, it takes p of one or more, and ‖ΔW‖_F² / ‖ΔW‖_2² and ‖ΔW‖_F / ‖W‖_F of the step's updates.
     """
     by_layer = zip(LAYER_PREFIXES, (learned_p, stable_ranks or {}, relative_sizes or {}), strict=True)
     return {
@@ -52,35 +49,15 @@ def summary_entry(learned_p: Mapping[str, float]) -> dict[str, float]:
     return {SUMMARY_PREFIX + name: p for name, p in summary(learned_p).items()}
 
 
+def summary(learned_p: Mapping[str, float]) -> dict[str, float]:
+    """Return min, median and max in the order of 1/p, in which -4 lies beyond inf."""
+    ordered = ascending(learned_p.values())
+    return {"min": ordered[0], MEDIAN: ordered[(len(ordered) - 1) // 2], "max": ordered[-1]}
+
+
 def history_entry(entry: Mapping[str, float]) -> dict[str, float | str]:
-    """Return an entry as ``trainer_state.json`` can hold it: JSON has no infinity, which becomes the string ``inf``.
-
-    ``float(value)`` reads both kinds of value back. What is not a number becomes ``nan``.
-    """
+    """Return an entry as JSON can hold it: ``inf`` and ``nan`` become strings, which ``float`` reads back."""
     return {name: value if math.isfinite(value) else str(value) for name, value in entry.items()}
-
-
-def read_log_history(run: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the log history of a run, after the file that holds it.
-
-    Args:
-        run: a checkpoint, or an output folder, whose own ``trainer_state.json`` is read, or its newest checkpoint's.
-
-    Raises:
-        LogError: when there is none that can be read.
-    """
-    checkpoints = (path for path in run.glob(f"checkpoint-*/{_STATE_FILE}") if _step_of(path) >= 0)
-    for path in (run / _STATE_FILE, *sorted(checkpoints, key=_step_of, reverse=True)):
-        try:
-            return path, json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        except (OSError, ValueError, KeyError):  # missing, or of a run that was killed while it saved
-            continue
-    raise LogError(f"{run} has no log: neither it nor a checkpoint in it holds a readable {_STATE_FILE}.")
-
-
-def _step_of(state_file: Path) -> int:
-    number = state_file.parent.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
 
 
 def without_layers(entry: Mapping[str, object]) -> dict[str, object]:
@@ -88,12 +65,27 @@ def without_layers(entry: Mapping[str, object]) -> dict[str, object]:
     return {name: value for name, value in entry.items() if not name.startswith(LAYER_PREFIXES)}
 
 
-def summary(learned_p: Mapping[str, float]) -> dict[str, float]:
-    """Return min, median and max in the order of 1/p, in which -4 lies beyond inf."""
-    ordered = sorted(learned_p.values(), key=lambda p: -1 / p)
-    return {"min": ordered[0], MEDIAN: ordered[(len(ordered) - 1) // 2], "max": ordered[-1]}
+def read_log_history(run: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Return the log history of a run, after the file that holds it, or raise a LogError.
+
+    ``run`` is a checkpoint, or an output folder, whose own ``trainer_state.json`` is read, or its newest checkpoint's.
+    """
+    checkpoints = (folder for folder in checkpoints_of(run) if step_of(folder) >= 0)
+    for folder in (run, *checkpoints):
+        path = folder / TRAINER_STATE_FILE
+        try:
+            return path, json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        except (OSError, ValueError, KeyError):  # missing, or of a run that was killed while it saved
+            continue
+    raise LogError(f"{run} has no log: neither it nor a checkpoint in it holds a readable {TRAINER_STATE_FILE}.")
 
 
-def p_label(p: float) -> str:
-    """Return p as people read it, to three digits."""
-    return "∞" if math.isinf(p) else f"{p:.3g}"
+def checkpoints_of(run: Path) -> list[Path]:
+    """Return the folders ``checkpoint-…`` of an output folder, the newest first."""
+    return sorted(run.glob("checkpoint-*"), key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step in the name of a checkpoint's folder, -1 where there is none."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1

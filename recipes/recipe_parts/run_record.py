@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.training_args import OptimizerNames
 
 from hf_schatten import SchattenTrainerMixin
-from hf_schatten.report import card_from_template
+from recipes.recipe_parts.card_template import card_from_template
 from recipes.recipe_parts.command_line import InputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
