@@ -21,8 +21,16 @@ from benchmarks.spectral_power.ordered_fit import OrderedFit
 from hf_schatten.exponent import MAX_EXPONENT
 from hf_schatten.linalg import coefficient_table
 from hf_schatten.linalg.coefficient_table import Coefficients, table_filename
-from hf_schatten.linalg.coefficients import DAMPING, DEGREE, POINTS, RIDGE, SEARCHED, curve_basis, fit_points
-from hf_schatten.linalg.multiscale_fit import Array
+from hf_schatten.linalg.multiscale_fit import (
+    DAMPING,
+    DEGREE,
+    POINTS,
+    RIDGE,
+    SEARCHED,
+    Array,
+    curve_basis,
+    fit_points,
+)
 from hf_schatten.options import NS_STEPS
 
 _TABLES = Path(coefficient_table.__file__).parent

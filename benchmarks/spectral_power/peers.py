@@ -17,7 +17,6 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 from hf_schatten.linalg import Coefficients, spectral_function, spectral_power
-from hf_schatten.linalg.coefficients import lagrange
 
 # K. Jordan's Muon, kellerjordan.github.io/posts/muon: the largest slope at zero, at the price of convergence.
 MUON_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -114,6 +113,28 @@ def newton_schulz(X: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         polynomial = multiply_add(gram, gram, gram, beta=b, alpha=c)
         X = multiply_add(X, polynomial, X, beta=a)
     return X
+
+
+def lagrange(s: float, steps: int = 5) -> Coefficients:
+    """One constrained least-squares quintic for x^{s^{1/K}}, composed K times (T. Massena 2026).
+
+    The quintic minimises ``∫₀¹ (a x + b x³ + c x⁵ - x^t)² dx`` subject to ``a + b + c = 1``, where ``t^K = s``;
+    its Lagrange conditions are four linear equations.
+
+    Args:
+        s: Spectral exponent 1/p in [0, 1].
+        steps: How often the quintic is composed, K.
+
+    Returns:
+        K equal steps, of which only the last iterate has a weight.
+    """
+    powers = np.array([1, 3, 5])
+    conditions = np.ones((4, 4))
+    conditions[:3, :3] = 1 / (powers[:, None] + powers + 1)  # ∫ x^i x^j
+    conditions[3, 3] = 0
+    moments = np.append(1 / (powers + s ** (1 / steps) + 1), 1)
+    a, b, c, _ = np.linalg.solve(conditions, moments).tolist()
+    return Coefficients((a,) * steps, (b,) * steps, (c,) * steps, (0.0,) * steps + (1.0,))
 
 
 @functools.cache

@@ -9,17 +9,14 @@ from torch import Tensor
 
 
 def are_finite(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return for each tensor whether every element is a finite number, bool scalars on its device.
+    """Return for each floating tensor whether all its elements are finite, bool scalars; nothing waits for the device.
 
-    Nothing waits for the device. An empty tensor is finite.
-
-    Args:
-        tensors: floating, of any shapes, dtypes and devices.
+    Shapes, dtypes and devices may differ. An empty tensor is finite.
     """
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
-    # Looked at together: an operation for each would take longer than the look.
+    # Together: an operation for each would take longer than the look.
     finite = {device: iter(_extremes(found).isfinite().all(-1).unbind()) for device, found in by_device.items()}
     return [next(finite[tensor.device]) for tensor in tensors]
 

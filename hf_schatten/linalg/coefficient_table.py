@@ -1,6 +1,6 @@
 """The coefficients of the multi-scale iteration: what they are, their stored tables, interpolation in the exponent.
 
-The tables, one JSON file for each number of steps, are made by ``python -m hf_schatten.linalg.coefficients``.
+``python benchmarks/spectral_power/fit_tables.py`` makes the tables, one JSON file for each number of steps.
 """
 
 import functools
@@ -70,10 +70,7 @@ def table_filename(steps: int) -> str:
 
 @functools.cache
 def load_table(steps: int) -> dict[str, Any]:
-    """Read the stored table for ``steps`` Newton–Schulz steps.
-
-    Args:
-        steps: Number of steps K, one of `NS_STEPS`.
+    """Read the stored table for one of `NS_STEPS`.
 
     Returns:
         The file's content. ``columns``: one dict for each of the exponents ``s``, ascending from -0.25 to 1,
@@ -110,11 +107,11 @@ def interpolate(s: Tensor, steps: int) -> Tensor:
     """Coefficients for each exponent, linear between the stored columns and hence continuous in s.
 
     Args:
-        s: Exponents, shape (B,), float32 or float64. Values outside [-0.25, 1] are clamped; NaN gives NaN.
+        s: Exponents, shape (B,), float32 or float64; clamped to [-0.25, 1]. NaN gives NaN.
         steps: Number of Newton–Schulz steps K.
 
     Returns:
-        Shape (B, 4K + 1), of s's dtype: a, b, c (K numbers each) and w (K + 1 numbers), one after the other.
+        Rows as of `Coefficients.from_row`, shape (B, 4K + 1), of s's dtype.
 
     Raises:
         ValueError: If no table is stored for ``steps``.

@@ -13,12 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Muon's step: steep at zero, bounded at one.
-_STEP = (3.4445, -4.7750, 2.0315)
+from hf_schatten.linalg.iterate_norms import FIT_POINTS, STEP, fit_points, ridge_regression
+
 _STEPS = 8
-_FIT_POINTS = 2000
-_FIT_RANGE = (1e-4, 1.0)
-_FIT_RIDGE = 1e-4  # keeps the weights small, so that they amplify no rounding
 
 
 class DirectionCurves(NamedTuple):
@@ -91,7 +88,7 @@ def _iterates(momentum: Tensor) -> list[Tensor]:
         return [X.mT for X in _iterates(momentum.mT)]
     gram = momentum @ momentum.mT
     X = momentum / (1.01 * torch.linalg.matrix_norm(gram).sqrt())  # by the Schatten-4 norm
-    iterates, (a, b, c) = [X], _STEP
+    iterates, (a, b, c) = [X], STEP
     for _ in range(_STEPS):
         gram = X @ X.mT
         X = a * X + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ X
@@ -102,13 +99,11 @@ def _iterates(momentum: Tensor) -> list[Tensor]:
 @lru_cache(maxsize=2)
 def _weights(exponents: tuple[float, ...]) -> Tensor:
     """Weights of the iterates, (K, iterates) float64: ridge regression to x^s on a log-uniform grid."""
-    low, high = torch.tensor(_FIT_RANGE, dtype=torch.float64).log10()
-    x = torch.logspace(low, high, _FIT_POINTS, dtype=torch.float64)
-    design, (a, b, c) = [x], _STEP
+    x = fit_points()
+    design, (a, b, c) = [x], STEP
     for _ in range(_STEPS):
         y = design[-1]
         design.append(y * (a + y**2 * (b + y**2 * c)))
-    matrix = torch.stack(design, dim=1) / _FIT_POINTS**0.5  # (points, iterates)
-    targets = x[:, None] ** torch.tensor(exponents, dtype=torch.float64) / _FIT_POINTS**0.5  # (points, K)
-    ridge = _FIT_RIDGE**2 * torch.eye(len(design), dtype=torch.float64)
-    return torch.linalg.solve(matrix.mT @ matrix + ridge, matrix.mT @ targets).mT
+    matrix = torch.stack(design, dim=1) / FIT_POINTS**0.5  # (points, iterates)
+    targets = x[:, None] ** torch.tensor(exponents, dtype=torch.float64) / FIT_POINTS**0.5  # (points, K)
+    return ridge_regression(matrix, targets).mT

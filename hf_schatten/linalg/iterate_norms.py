@@ -15,7 +15,7 @@ from hf_schatten.linalg.symmetric_product import symmetric_product
 
 # Muon's step, whose slope at zero is among the steepest that keep the singular values bounded: six steps reach down to
 # 1/1700 of the largest, where the float32 Gram matrix ends anyway.
-_STEP = (3.4445, -4.7750, 2.0315)
+STEP = (3.4445, -4.7750, 2.0315)
 _STEPS = 6
 
 _SQUARINGS = 5
@@ -24,7 +24,7 @@ _POWERS = [1, 2, *(power << j for j in range(_SQUARINGS) for power in (3, 4))]
 # Inverse orders at which the weights are fitted: between orders 2 and 4, and down to 3/4.
 _FITTED_NODES = [0.3, 0.35, 0.4, 0.45, *(0.55 + 0.05 * j for j in range(16)), 1.34]
 
-_FIT_POINTS = 2000
+FIT_POINTS = 2000
 _FIT_RANGE = (1e-4, 1.0)
 _FIT_FLOOR = 1e-3  # of σ^order: errors are relative above and absolute below
 _FIT_RIDGE = 1e-4  # keeps the weights below about 1, so that they amplify no rounding
@@ -32,14 +32,11 @@ _STENCIL = 4  # nodes of the local interpolation
 
 
 def iterate_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
-    """Return log ‖X‖ for many Schatten orders at once.
+    """Return log ‖X‖, (B, k) float64, for many Schatten orders at once.
 
     Args:
         X: (B, m, n) float32, m <= n, of unit scale.
         inverse_orders: (k,) float64 in [0, 4/3].
-
-    Returns:
-        (B, k) float64.
     """
     powers, fitted = (_constant(tuple(values), X.device) for values in (_POWERS, _FITTED_NODES))
     gram = symmetric_product(X, X.mT)
@@ -70,7 +67,7 @@ def _log_traces_of_powers(gram: Tensor) -> Tensor:
 def _features(gram: Tensor, log_norm: Tensor) -> Tensor:
     """``tr A_k`` and ``⟨A_j, A_k⟩``, j <= k, of the iterates' Gram matrices, (B, features) float64."""
     A = gram * (-2 * log_norm).exp().to(gram.dtype).unsqueeze(-1)
-    a, b, c = _STEP
+    a, b, c = STEP
     iterates = [A]
     for _ in range(_STEPS):
         polynomial = symmetric_product(A, A).mul_(c).add_(A, alpha=b)
@@ -86,7 +83,7 @@ def _features(gram: Tensor, log_norm: Tensor) -> Tensor:
 
 def _scalar_features(x: Tensor) -> Tensor:
     """What a singular value x of X/c contributes to the features and to orders 6 and 8, (points, features)."""
-    a, b, c = _STEP
+    a, b, c = STEP
     squares = [x**2]
     for _ in range(_STEPS):
         A = squares[-1]
@@ -99,14 +96,23 @@ def _scalar_features(x: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _weights(device: torch.device) -> Tensor:
     """Weights of the features at the fitted nodes, (nodes, features): ridge regression on a log-uniform grid."""
-    low, high = torch.tensor(_FIT_RANGE, dtype=torch.float64).log10()
-    x = torch.logspace(low, high, _FIT_POINTS, dtype=torch.float64)
+    x = fit_points()
     target = x ** _constant(tuple(_FITTED_NODES), x.device)[:, None].reciprocal()  # (nodes, points)
-    precision = 1 / (target.clamp_min(_FIT_FLOOR) * _FIT_POINTS**0.5)
+    precision = 1 / (target.clamp_min(_FIT_FLOOR) * FIT_POINTS**0.5)
     design = _scalar_features(x) * precision[..., None]  # (nodes, points, features)
+    return ridge_regression(design, (target * precision)[..., None]).squeeze(-1).to(device)
+
+
+def fit_points() -> Tensor:
+    """Singular values, relative to a norm, that weights of iterates are fitted on: log-uniform, float64."""
+    low, high = torch.tensor(_FIT_RANGE, dtype=torch.float64).log10()
+    return torch.logspace(low, high, FIT_POINTS, dtype=torch.float64)
+
+
+def ridge_regression(design: Tensor, targets: Tensor) -> Tensor:
+    """Weights (..., features, k) of features (..., points, features) to targets (..., points, k), all float64."""
     ridge = _FIT_RIDGE**2 * torch.eye(design.shape[-1], dtype=torch.float64)
-    moments = design.mT @ (target * precision)[..., None]
-    return torch.linalg.solve(design.mT @ design + ridge, moments).squeeze(-1).to(device)
+    return torch.linalg.solve(design.mT @ design + ridge, design.mT @ targets)
 
 
 @lru_cache(maxsize=16)

@@ -12,18 +12,32 @@ stretch u, of which the fit knows the logarithm, and the drop d::
 different powers lie close together, with u from 1.5 to 2.8 and d from 0 to 1.5, and may be interpolated; in a gauge
 like ``a + b + c = 1`` the same fits lie far apart, and most of what lies between them explodes.
 
-All columns of a family are fitted at once: the shapes are curves in the family's parameter (the exponent s).
+All columns of a family are fitted at once: the shapes are curves in the family's parameter. The stored tables are the
+family of the exponents s (``benchmarks/spectral_power/fit_tables.py``); `least_squares` fits one column.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
+from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
 
-from hf_schatten.linalg.coefficient_table import Coefficients
+from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT
+from hf_schatten.linalg.coefficient_table import Coefficients, load_table
 
 Array = NDArray[np.float64]
 
+POINTS = 240
+# Of the weights at s = 0. With 0.003 at K = 5, the search for the tables ends in minima that are as good as a whole,
+# but a fifth worse at p = 4 to 6.
+DAMPING = {3: 0.003, 4: 0.003, 5: 0.005, 6: 0.003, 7: 0.003, 8: 0.003}
+RIDGE = 0.01  # of the curves; only steps that a column does not need feel it
+DEGREE = 4  # of the stored curves
+SEARCHED = np.linspace(MIN_EXPONENT, MAX_EXPONENT, 41)[:-1]  # exponents of the columns in the search for the curves
+
+_SPACING = 0.35
 _OVERFLOW = 1e6
 _LARGEST_LOG_STRETCH = 3.0
 
@@ -44,15 +58,15 @@ class MultiscaleFit:
 
     Attributes:
         steps: Number of Newton–Schulz steps K.
-        x: Points in (0, 1], shape (N,). All weigh the same: their density is the measure of the error.
-        targets: Values of the targets at the points, shape (S, N).
-        basis: Values of the D basis functions of the curves at the columns, shape (S, D).
-        damping: Damping of the weights of X_1 … X_K in each column, relative to the target's root mean square,
-            shape (S,). Large weights that cancel amplify half precision's rounding, and jump from column to
-            column. X_0 is never rounded and goes free, so that the target x is met exactly.
-        importance: Of each column, shape (S,).
-        roughness: Quadratic form in the curves that the objective contains, shape (D, D), positive definite: it
-            keeps a step that a column does not need from running off to infinity.
+        x: Points in (0, 1], (N,). All weigh the same: their density is the measure of the error.
+        targets: Values of the targets at the points, (S, N).
+        basis: Values of the D basis functions of the curves at the columns, (S, D).
+        damping: Of the weights of X_1 … X_K in each column, relative to the target's root mean square, (S,). Large
+            weights that cancel amplify half precision's rounding, and jump from column to column. X_0 is never
+            rounded and goes free, so that the target x is met exactly.
+        importance: Of each column, (S,).
+        roughness: Quadratic form in the curves that the objective contains, (D, D), positive definite: it keeps a
+            step that a column does not need from running off to infinity.
     """
 
     steps: int
@@ -100,12 +114,8 @@ class MultiscaleFit:
     def linearize(self, curves: Array) -> Linearization | None:
         """Solve for the weights and differentiate the rest (Kaufman's variant of variable projection).
 
-        Args:
-            curves: Curves of log u (first K rows) and d (last K rows), shape (2K, D).
-
-        Returns:
-            The residual is relative to each target's root mean square, so that ``error`` is a relative error;
-            None where the iterates exceed a million.
+        The residual is relative to each target's root mean square, so that ``error`` is a relative error; None where
+        the iterates exceed a million. The first K rows of curves (2K, D) are those of log u, the last K those of d.
         """
         ran = self._run(curves)
         if ran is None:
@@ -139,17 +149,11 @@ class MultiscaleFit:
         return Linearization(weights[..., 0], np.sqrt((residual**2).sum(1)), residual, jacobian)
 
     def minimise(self, curves: Array, iterations: int) -> tuple[float, Array]:
-        """Minimise ``Σ importance · log(error)`` and the roughness from a start, by Levenberg–Marquardt steps.
+        """Minimise ``Σ importance · log(error)`` and the roughness from curves (2K, D), by Levenberg–Marquardt steps.
 
         The logarithm gives every column the same right to a given *relative* improvement, from p = 1.03 with
-        its error of 0.01 % to p = -4 with its 20 %.
-
-        Args:
-            curves: Start, shape (2K, D).
-            iterations: Largest number of steps.
-
-        Returns:
-            The objective reached (infinite where the start overflows), and the curves.
+        its error of 0.01 % to p = -4 with its 20 %. Returns the objective reached (infinite where the start
+        overflows), and the curves.
         """
         current = self.linearize(curves)
         if current is None:
@@ -200,3 +204,42 @@ def _gamma_derivatives(u: Array, d: Array) -> tuple[Array, Array]:
     by_d = -1 / (u * (1 + u**2) ** 2)
     peak = _gamma(u, np.zeros_like(d))
     return peak * (u / (u + 2) - 1 - 2 * u / (u + 1)) - d * by_d * (1 + 4 * u**2 / (1 + u**2)), by_d
+
+
+def least_squares(f_target: Callable[[Array], Array], steps: int, *, lowest: float) -> Coefficients:
+    """Fit any function of the singular values ("Interpolating Between SGD and Muon"), from the nearest stored column.
+
+    Args:
+        f_target: Takes an array of singular values in (0, 1], relative to the Schatten-8 norm, and returns what
+            becomes of them. The step function ``1[x = x_max]`` is out of a polynomial's reach: use
+            `hf_schatten.linalg.top_singular_direction`.
+        steps: Number of Newton–Schulz steps, 3 to 8.
+        lowest: The fit covers [lowest, 1], by points that are nearly log-uniform.
+
+    Raises:
+        ValueError: If ``lowest`` is outside (0, 1) or there is no table to start ``steps`` steps from.
+    """
+    if not 0 < lowest < 1:
+        raise ValueError(f"lowest must lie in (0, 1), got {lowest!r}")
+    starts = np.array(load_table(steps)["curves"]) @ curve_basis(SEARCHED, DEGREE).T  # (2K, S)
+    x, one = fit_points(POINTS, lowest), np.ones((1, 1))
+    fit = MultiscaleFit(steps, x, f_target(x)[None], one, one[0] * DAMPING[steps], one[0], RIDGE * one)
+    _, shape = min((fit.minimise(start[:, None], 100) for start in starts.T), key=itemgetter(0))
+    fitted = fit.linearize(shape)
+    if fitted is None:
+        raise ValueError("the iterates of every start overflow")
+    return fit.columns(shape, fitted.weights)[0]
+
+
+def fit_points(count: int, lowest: float) -> Array:
+    """Points in [lowest, 1], equally spaced in a small power of x: nearly log-uniform, but denser towards 1.
+
+    Spectra spread over decades, each of which must count; the largest values carry most of the result's norm.
+    """
+    return np.linspace(lowest**_SPACING, 1, count) ** (1 / _SPACING)
+
+
+def curve_basis(exponents: Array, degree: int) -> Array:
+    """Chebyshev polynomials of s on [-0.25, 1], shape (S, degree + 1)."""
+    centre, half = (MAX_EXPONENT + MIN_EXPONENT) / 2, (MAX_EXPONENT - MIN_EXPONENT) / 2
+    return np.asarray(chebyshev.chebvander((exponents - centre) / half, degree), dtype=np.float64)

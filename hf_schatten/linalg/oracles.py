@@ -40,15 +40,9 @@ def dualizer(X: Tensor, order: float) -> Tensor:
 
 
 def ball_oracle(X: Tensor, order: float, radius: float = 1.0) -> Tensor:
-    """``argmin ⟨X, T⟩`` over ``‖T‖ <= radius`` in the Schatten norm ("Schattor", lemma 1, equation 3).
+    """``argmin ⟨X, T⟩`` over ``‖T‖ <= radius``, i.e. ``-radius · dualizer(X)`` ("Schattor", lemma 1, equation 3).
 
-    Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype.
-        order: In [1, inf].
-        radius: Of the ball, at least 0; 1 in the source.
-
-    Returns:
-        ``-radius · dualizer(X)``, of X's shape and dtype; the minimum is ``-radius ‖X‖_q``, q the dual order.
+    The minimum is ``-radius ‖X‖_q``, q the dual order. Shapes as in `dualizer`; radius is 1 in the source.
 
     Raises:
         ValueError: If radius is negative, or as `dualizer`.
@@ -59,16 +53,10 @@ def ball_oracle(X: Tensor, order: float, radius: float = 1.0) -> Tensor:
 
 
 def regularized_oracle(X: Tensor, order: float, penalty: float = 1.0) -> Tensor:
-    """``argmin ⟨X, T⟩ + penalty/2 · ‖T‖²`` in the Schatten norm ("Schattor", lemma 1, equation 3).
+    """``argmin ⟨X, T⟩ + penalty/2 · ‖T‖²``, i.e. ``-‖X‖_q / penalty · dualizer(X)``, q the dual order.
 
-    Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype.
-        order: In [1, inf].
-        penalty: Above 0; 1 in the source, the sharpness λ of "Steepest Descent Under Schatten-p Norms", theorem 4.
-
-    Returns:
-        ``-‖X‖_q / penalty · dualizer(X)``, q the dual order, of X's shape and dtype; the minimum is
-        ``-‖X‖_q² / (2 penalty)``.
+    "Schattor", lemma 1, equation 3, where penalty is 1; it is the sharpness λ of "Steepest Descent Under Schatten-p
+    Norms", theorem 4. The minimum is ``-‖X‖_q² / (2 penalty)``. Shapes as in `dualizer`.
 
     Raises:
         ValueError: If penalty is not positive, or as `dualizer`.
@@ -90,8 +78,7 @@ def coupling_factors(dual_norms: Tensor, outer_order: float, weights: Tensor | f
     Args:
         dual_norms: Norms of the blocks in the dual order, shape (..., blocks), of a floating point dtype.
         outer_order: Of the vector norm that couples the blocks, in [1, inf].
-        weights: w_i, above 0, of a shape that broadcasts to that of ``dual_norms`` and of the same dtype; not
-            checked. A block of larger weight moves less.
+        weights: w_i, above 0 (not checked), broadcast to ``dual_norms`` and of its dtype: more of it moves less.
 
     Returns:
         Factors of dual_norms' shape and dtype; 0 for a zero block. One NaN or inf makes all of them NaN.
@@ -103,10 +90,7 @@ def coupling_factors(dual_norms: Tensor, outer_order: float, weights: Tensor | f
 
 
 def _dual_vector(x: Tensor, order: float) -> Tensor:
-    """``argmax ⟨x, t⟩`` over ``‖t‖ = 1`` in the vector norm, for nonnegative x (..., k); `dualizer` lists its choices.
-
-    This is all of an oracle that does not concern singular vectors: of singular values or of the norms of blocks.
-    """
+    """``argmax ⟨x, t⟩`` over ``‖t‖ = 1`` in the vector norm, x (..., k) nonnegative; `dualizer` lists its choices."""
     exponent = dual_order(order) - 1  # inf at order 1
     relative, _ = relative_to_largest(x)
     if order == 1:

@@ -12,9 +12,7 @@ from torch import Tensor
 
 
 def dual_order(order: float) -> float:
-    """The order q with ``1/order + 1/q = 1``: the Schatten-q norm is dual to the Schatten norm of this order.
-
-    "Steepest Descent Under Schatten-p Norms", corollary 3.
+    """The order q with ``1/order + 1/q = 1``, whose Schatten norm is the dual one (corollary 3 of the source).
 
     Raises:
         ValueError: If order lies outside [1, inf].
@@ -24,9 +22,7 @@ def dual_order(order: float) -> float:
 
 
 def schatten_norm(X: Tensor, order: float) -> Tensor:
-    """``(Σ σ_i^order)^{1/order}``, of which 1 is the nuclear, 2 the Frobenius, and inf the spectral norm.
-
-    "Steepest Descent Under Schatten-p Norms", definition 1.
+    """``(Σ σ_i^order)^{1/order}``: 1 is the nuclear, 2 the Frobenius, inf the spectral norm (definition 1).
 
     Args:
         X: Matrices, shape (..., m, n), of a floating point dtype.
@@ -44,23 +40,17 @@ def schatten_norm(X: Tensor, order: float) -> Tensor:
 
 
 def stable_rank(X: Tensor) -> Tensor:
-    """``‖X‖_F² / ‖X‖_2²``, between 1 and the rank ("Steepest Descent Under Schatten-p Norms", definition 7).
-
-    Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype.
-
-    Returns:
-        Shape (...), of X's dtype; 0 for a zero matrix.
+    """``‖X‖_F² / ‖X‖_2²``, between 1 and the rank, of X's dtype; 0 for a zero matrix (definition 7).
 
     Raises:
-        ValueError: If X is not floating point or has fewer than two dimensions.
+        ValueError: If X (..., m, n) is not floating point or has fewer than two dimensions.
     """
     relative, _ = relative_to_largest(_singular_values(X))
     return relative.square().sum(-1).to(X.dtype)
 
 
 def relative_size(update: Tensor, W: Tensor, order: float) -> Tensor:
-    """``‖update‖ / ‖W‖`` in one Schatten norm ("Steepest Descent Under Schatten-p Norms", definition 6).
+    """``‖update‖ / ‖W‖`` in one Schatten norm (definition 6).
 
     Args:
         update: Matrices, shape (..., m, n), of a floating point dtype.
@@ -77,14 +67,11 @@ def relative_size(update: Tensor, W: Tensor, order: float) -> Tensor:
 
 
 def scaled_to_unit(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide matrices by their largest magnitudes, so that no decomposition overflows, underflows or raises.
-
-    Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype.
+    """Divide X (..., m, n) by its largest magnitudes, so that no decomposition overflows, underflows or raises.
 
     Returns:
-        float64 matrices (..., m, n) with elements in [-1, 1], and float64 scales (..., 1, 1) by which they are to be
-        multiplied. Where X has a NaN or inf the matrix is zero and the scale is that: multiplied, NaN.
+        float64 matrices with elements in [-1, 1], and float64 scales (..., 1, 1) by which they are to be multiplied.
+        Where X has a NaN or inf the matrix is zero and the scale is that: multiplied, NaN.
 
     Raises:
         ValueError: If X is not floating point or has fewer than two dimensions.
@@ -97,9 +84,9 @@ def scaled_to_unit(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative_to_largest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Divide nonnegative numbers, shape (..., k), by the largest, shape (..., 1), which is returned too.
+    """Divide nonnegative x (..., k) by the largest (..., 1), returned too: powers of the quotients cannot overflow.
 
-    Powers of the quotients cannot overflow. Zeros stay zero; one NaN makes all k quotients NaN.
+    Zeros stay zero; one NaN makes all k quotients NaN.
     """
     largest = x.amax(-1, keepdim=True)
     return x / largest.masked_fill(largest == 0, 1.0), largest

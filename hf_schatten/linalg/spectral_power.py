@@ -30,16 +30,15 @@ def spectral_power(
 ) -> Tensor:
     """Approximate ``U diag(σ^{1/p}) Vᵀ`` of each matrix, each with its own p, in one batched call.
 
-    The scale of X is kept: p = 1 returns X to rounding, and ``t·X`` gives ``t^{1/p}`` times the result of X. A
-    zero matrix gives zero. A matrix with NaN or inf gives NaN and leaves the rest of its batch alone. Nothing
-    waits for the device. There is no gradient.
+    The scale of X is kept: p = 1 returns X to rounding, and ``t·X`` gives ``t^{1/p}`` times the result of X. A zero
+    matrix gives zero; one with NaN or inf gives NaN and leaves the rest of its batch alone. Nothing waits for the
+    device. There is no gradient.
 
     Args:
         X: Matrices, shape (..., m, n), of a floating point dtype; need not be contiguous.
         p: 1 is X itself, ``inf`` the polar factor U Vᵀ, ``p <= -4`` is "beyond Muon" (``s = 1/p`` in [-0.25, 0)).
-            A number for all matrices, or a tensor that broadcasts to the batch shape ``X.shape[:-2]``, on X's
-            device. A tensor's values cannot be checked without waiting for the device: their 1/p is clamped to
-            [-0.25, 1].
+            A number, or a tensor on X's device that broadcasts to ``X.shape[:-2]``; a tensor's values are not checked,
+            but their 1/p is clamped to [-0.25, 1].
         steps: Newton–Schulz steps K, 3 to 8: more are dearer and more accurate.
         compute_dtype: Dtype of the matrix products. Default: float64 for float64 X, else float32 on a CPU and
             bfloat16 on an accelerator.
@@ -51,32 +50,13 @@ def spectral_power(
         ValueError: If a number p is NaN or in (-4, 1), X is not floating point or has fewer than two dimensions,
             or there is no table for ``steps``.
     """
-    return spectral_power_from_exponent(X, exponent_of(p), steps=steps, compute_dtype=compute_dtype)
-
-
-def spectral_power_from_exponent(
-    X: Tensor, s: float | Tensor, *, steps: int = 5, compute_dtype: torch.dtype | None = None
-) -> Tensor:
-    """`spectral_power` by the spectral exponent ``s = 1/p``, clamped to [-0.25, 1].
-
-    Args:
-        X: Matrices, shape (..., m, n).
-        s: A number, or a tensor that broadcasts to ``X.shape[:-2]``, on X's device.
-        steps: As in `spectral_power`.
-        compute_dtype: As in `spectral_power`.
-
-    Returns:
-        ``U diag(σ^s) Vᵀ``, of X's shape and dtype.
-
-    Raises:
-        ValueError: As `spectral_power`; the values of s are not checked.
-    """
+    exponent = exponent_of(p)
     batch = _wide_batch(X)
-    scalar_dtype = _scalar_dtype(X)
-    if isinstance(s, Tensor):
-        s = s.to(scalar_dtype).expand(X.shape[:-2]).reshape(-1)
+    dtype = _scalar_dtype(X)
+    if isinstance(exponent, Tensor):
+        s = exponent.to(dtype).expand(X.shape[:-2]).reshape(-1)
     else:
-        s = torch.full(batch.shape[:1], s, dtype=scalar_dtype, device=X.device)
+        s = torch.full(batch.shape[:1], exponent, dtype=dtype, device=X.device)
     s = s.clamp(MIN_EXPONENT, MAX_EXPONENT)
     if X.numel() == 0:
         return torch.zeros_like(X)
@@ -89,7 +69,7 @@ def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: t
 
     Args:
         X: Matrices, shape (..., m, n), of a floating point dtype.
-        coefficients: The iteration f, for instance from `hf_schatten.linalg.coefficients`.
+        coefficients: The iteration f, for instance of a `FittedTarget`.
         compute_dtype: As in `spectral_power`.
 
     Returns:
@@ -167,10 +147,7 @@ class _Step(NamedTuple):
     w: Tensor
 
     def polynomial(self, gram: Tensor, gram_squared: Tensor) -> Tensor:
-        """``a I + b A + c A²`` of A = gram (B, m, m), in the memory of ``gram_squared``.
-
-        The sum is formed in the coefficients' dtype and rounded to A's once, at the end.
-        """
+        """``a I + b A + c A²`` of A = gram (B, m, m), in the memory of ``gram_squared``; rounded to A's dtype once."""
         on_cpu = gram.device.type == "cpu"  # where operations on two dtypes are slow
         total = gram_squared.to(self.c.dtype).mul_(self.c) if on_cpu else gram_squared * self.c
         total.diagonal(dim1=-2, dim2=-1).add_(self.a.squeeze(-1))

@@ -12,9 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_schatten.linalg.estimated_spectra import lanczos_spectrum, submatrix_spectrum
 from hf_schatten.linalg.iterate_norms import iterate_log_norms
-from hf_schatten.linalg.krylov_spectrum import lanczos_spectrum
-from hf_schatten.linalg.submatrix_spectrum import submatrix_spectrum
 from hf_schatten.options import EstimatorName
 
 # From matrices (..., m, n) and inverse orders (k,), float64 in [0, 4/3] with 0 for the spectral norm, to (..., k)
@@ -28,10 +27,9 @@ def exact_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
 
 
 def exact_log_spectrum(X: Tensor) -> Tensor:
-    """Return the logarithms of the singular values of a matrix, from the eigenvalues of its smaller Gram matrix.
+    """Return the logarithms of the singular values, from the eigenvalues of the smaller Gram matrix in float64.
 
-    The Gram matrix is formed in float64, so that singular values are exact to about 1e-8 of the largest;
-    what rounds below zero is reported as zero (-inf).
+    They are exact to about 1e-8 of the largest; what rounds below zero is reported as zero (-inf).
 
     Args:
         X: (..., m, n), real, any dtype.
@@ -56,7 +54,7 @@ def log_schatten_norm(log_spectrum: Tensor, inverse_order: Tensor, log_multiplic
     Args:
         log_spectrum: (..., r) logarithms of singular values; -inf for a zero.
         inverse_order: (k,) values of 1/order, at least 0; 0 is the spectral norm.
-        log_multiplicity: (..., r) logarithms of how often each singular value counts, finite; once if not given.
+        log_multiplicity: (..., r) logarithms of how often each singular value counts, finite. Default: once.
 
     Returns:
         (..., k) of the dtype of ``log_spectrum``; -inf or NaN for a zero matrix.
@@ -108,7 +106,6 @@ def _unit_matrices(X: Tensor) -> tuple[Tensor, Tensor]:
     return unit if X.shape[-2] <= X.shape[-1] else unit.mT, log_scale.flatten(1)
 
 
-# By name, as in the options.
 LOG_NORM_ESTIMATORS: dict[EstimatorName, LogNormEstimator] = {
     "exact": exact_log_norms,
     "submatrix": _of_spectrum(submatrix_spectrum),

@@ -12,15 +12,12 @@ _SMALLEST_BLOCK = 256  # rows
 
 
 def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
-    """``A @ B`` where it is known to be symmetric: only the blocks on and above the diagonal are computed.
+    """``A @ B`` (B, m, m) where it is known to be symmetric: only blocks on and above the diagonal are computed.
 
     Args:
         A: Shape (B, m, n).
         B: Shape (B, n, m), such that every ``A @ B`` is symmetric: ``A.mT``, or a polynomial of A.
-        out: Where to write the product, shape (B, m, m); shares no memory with A or B.
-
-    Returns:
-        The product, shape (B, m, m), exactly symmetric off the diagonal blocks.
+        out: Where to write the product; shares no memory with A or B.
     """
     m = A.shape[-2]
     product = A.new_empty(*A.shape[:-1], m) if out is None else out

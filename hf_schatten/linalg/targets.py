@@ -6,27 +6,21 @@ polynomial of that degree is, becomes subspace iteration.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_schatten.linalg.coefficient_table import Coefficients
-from hf_schatten.linalg.multiscale_fit import Array
+from hf_schatten.linalg.multiscale_fit import Array, least_squares
 from hf_schatten.linalg.spectral_power import spectral_function, spectral_power
-from hf_schatten.linalg.top_singular import top_singular_direction
+from hf_schatten.linalg.top_directions import top_k_direction, top_singular_direction
 from hf_schatten.option_text import POWER, function_name, json_ready, parse_target
 from hf_schatten.options import TargetFunction
 
-LOWEST = 0.01  # fits cover [LOWEST, 1] of the Schatten-8 norm
-
 _ACCURACY_POINTS = 1000
-_START_SEED = 0
-_POLISHING_STEPS = 4  # take the table's 11 % at p = inf to rounding: each turns an error e into 1.5 e²
 _STEP_SHARPNESS = 8
 
 
@@ -54,14 +48,14 @@ class FittedTarget:
 
 
 @functools.lru_cache(maxsize=64)
-def fit_target(f: TargetFunction, steps: int = 5, lowest: float = LOWEST) -> FittedTarget:
+def fit_target(f: TargetFunction, steps: int = 5, lowest: float = 0.01) -> FittedTarget:
     """Fit a target by `least_squares`, once for each function and number of steps: seconds, then from memory.
 
     Args:
         f: takes an array of singular values in (0, 1], relative to the Schatten-8 norm, and returns as many numbers,
             or one. Hashable, as functions are.
         steps: Newton–Schulz steps K, 3 to 8.
-        lowest: the fit covers [lowest, 1]. Default 0.01.
+        lowest: the fit covers [lowest, 1].
 
     Returns:
         The coefficients and their errors on 1000 log-uniform points.
@@ -69,9 +63,6 @@ def fit_target(f: TargetFunction, steps: int = 5, lowest: float = LOWEST) -> Fit
     Raises:
         ValueError: when f is not finite or zero everywhere on [lowest, 1], or as `least_squares`.
     """
-    # Imported where it is used: `python -m hf_schatten.linalg.coefficients` must not find itself imported already.
-    from hf_schatten.linalg.coefficients import least_squares  # noqa: PLC0415
-
     x = np.geomspace(lowest, 1, _ACCURACY_POINTS)
     target = _values(f, x)
     coefficients = least_squares(lambda points: _values(f, points), steps, lowest=lowest)
@@ -93,89 +84,21 @@ def _values(f: TargetFunction, x: Array) -> Array:
     return values
 
 
-def top_k_direction(X: Tensor, k: int, *, iterations: int = 16) -> Tensor:
-    """The partial isometry ``U_k V_kᵀ`` of the k largest singular values: 1 for these, 0 for the rest.
-
-    Subspace iteration from a fixed start, by products of X with k columns and QR decompositions. Where σ_{k+1} is
-    close to σ_k the block mixes their vectors, weighted by ``(σ_{k+1}/σ_k)^{2 iterations}``: the result still has k
-    singular values of 1, and on a Gaussian matrix, which has no gap, ``⟨X, U_k V_kᵀ⟩`` is 99 % of its maximum.
-
-    Args:
-        X: matrices, shape (..., m, n), of a floating point dtype.
-        k: at least 1; from min(m, n) on, the result is the polar factor.
-        iterations: products with X and with Xᵀ, as many of each. Default 16.
-
-    Returns:
-        Tensor of X's shape and dtype. Singular values below 5e-4 of the largest come out below 1, and zero stays
-        zero.
-
-    Raises:
-        ValueError: when k is below 1, or X is not floating point or has fewer than two dimensions.
-    """
-    if k < 1:
-        raise ValueError(f"k must be at least 1, got {k!r}")
-    if X.ndim < 2 or not X.is_floating_point():
-        raise ValueError(f"X must be floating point with two dimensions or more, got {X.dtype} {tuple(X.shape)}")
-    if X.shape[-2] > X.shape[-1]:
-        return top_k_direction(X.mT, k, iterations=iterations).mT
-    if X.numel() == 0:
-        return torch.zeros_like(X)
-    working = X.to(torch.promote_types(X.dtype, torch.float32))
-    working = working / working.abs().amax((-2, -1), keepdim=True).clamp_min(torch.finfo(working.dtype).tiny)
-    U = _start(working, min(k, X.shape[-2]))
-    for _ in range(iterations):
-        V = torch.linalg.qr(working.mT @ U).Q  # (..., n, k)
-        U, core = torch.linalg.qr(working @ V)  # (..., m, k) and (..., k, k) with X V = U core
-    return (U @ _polar_factor(core) @ V.mT).to(X.dtype)
-
-
-def _start(like: Tensor, k: int) -> Tensor:
-    """The same Gaussian columns (m, k) for every matrix, from a generator of their own."""
-    generator = torch.Generator().manual_seed(_START_SEED)
-    return torch.randn(like.shape[-2], k, generator=generator, dtype=like.dtype).to(like.device)
-
-
-def _polar_factor(X: Tensor) -> Tensor:
-    """The polar factor of small matrices (..., k, k) to rounding: `spectral_power`, then Newton–Schulz steps."""
-    Y = spectral_power(X, math.inf, compute_dtype=X.dtype)
-    for _ in range(_POLISHING_STEPS):
-        Y = 1.5 * Y - 0.5 * (Y @ Y.mT) @ Y
-    return Y
-
-
-class Target(Protocol):
-    """What an optimizer asks of a target."""
-
-    @property
-    def name(self) -> str:
-        """As the option has it; of a Python function, ``function:NAME``."""
-
-    def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
-        """Apply the target to matrices (B, m, n).
-
-        Args:
-            X: the matrices.
-            p: (B,) their p.
-            steps: Newton–Schulz steps.
-            compute_dtype: as in `spectral_power`, where the target is a polynomial.
-        """
-
-    def accuracy(self, steps: int) -> str:
-        """Fit what is to be fitted, and say how accurate it is."""
-
-
 @dataclass(frozen=True)
 class Power:
-    """x^{1/p}, by the stored tables."""
+    """x^{1/p}, by the stored tables.
+
+    Every target has a name, as the option has it (of a Python function, ``function:NAME``), and these methods.
+    """
 
     name: str = POWER
 
     def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
-        """`spectral_power`."""
+        """Apply the target to matrices X (B, m, n), whose p is (B,); the rest as in `spectral_power`."""
         return spectral_power(X, p, steps=steps, compute_dtype=compute_dtype)
 
     def accuracy(self, steps: int) -> str:
-        """Refer to the tables."""
+        """Fit what is to be fitted, and say how accurate it is."""
         return f"errors of each exponent are in the table for {steps} steps"
 
 
@@ -217,6 +140,9 @@ class Function:
         return str(fit_target(self.f, steps))
 
 
+Target = Power | TopK | Function
+
+
 @dataclass(frozen=True)
 class SoftThreshold:
     """``max(x - tau, 0)``, for tau in (0, 1): what is left of a low-rank signal when noise below tau is removed.
@@ -247,6 +173,14 @@ class SoftStep:
         return 1 / (1 + (self.tau / x) ** _STEP_SHARPNESS)
 
 
+_NAMED: dict[str, Callable[[float], Target]] = {
+    POWER: lambda number: Power(),
+    "top_k": lambda k: TopK(int(k)),
+    "soft_threshold": lambda tau: Function(f"soft_threshold:{tau:g}", SoftThreshold(tau)),
+    "soft_step": lambda tau: Function(f"soft_step:{tau:g}", SoftStep(tau)),
+}
+
+
 def target_of(target: str | TargetFunction) -> Target:
     """Return the target that an option's text, or a Python function, stands for.
 
@@ -257,11 +191,3 @@ def target_of(target: str | TargetFunction) -> Target:
         return Function(json_ready(target), target)
     name, number = parse_target(target)
     return _NAMED[name](number)
-
-
-_NAMED: dict[str, Callable[[float], Target]] = {
-    POWER: lambda number: Power(),
-    "top_k": lambda k: TopK(int(k)),
-    "soft_threshold": lambda tau: Function(f"soft_threshold:{tau:g}", SoftThreshold(tau)),
-    "soft_step": lambda tau: Function(f"soft_step:{tau:g}", SoftStep(tau)),
-}

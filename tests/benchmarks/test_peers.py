@@ -13,6 +13,7 @@ from benchmarks.spectral_power.peers import (
     EXPONENTS,
     Method,
     all_methods,
+    lagrange,
     minimax_composition,
     newton_schulz,
     polar_taylor,
@@ -80,6 +81,24 @@ def test_newton_schulz_is_muons():
         result = newton_schulz(batch)
         expected = Y if batch.shape[-2] < batch.shape[-1] else Y.mT
         torch.testing.assert_close(result, expected.expand_as(result), rtol=1e-4, atol=1e-5)
+
+
+def test_lagrange_satisfies_its_constraint_and_its_optimality() -> None:
+    fitted = lagrange(0.5, 1)
+    a, b, c = fitted.a[0], fitted.b[0], fitted.c[0]
+    assert a + b + c == pytest.approx(1, rel=1e-12, abs=1e-12)
+    x = (np.arange(100_000) + 0.5) / 100_000
+    error = fitted.transfer(x) - np.sqrt(x)
+    for direction in (x - x**3, x**3 - x**5):  # along the constraint
+        assert (error * direction).mean() == pytest.approx(0, rel=1e-6, abs=1e-6)
+
+
+def test_lagrange_composes_equal_steps() -> None:
+    fitted = lagrange(1 / 3, 4)
+    assert fitted.steps == 4
+    assert len(set(fitted.a)) == 1
+    x = np.linspace(0.2, 1, 50)
+    np.testing.assert_allclose(fitted.transfer(x), x ** (1 / 3), rtol=0.25, atol=0.1)
 
 
 def test_minimax_step_equioscillates():

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hf_schatten.exponent import p_of
 from hf_schatten.linalg import (
     Coefficients,
     spectral_function,
     spectral_power,
-    spectral_power_from_exponent,
     spectral_power_svd,
 )
 
@@ -111,7 +111,7 @@ def test_every_table_accepts_every_exponent(steps: int) -> None:
         exact = spectral_power_svd(X, 1 / s if s else math.inf)
         # The smallest singular value of a square Gaussian is anything; s < 0 makes it the largest.
         limit = 0.35 if s >= 0 else 0.8
-        assert relative_error(spectral_power_from_exponent(X, s, steps=steps), exact) < limit
+        assert relative_error(spectral_power(X, p_of(s), steps=steps), exact) < limit
 
 
 def test_p_one_returns_the_matrix() -> None:
@@ -125,7 +125,7 @@ def test_p_one_returns_the_matrix() -> None:
 def test_continuous_in_p() -> None:
     X = gaussian(32, 48)
     s = torch.linspace(-0.25, 1, 2001)
-    powers = spectral_power_from_exponent(X.expand(2001, 32, 48), s)
+    powers = spectral_power(X.expand(2001, 32, 48), 1 / s)
     jumps = (powers[1:] - powers[:-1]).norm(dim=(-2, -1)) / powers[1:].norm(dim=(-2, -1))
     assert jumps.max() < 0.02  # x^s itself moves by 0.4 % at the smallest singular values
 
@@ -135,7 +135,7 @@ def test_flatter_as_p_grows(name: str) -> None:
     X = MATRICES[name][:128]
     X = X / torch.linalg.matrix_norm(X, 2)
     s = torch.linspace(0, 1, 41)
-    powers = spectral_power_from_exponent(X.expand(41, *X.shape), s)
+    powers = spectral_power(X.expand(41, *X.shape), 1 / s)
     squared_norms = powers.square().sum((-2, -1))
     assert (squared_norms[:-1] > squared_norms[1:]).all()
     sigma = torch.linalg.svdvals(powers)
@@ -250,16 +250,14 @@ def test_low_rank_at_any_scale(*, m: int, n: int, rank: int, log_scale: float, s
     sigma = 10 ** torch.linspace(0, -2, rank, dtype=torch.float64)
     X = ((U * sigma) @ V.mT * 10**log_scale).float()
     exact = (U * (sigma * 10**log_scale) ** s) @ V.mT
-    assert relative_error(spectral_power_from_exponent(X, s), exact) < 0.2
+    assert relative_error(spectral_power(X, p_of(s)), exact) < 0.2
 
 
 @settings(max_examples=25, deadline=None)
 @given(s=st.floats(-0.25, 1), log_scale=st.floats(-20, 20), seed=st.integers(0, 2**16))
 def test_homogeneous_of_degree_s(s: float, log_scale: float, seed: int) -> None:
     X, t = gaussian(7, 10, seed), 10**log_scale
-    torch.testing.assert_close(
-        spectral_power_from_exponent(X * t, s) / t**s, spectral_power_from_exponent(X, s), rtol=1e-3, atol=1e-4
-    )
+    torch.testing.assert_close(spectral_power(X * t, p_of(s)) / t**s, spectral_power(X, p_of(s)), rtol=1e-3, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -267,9 +265,7 @@ def test_homogeneous_of_degree_s(s: float, log_scale: float, seed: int) -> None:
 def test_orthogonally_equivariant(s: float, seed: int, wide: bool) -> None:
     X = gaussian(8, 24 if wide else 8, seed)
     Q = torch.linalg.qr(gaussian(8, 8, seed + 1))[0]
-    torch.testing.assert_close(
-        spectral_power_from_exponent(Q @ X, s), Q @ spectral_power_from_exponent(X, s), rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(spectral_power(Q @ X, p_of(s)), Q @ spectral_power(X, p_of(s)), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

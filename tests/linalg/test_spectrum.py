@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_schatten.linalg import krylov_spectrum
-from hf_schatten.linalg.krylov_spectrum import orthonormalised_by_cholesky
+from hf_schatten.linalg import estimated_spectra
+from hf_schatten.linalg.estimated_spectra import orthonormalised_by_cholesky
 from hf_schatten.linalg.spectrum import (
     LOG_NORM_ESTIMATORS,
-    LogNormEstimatorName,
     exact_log_norms,
     exact_log_spectrum,
     log_schatten_norm,
 )
+from hf_schatten.options import EstimatorName
 
 
 @pytest.mark.parametrize("shape", [(20, 20), (7, 30), (30, 7), (3, 5, 9), (1, 4), (4, 1)])
@@ -118,7 +118,7 @@ TOLERANCES = {
 
 @pytest.mark.parametrize("matrix", MATRICES)
 @pytest.mark.parametrize("name", ESTIMATORS)
-def test_an_estimate_is_close_to_the_exact_norms(name: LogNormEstimatorName, matrix):
+def test_an_estimate_is_close_to_the_exact_norms(name: EstimatorName, matrix):
     X = MATRICES[matrix]()
     error = (LOG_NORM_ESTIMATORS[name](X, INVERSE_ORDERS) - exact_log_norms(X, INVERSE_ORDERS)).abs()
     worst = [error[INVERSE_ORDERS.le(bound)].max().item() for bound in (0, 0.5, 1, 4 / 3)]
@@ -224,5 +224,5 @@ def test_estimates_do_not_depend_on_how_blocks_are_orthonormalised(rank, monkeyp
     X = (torch.randn(500, rank) * torch.logspace(0, -2, rank)) @ torch.randn(rank, 600)
     orders = torch.linspace(0, 4 / 3, 9, dtype=torch.float64)
     expected = LOG_NORM_ESTIMATORS["lanczos"](X, orders)
-    monkeypatch.setattr(krylov_spectrum, "_orthonormal", orthonormalised_by_cholesky)
+    monkeypatch.setattr(estimated_spectra, "_orthonormal", orthonormalised_by_cholesky)
     torch.testing.assert_close(LOG_NORM_ESTIMATORS["lanczos"](X, orders), expected, atol=1e-3, rtol=0.0)

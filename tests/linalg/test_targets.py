@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_schatten.linalg import spectral_power, targets
-from hf_schatten.linalg.targets import SoftThreshold, fit_target, target_of, top_k_direction
+from hf_schatten.linalg import spectral_power, targets, top_k_direction
+from hf_schatten.linalg.targets import SoftThreshold, fit_target, target_of
 
 pytestmark = pytest.mark.filterwarnings("error")
 
