@@ -93,11 +93,7 @@ def require_one_of(name: str, value: Any, allowed: Collection[str]) -> None:
 
 
 def read_pairs(text: str, known: Collection[str]) -> dict[str, str]:
-    """Return the names and values of ``name=value,name=value``; blanks are ignored.
-
-    Args:
-        text: what ``--optim_args`` takes; "" has none.
-        known: names of the options.
+    """Return the names and values of ``name=value,name=value``, what ``--optim_args`` takes; blanks are ignored.
 
     Raises:
         OptionError: when a pair has no ``=``, options are not separated by commas, or a name occurs twice.
@@ -159,12 +155,7 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def parse_value(name: str, value: Any, kind: str) -> Any:
-    """Return the value that a text stands for; what is no text stays as it is, a list becomes a tuple.
-
-    Args:
-        name: of the option, for the message.
-        value: given.
-        kind: annotation of the option.
+    """Return the value that a text stands for, by the option's annotation; what is no text stays, a list is a tuple.
 
     Raises:
         OptionError: when the text is no value of that kind.
@@ -229,8 +220,7 @@ def parse_schedule(text: str) -> tuple[float, float, int | None]:
 def parse_fused_parts(entry: str) -> tuple[str, list[tuple[str, int]], int]:
     """Return the layer pattern, the parts with their weights, and the number of blocks of an entry of ``fused_parts``.
 
-    Args:
-        entry: ``pattern:part/part*weight@blocks``; without parts, the layer stays whole.
+    It is ``pattern:part/part*weight@blocks``; without parts, the layer stays whole.
 
     Raises:
         OptionError: when it is no such text.
@@ -248,10 +238,7 @@ def parse_fused_parts(entry: str) -> tuple[str, list[tuple[str, int]], int]:
 
 
 def parse_target(text: str) -> tuple[str, float]:
-    """Return name and number of a target; the number of ``power`` is 0.
-
-    Args:
-        text: ``power``, ``top_k:K``, ``soft_threshold:TAU`` or ``soft_step:TAU``.
+    """Return name and number of ``top_k:K``, ``soft_threshold:TAU`` or ``soft_step:TAU``; of ``power``, 0.
 
     Raises:
         OptionError: when it is none of these; the message names the text and the fix.

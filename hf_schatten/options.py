@@ -294,14 +294,10 @@ class SchattenOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SchattenOptions:
-        """Build the options from names and values; string values are parsed to each option's type.
-
-        Args:
-            values: option name to value, for example ``{"p": "adaptive", "p_interval": "50"}``.
+        """Build the options from names and values, such as ``{"p_interval": "50"}``, whose texts are parsed.
 
         Raises:
-            OptionError: on an unknown name (with where it belongs, or the nearest valid name and the list) or a
-                malformed value.
+            OptionError: on an unknown name, with where it belongs or the nearest valid one, or a malformed value.
         """
         kinds = {field.name: str(field.type) for field in fields(cls)}
         for name in values:
@@ -311,25 +307,16 @@ class SchattenOptions:
 
     @classmethod
     def from_optim_args(cls, text: str | None) -> SchattenOptions:
-        """Parse the string that ``--optim_args`` takes, such as ``"p=adaptive,p_interval=100"``.
-
-        Args:
-            text: comma-separated ``name=value`` pairs; blanks are ignored; None or "" gives the defaults.
+        """Parse what ``--optim_args`` takes, such as ``"p=adaptive,p_interval=100"``; None or "" gives the defaults.
 
         Raises:
-            OptionError: when a pair has no ``=``, options are not separated by commas, a name occurs twice, or as
-                :meth:`from_mapping` says.
+            OptionError: when the text is malformed, a name occurs twice, or as :meth:`from_mapping` says.
         """
         return cls.from_mapping(read_pairs(text or "", [field.name for field in fields(cls)]))
 
     @classmethod
     def given(cls, options: SchattenOptions | None, values: Mapping[str, Any], **defaults: Any) -> SchattenOptions:
-        """Return options that were given whole, or as single values.
-
-        Args:
-            options: whole, or None.
-            values: as :meth:`from_mapping` takes them.
-            **defaults: of values that are not given.
+        """Return options that were given whole, or as single values, of which some have other ``defaults``.
 
         Raises:
             OptionError: when both are given, or as :meth:`from_mapping` says.

@@ -49,15 +49,14 @@ class Choice:
 
 
 class Adaptation(Policy):
-    """Re-estimates p of routed matrices on due steps, from the step's own gradient and inputs.
+    """Re-estimates p of the named matrices on due steps, from the step's own gradient and inputs.
 
     A policy of :class:`hf_schatten.SchattenP`, so that it needs no Trainer: before the update of a due step, the
     statistics are measured on the gradients that the update uses and the rows that the probe sampled; after every
-    step, and after a state is loaded, the probe is armed if the next step is due. Steps are counted from 1, in the
-    optimizer's state. Due are ``p_first_step`` and every multiple of ``p_interval``. All that is learned is optimizer
-    state, so that checkpoints carry it.
-
-    The gradient is the one the optimizer sees, after clipping, which does not change the estimate.
+    step, and after a state is loaded, the probe is armed if the next step is due. Due are ``p_first_step`` and every
+    multiple of ``p_interval``, counted from 1 in the optimizer's state. All that is learned is optimizer state, so
+    that checkpoints carry it. The gradient is the one the optimizer sees, after clipping, which does not change the
+    estimate.
 
     With ``p_async`` a worker thread measures, on copies of the gradients of all adapted matrices, and a step never
     waits for it. On one process p changes at the first step after the worker is done, and a due step that comes
@@ -71,8 +70,6 @@ class Adaptation(Policy):
         options: criterion, estimator, cadence, range and smoothing.
 
     Attributes:
-        matrices: names of the adapted matrices.
-        estimates: how often p was estimated by this object.
         illustrated: how many matrices, evenly spaced, keep what their p was chosen from. Default 0.
         choices: that, of the last estimate, in the order of the matrices.
         updates: stable rank and relative size of the update at the last due step, both scalars, by matrix name.

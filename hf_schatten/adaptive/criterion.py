@@ -150,11 +150,7 @@ def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor
 def objective_curve(criterion: CriterionName, statistics: Tensor, s_min: float, s_max: float) -> Tensor:
     """Return the criterion's objective at equally spaced exponents from s_min to s_max, (..., candidates) float64.
 
-    Args:
-        criterion: whose statistics they are.
-        statistics: (..., CURVES, NODES) float64, a sample's or a (bias-corrected) average of such.
-        s_min: smallest exponent, 1/p_max.
-        s_max: largest exponent, 1/p_min.
+    The statistics (..., CURVES, NODES) float64 are a sample's, or a bias-corrected average of such.
     """
     curves = statistics @ _interpolation_matrix(s_min, s_max).to(statistics.device).mT  # (..., CURVES, candidates)
     return CRITERIA[criterion].objective(curves)

@@ -17,11 +17,8 @@ _WORD = 2**32
 class RowSample:
     """At most ``capacity`` rows of a stream, chosen by their index in the stream alone.
 
-    The same stream gives the same sample however it is cut into micro-batches, and no random generator is
-    used, so that the probe cannot change training.
-
-    Args:
-        capacity: most rows kept.
+    The same stream gives the same sample however it is cut into micro-batches. No random generator is used, so that
+    the probe cannot change training.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -31,14 +28,9 @@ class RowSample:
         self._threshold = _WORD
 
     def offer(self, count: int, pick: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        """Offer the next rows of the stream.
+        """Offer the next ``count`` rows; return a function that picks what was chosen, to be called once, also later.
 
-        Args:
-            count: number of rows.
-            pick: from indices (k,) below ``count`` to a copy of those rows, (k, n).
-
-        Returns:
-            A function that picks what was chosen, to be called once, now or later.
+        ``pick`` takes indices (k,) below ``count`` and returns a copy of those rows, (k, n).
         """
         start = self._seen
         self._seen += count

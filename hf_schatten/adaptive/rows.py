@@ -26,16 +26,11 @@ class Rows:
 
 
 def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks) -> Iterator[Rows]:
-    """Yield the input rows of a routed parameter, without padding.
+    """Yield the input rows of a routed parameter, by its name and what its module's forward was called with.
 
     A linear layer has one row for each token, a convolution one for each position of its filters, and a layer of
-    experts, for each of them, those of the tokens that are routed to it.
-
-    Args:
-        name: name of the parameter.
-        module: the module that owns it.
-        args: what its forward was called with.
-        masks: the model's two-dimensional attention masks (batch, length) by argument name, nonzero for real tokens.
+    experts, for each of them, those of the tokens that are routed to it. Padding has none: ``masks`` are the model's
+    two-dimensional attention masks (batch, length) by argument name, nonzero for real tokens.
     """
     attribute = name.rpartition(".")[2]
     if isinstance(module, nn.Conv2d):
@@ -49,17 +44,9 @@ def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks
 
 
 def output_rows(name: str, module: nn.Module, masks: Masks) -> Callable[[Tensor], Rows] | None:
-    """Return what makes rows of the gradient of a routed parameter's output, without padding.
+    """Return what makes rows (k, out), one for each of :func:`input_rows`, of the gradient of a parameter's output.
 
-    They are one for each row of :func:`input_rows`, (k, out) where picked.
-
-    Args:
-        name: name of the parameter.
-        module: the module that owns it.
-        masks: as in :func:`input_rows`.
-
-    Returns:
-        A function of that gradient; None for a layer of experts, whose outputs exist inside its forward only.
+    None for a layer of experts, whose outputs exist inside its forward only.
     """
     if getattr(module, name.rpartition(".")[2]).ndim == 3:
         return None
@@ -125,15 +112,7 @@ def _padding(module: nn.Conv2d) -> list[tuple[int, int]]:
 
 
 def _expert_rows(attribute: str, experts: nn.Module, hidden: Tensor, chosen: Tensor, masks: Masks) -> Iterator[Rows]:
-    """Yield the rows of each expert that has any.
-
-    Args:
-        attribute: ``gate_up_proj`` or ``down_proj``.
-        experts: a module of experts as transformers writes them.
-        hidden: tokens, (N, features).
-        chosen: experts of each token, (N, k).
-        masks: as in :func:`input_rows`.
-    """
+    """Yield the rows of each expert that has any, from tokens (N, features) and the experts of each token (N, k)."""
     hidden = hidden.detach().reshape(-1, hidden.shape[-1])
     real = _real_tokens("", hidden.shape[:1], masks)
     for expert in range(getattr(experts, attribute).shape[0]):

@@ -9,13 +9,9 @@ from hf_schatten.optim.policy import Optimized, Policy
 
 
 class ScheduledP(Policy):
-    """Moves s = 1/p linearly in the step from ``1/start`` to ``1/end``, where it then stays.
+    """Moves s = 1/p of the named matrices linearly in the step from ``1/start`` to ``1/end``, where it then stays.
 
-    Args:
-        start: p of the first step.
-        end: p from step ``steps`` on; at most -4 ends beyond Muon.
-        steps: number of steps of the schedule. None until a Trainer says how long it trains.
-        matrices: names of the matrices that follow the schedule.
+    The number of steps is None until a Trainer says how long it trains.
     """
 
     def __init__(self, start: float, end: float, steps: int | None, matrices: Collection[str]) -> None:

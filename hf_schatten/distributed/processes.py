@@ -12,19 +12,12 @@ from torch import Tensor
 
 
 class Peers(NamedTuple):
-    """The processes that work on the same parameters together.
+    """The processes that work on the same parameters together."""
 
-    Attributes:
-        group: their process group, None where there is one of them.
-        size: how many they are.
-        rank: the number of this process among them, or ``size`` where it is a receiver.
-        receivers: how many processes more their group has, which share no work and receive what the others send.
-    """
-
-    group: Any
+    group: Any  # their process group, None where there is one of them
     size: int
-    rank: int
-    receivers: int = 0
+    rank: int  # of this process among them, or `size` where it is a receiver
+    receivers: int = 0  # further processes of the group, which share no work and receive what the others send
 
 
 ALONE = Peers(None, 1, 0)
@@ -46,16 +39,10 @@ def is_main_process() -> bool:
 
 
 def mean_over_processes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Average rows over the processes that have them, by one fused reduction.
+    """Average rows (L, …) over the processes that have them, by one fused reduction; every process must call it.
 
-    Every process must call it, also one that has no valid row.
-
-    Args:
-        values: (L, …) rows; what an invalid row holds does not matter.
-        valid: (L,) bool, whether this process has the row.
-
-    Returns:
-        The means, of the shape of ``values``, zero where no process has the row, and (L,) bool, whether any has.
+    ``valid`` (L,) bool says which rows this process has. Returned are the means, zero where no process has the row,
+    and (L,) bool, whether any has.
     """
     flat = values.flatten(1)
     mask = valid.unsqueeze(1)

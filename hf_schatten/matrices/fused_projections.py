@@ -54,17 +54,10 @@ def cut_of(
     split_heads: bool = False,
     parent: nn.Module | None = None,
 ) -> Cut:
-    """Return how the outputs of a layer are cut; :data:`WHOLE` where it is no known projection.
+    """Return how the outputs of a named layer are cut; :data:`WHOLE` where it is no known projection.
 
-    Args:
-        name: of the parameter.
-        outputs: of the layer.
-        owner: the module that has the parameter.
-        config: the model's configuration, or None.
-        fused_parts: entries of the option, of which the first that matches is used.
-        split_heads: cut queries, keys and values further, into the heads of attention, where these have a size that
-            is known.
-        parent: the module that has the owner, whose head size counts.
+    The first of ``fused_parts`` that matches is used. With ``split_heads``, queries, keys and values are cut further,
+    into heads of the size that ``parent``, the module that has the owner, says.
 
     Raises:
         ValueError: when an entry's parts do not divide the outputs.

@@ -39,15 +39,10 @@ class Layout:
         return str(index // (len(self.parts) or 1)) if len(shape) == 3 else ""
 
     def part(self, tensor: Tensor, index: int) -> Tensor:
-        """Return one matrix as a view in the shape in which it is stored.
+        """Return one matrix of a tensor of the parameter's shape as a view in the shape in which it is stored.
 
-        Args:
-            tensor: of the parameter's shape.
-            index: position in :meth:`part_names`.
-
-        Returns:
-            (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs) where
-            transposed, of a part that lies in several blocks.
+        It is (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs) where
+        transposed, of a part that lies in several blocks. ``index`` is its position in :meth:`part_names`.
         """
         expert, part = divmod(index, len(self.parts) or 1)
         if tensor.ndim == 3:
@@ -62,12 +57,7 @@ class Layout:
         return tensor.narrow(dim, sum(sizes[:part]), sizes[part])
 
     def matrix(self, tensor: Tensor, index: int) -> Tensor:
-        """Return one matrix as (rows, columns); a copy where it lies in several blocks, else a view.
-
-        Args:
-            tensor: of the parameter's shape.
-            index: position in :meth:`part_names`.
-        """
+        """Return one matrix as (rows, columns); a copy where it lies in several blocks, else a view."""
         part = self.part(tensor, index)
         return part.flatten(0, 1) if self.blocks > 1 and not self.transposed else part.flatten(1)
 

@@ -31,25 +31,15 @@ class RoutingError(ValueError):
 
 @dataclass(frozen=True)
 class Route:
-    """Where one parameter goes and why.
+    """Where one parameter goes and why."""
 
-    Attributes:
-        name: parameter name without wrapper components; the key of state and checkpoints.
-        parameter: the parameter.
-        module: the module that owns it.
-        destination: ``schatten_p``, ``adamw`` or ``frozen``.
-        reason: why, in a few words.
-        layout: the matrices that the parameter consists of.
-        decay: whether weight decay applies.
-    """
-
-    name: str
+    name: str  # without wrapper components; the key of state and checkpoints
     parameter: nn.Parameter
-    module: nn.Module
+    module: nn.Module  # that owns it
     destination: Destination
     reason: str
-    layout: Layout
-    decay: bool
+    layout: Layout  # the matrices that it consists of
+    decay: bool  # whether weight decay applies
 
 
 @dataclass(frozen=True)

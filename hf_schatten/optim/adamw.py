@@ -24,14 +24,7 @@ def new_adamw_state(parameter: Tensor) -> State:
 def adamw_step(
     group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], gradients: FiniteGradients
 ) -> None:
-    """Update the parameters in place.
-
-    Args:
-        group: with AdamW's ``lr``, ``weight_decay``, ``betas`` and ``eps``.
-        parameters: those of the group that have a gradient.
-        states: of each of them, as `new_adamw_state` makes it; advanced in place.
-        gradients: one that is not finite counts as zero.
-    """
+    """Update those parameters of a group that have a gradient, in place; one that is not finite counts as zero."""
     if not parameters:
         return
     own = [states[parameter] for parameter in parameters]

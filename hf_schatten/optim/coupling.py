@@ -41,13 +41,7 @@ class Independent:
     """Every matrix for itself: a stack's updates are computed when they are asked for."""
 
     def start(self, delivery: Delivery, write: WriteMomentum, direction: Direction) -> ScaledUpdates:
-        """Begin a step.
-
-        Args:
-            delivery: of all matrices of the step, with the stacks that this process computes.
-            write: the momentum of a matrix that is whole on this process.
-            direction: as in :meth:`hf_schatten.optim.stack.Stack.update`.
-        """
+        """Begin a step with a delivery of all its matrices, and what :meth:`Stack.update` takes of whole ones."""
 
         def scaled(stacks: Sequence[Stack], write: WriteMomentum) -> Iterator[tuple[Update, Tensor]]:
             for stack in stacks:
@@ -58,14 +52,9 @@ class Independent:
 
 
 class Coupled(Independent):
-    """All matrices together: their directions, one copy of the matrices, are kept until all are known.
+    """All matrices together, by one oracle: their directions, one copy of the matrices, are kept until all are known.
 
-    Nothing waits for the device.
-
-    Args:
-        rule: the oracle of all of them.
-        order: of the norm of all updates, in [1, inf].
-        weights: a name, or a function of the matrix' name and its (out, in).
+    Nothing waits for the device. The weights are a name, or a function of a matrix' name and its (out, in).
     """
 
     def __init__(self, rule: Ball, order: float, weights: CouplingWeights | WeightFunction) -> None:

@@ -31,7 +31,13 @@ class FiniteGradients:
             agreed = torch.stack([self._finite[parameter] for parameter in sharded]).int()
             dist.all_reduce(agreed, dist.ReduceOp.MIN)
             self._finite.update(zip(sharded, agreed.bool(), strict=True))
-        self._keep = dict(zip(parameters, _by_device(self._finite.values(), torch.float32), strict=True))
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for parameter in parameters:
+            by_device.setdefault(self._finite[parameter].device, []).append(parameter)
+        self._keep: dict[Tensor, Tensor] = {}
+        for alike in by_device.values():  # one operation for each device
+            keep = torch.stack([self._finite[parameter] for parameter in alike]).double()
+            self._keep.update(zip(alike, keep.unbind(), strict=True))
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._finite
@@ -41,18 +47,13 @@ class FiniteGradients:
         return [parameter for parameter in parameters if parameter in self._finite]
 
     def keep(self, parameter: Tensor) -> Tensor:
-        """Return 1 where the gradient is finite, else 0: a float32 scalar on its device."""
+        """Return 1 where the gradient is finite, else 0: a float64 scalar on its device."""
         return self._keep[parameter]
 
     def gradient(self, parameter: Tensor, dtype: torch.dtype, otherwise: Tensor | float) -> Tensor:
         """Return what this process has of a gradient, or something else where it is not finite.
 
         On a CPU there is nothing to wait for, and a finite gradient of this dtype is not copied.
-
-        Args:
-            parameter: has a gradient.
-            dtype: wanted.
-            otherwise: of the gradient's shape, or a number for all elements.
         """
         gradient = local(parameter.grad).to(dtype)  # type: ignore[arg-type]
         return self.where(parameter, gradient, otherwise)
@@ -65,22 +66,7 @@ class FiniteGradients:
         return torch.where(finite, gradient, otherwise)
 
     def count_skipped(self, parameters: Sequence[Tensor], counters: list[Tensor]) -> None:
-        """Add 1 to the counters of parameters whose gradient is not finite.
-
-        Args:
-            parameters: have gradients.
-            counters: a float64 scalar for each, on its device.
-        """
+        """Add 1 to the counters, float64 scalars, of parameters whose gradient is not finite."""
         if parameters:
-            skipped = _by_device([self._finite[parameter].logical_not() for parameter in parameters], torch.float64)
-            torch._foreach_add_(counters, skipped)
-
-
-def _by_device(flags: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return bool scalars as numbers, those of one device by one operation."""
-    flags = list(flags)
-    alike: dict[torch.device, list[Tensor]] = {}
-    for flag in flags:
-        alike.setdefault(flag.device, []).append(flag)
-    numbers = {device: iter(torch.stack(of_device).to(dtype).unbind()) for device, of_device in alike.items()}
-    return [next(numbers[flag.device]) for flag in flags]
+            torch._foreach_add_(counters, 1.0)
+            torch._foreach_sub_(counters, [self._keep[parameter] for parameter in parameters])

@@ -33,9 +33,6 @@ class LookAhead:
     """What the moving averages would be if the gradients came once more; where a group wants none, the averages.
 
     A gradient that is not finite leaves its average as it is.
-
-    Args:
-        gradients: of the step.
     """
 
     def __init__(self, gradients: FiniteGradients) -> None:
@@ -60,12 +57,5 @@ class LookAhead:
 
 
 def look_ahead(momentum: Tensor, gradient: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
-    """Return what a moving average would be with one gradient more, of any shape that both have.
-
-    Args:
-        momentum: the average.
-        gradient: of any dtype.
-        group: whose ``momentum`` is its decay.
-        out: where to write it.
-    """
+    """Return what a moving average would be with one gradient more, of any shape that both have."""
     return torch.lerp(momentum, gradient.to(momentum.dtype), 1 - group["momentum"], out=out)

@@ -24,14 +24,7 @@ class Optimized(Protocol):
 
 
 class Policy:
-    """Changes the p of an optimizer's matrices, which calls it around every step; this one does nothing.
-
-    Args:
-        matrices: names of those whose p it changes.
-
-    Attributes:
-        estimates: how often it has measured p.
-    """
+    """Changes the p of the named matrices of an optimizer, which calls it around every step; this one does nothing."""
 
     estimates = 0
 

@@ -59,15 +59,7 @@ class Preconditioner:
     def directions(
         self, matrices: Sequence[Matrix], momenta: Tensor, p: Tensor, direction: Direction, measure: Measure
     ) -> Directions:
-        """Return the directions of a stack.
-
-        Args:
-            matrices: B of them.
-            momenta: (B, m, n) bias-corrected; may be overwritten.
-            p: (B,).
-            direction: the spectral power, or what stands for it.
-            measure: of the step rule.
-        """
+        """Return the directions of a stack, given bias-corrected momenta (B, m, n), which may be overwritten."""
         directions = direction(momenta, p)
         return Directions(directions, measure(momenta, directions))
 
@@ -90,7 +82,7 @@ class AdamPreconditioner(Preconditioner):
     def advance(self, group: Group, parameter: Tensor, state: State, gradients: FiniteGradients) -> None:  # noqa: D102
         squares, beta2 = state[SECOND_MOMENT], group["betas"][1]
         gradient = gradients.gradient(parameter, squares.dtype, 0.0)
-        decay = 1 - (1 - beta2) * gradients.keep(parameter).double()
+        decay = 1 - (1 - beta2) * gradients.keep(parameter)
         squares.mul_(decay).addcmul_(gradient, gradient, value=1 - beta2)
 
     def directions(  # noqa: D102

@@ -144,13 +144,8 @@ def groups_to_load(
 ) -> list[dict[str, Any]]:
     """Return groups of the present structure for torch to load, with the saved numbers of their parameters.
 
-    Where parameters have names, these and not their order say which is which.
-
-    Args:
-        state_dict: as ``torch.optim.Optimizer.state_dict`` gives it.
-        present: the optimizer's groups.
-        expected: as in :func:`require_same_state`.
-        own: options of a group, besides its structure, that stay the present ones; those of the schedule never do.
+    Where parameters have names, these and not their order say which is which. Of the saved options, those in ``own``
+    give way to the present ones; those of the schedule never do.
 
     Raises:
         CheckpointError: as :func:`require_same_parameters` and :func:`require_same_state`.

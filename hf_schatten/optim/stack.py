@@ -34,12 +34,7 @@ class Stack:
     preconditioner: Preconditioner
 
     def update(self, write_momentum: WriteMomentum, direction: Direction) -> Update:
-        """Return the updates: one batched direction, each matrix with its own p.
-
-        Args:
-            write_momentum: gives a matrix' (look-ahead) momentum.
-            direction: takes momenta (B, m, n) and p (B,); returns (B, m, n).
-        """
+        """Return the updates: one batched direction of (look-ahead) momenta, each matrix with its own p."""
         average = local(self.matrices[0].state[MOMENTUM])
         momenta = average.new_empty(len(self.matrices), *self.matrices[0].wide_shape)
         for matrix, slot in zip(self.matrices, momenta, strict=True):
