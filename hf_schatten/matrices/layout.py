@@ -22,6 +22,8 @@ class Layout:
         transposed: matrices are stored (in, out), as in GPT-2's ``Conv1D``.
         parts: name and number of outputs of each part of a fused projection, in order; () where it is not fused.
         blocks: how many times the parts follow one another: a part consists of its outputs in every block.
+
+    In the methods, ``tensor`` is of the parameter's shape, and ``index`` counts the matrices as :meth:`part_names`.
     """
 
     transposed: bool = False
@@ -41,13 +43,8 @@ class Layout:
     def part(self, tensor: Tensor, index: int) -> Tensor:
         """Return one matrix as a view in the shape in which it is stored.
 
-        Args:
-            tensor: of the parameter's shape.
-            index: position in :meth:`part_names`.
-
-        Returns:
-            (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs) where
-            transposed, of a part that lies in several blocks.
+        That is (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs)
+        where transposed, of a part that lies in several blocks.
         """
         expert, part = divmod(index, len(self.parts) or 1)
         if tensor.ndim == 3:
@@ -62,12 +59,7 @@ class Layout:
         return tensor.narrow(dim, sum(sizes[:part]), sizes[part])
 
     def matrix(self, tensor: Tensor, index: int) -> Tensor:
-        """Return one matrix as (rows, columns); a copy where it lies in several blocks, else a view.
-
-        Args:
-            tensor: of the parameter's shape.
-            index: position in :meth:`part_names`.
-        """
+        """Return one matrix as (rows, columns); a copy where it lies in several blocks, else a view."""
         part = self.part(tensor, index)
         return part.flatten(0, 1) if self.blocks > 1 and not self.transposed else part.flatten(1)
 
