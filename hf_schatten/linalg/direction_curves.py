@@ -56,14 +56,7 @@ def direction_curves(momentum: Tensor, gradient: Tensor, inputs: Tensor, s: Tens
 
 
 def iterate_direction_curves(momentum: Tensor, gradient: Tensor, inputs: Tensor, s: Tensor) -> DirectionCurves:
-    """Return the curves from matrix products alone, in float32.
-
-    Args:
-        momentum: M, (m, n), finite.
-        gradient: G, (m, n).
-        inputs: A, (T, n).
-        s: exponents, (K,) float64 in [-0.25, 1].
-    """
+    """Return the curves as `direction_curves` does, for s in [-0.25, 1], from float32 matrix products alone."""
     momentum, gradient, inputs = (_unit(X.to(torch.float32)) for X in (momentum, gradient, inputs))
     iterates = _iterates(momentum)
     flat = torch.stack([X.flatten() for X in iterates])  # (iterates, m n)

@@ -106,12 +106,8 @@ class Power:
 class TopK:
     """1 for the k largest singular values, 0 for the rest."""
 
+    name: str
     k: int
-
-    @property
-    def name(self) -> str:
-        """``top_k:K``."""
-        return f"top_k:{self.k}"
 
     def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
         """`top_singular_direction` for k = 1, else `top_k_direction`."""
@@ -154,7 +150,6 @@ class SoftThreshold:
     tau: float
 
     def __call__(self, x: Array) -> Array:
-        """Return the values at x."""
         return np.maximum(x - self.tau, 0.0)
 
 
@@ -169,13 +164,12 @@ class SoftStep:
     tau: float
 
     def __call__(self, x: Array) -> Array:
-        """Return the values at x."""
         return 1 / (1 + (self.tau / x) ** _STEP_SHARPNESS)
 
 
 _NAMED: dict[str, Callable[[float], Target]] = {
     POWER: lambda number: Power(),
-    "top_k": lambda k: TopK(int(k)),
+    "top_k": lambda k: TopK(f"top_k:{int(k)}", int(k)),
     "soft_threshold": lambda tau: Function(f"soft_threshold:{tau:g}", SoftThreshold(tau)),
     "soft_step": lambda tau: Function(f"soft_step:{tau:g}", SoftStep(tau)),
 }

@@ -12,11 +12,7 @@ class UnsupportedEngineError(RuntimeError):
 
 
 def refuse_unsupported_engines(model: nn.Module) -> None:
-    """Raise when the model is wrapped by an engine that flattens its parameters.
-
-    Raises:
-        UnsupportedEngineError: for DeepSpeed ZeRO and FSDP version 1.
-    """
+    """Raise UnsupportedEngineError when DeepSpeed ZeRO or FSDP version 1, which flatten parameters, wraps the model."""
     for module in model.modules():
         engine = _FLATTENING.get(type(module).__name__)
         if engine:
@@ -27,11 +23,7 @@ def refuse_unsupported_engines(model: nn.Module) -> None:
 
 
 def refuse_emptied(model: nn.Module) -> None:
-    """Raise when an engine keeps the elements of a parameter elsewhere.
-
-    Raises:
-        UnsupportedEngineError: for stage 3 of DeepSpeed ZeRO.
-    """
+    """Raise UnsupportedEngineError when stage 3 of DeepSpeed ZeRO keeps the elements of a parameter elsewhere."""
     for name, parameter in model.named_parameters():
         if not parameter.numel():
             raise UnsupportedEngineError(

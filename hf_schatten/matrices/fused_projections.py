@@ -20,14 +20,15 @@ from hf_schatten.option_text import parse_fused_parts
 
 Parts = tuple[tuple[str, int], ...]
 
+# Layers whose outputs are the heads of attention, and where their module keeps the size of one.
+_HEADED = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v"})
+_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+
+_ADAPTER = re.compile(r"\.lora_B\.[^.]+$")  # PEFT's: the outputs of a layer's adapter B are the layer's
+
 
 class Cut(NamedTuple):
-    """How the outputs of a layer are cut.
-
-    Attributes:
-        parts: name and number of outputs of each part in a block; () where the layer is one matrix.
-        blocks: how many blocks there are.
-    """
+    """How the outputs of a layer are cut: name and number of outputs of each part, () for one matrix; blocks."""
 
     parts: Parts = ()
     blocks: int = 1
@@ -39,9 +40,6 @@ class Cut(NamedTuple):
 
 
 WHOLE = Cut()
-
-# PEFT's: the outputs of a layer's adapter B are the layer's.
-_ADAPTER = re.compile(r"\.lora_B\.[^.]+$")
 
 
 def cut_of(
@@ -65,8 +63,7 @@ def cut_of(
     cut = _given(name, outputs, fused_parts)
     if cut is None:
         attribute = _ADAPTER.sub("", name.removesuffix(".weight")).rpartition(".")[2]
-        known = _FUSED.get(attribute)
-        cut = known(outputs, owner, _text_config(config)) if known else WHOLE
+        cut = _FUSED[attribute](outputs, owner, _text_config(config)) if attribute in _FUSED else WHOLE
         if cut.outputs != outputs:  # a projection of the same name that is another
             cut = WHOLE
         if split_heads and attribute in _HEADED:
@@ -82,11 +79,12 @@ def _given(name: str, outputs: int, fused_parts: Iterable[str]) -> Cut | None:
             continue
         if not parts:
             return WHOLE
-        unit, rest = divmod(outputs, blocks * sum(weight for _, weight in parts))
+        shares = sum(weight for _, weight in parts)
+        unit, rest = divmod(outputs, blocks * shares)
         if rest or not unit:
             raise ValueError(
                 f"fused_parts={entry!r} does not divide the {outputs} outputs of {name!r}: it has {blocks} blocks of "
-                f"{sum(weight for _, weight in parts)} equal shares."
+                f"{shares} equal shares."
             )
         return Cut(tuple((part, weight * unit) for part, weight in parts), blocks)
     return None
@@ -107,79 +105,62 @@ def _by_head(cut: Cut, parent: nn.Module | None) -> Cut:
     return Cut(tuple(parts))
 
 
-# Layers whose outputs are the heads of attention, and where their module keeps the size of one.
-_HEADED = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v"})
-_HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
+def _qkv(queries: int, shared: int, blocks: int = 1) -> Cut:
+    """Return the cut into queries and, of ``shared`` outputs each, keys and values."""
+    return Cut((("q", queries), ("k", shared), ("v", shared)), blocks)
 
 
-def _thirds(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    return Cut(tuple((part, outputs // 3) for part in ("q", "k", "v")))
+def _thirds(outputs: int, blocks: int = 1) -> Cut:
+    """Return the cut of each block into three equal parts; of no blocks, one that does not add up."""
+    size = outputs // (3 * blocks) if blocks else 0
+    return _qkv(size, size, blocks)
 
 
 def _vision_qkv(outputs: int, owner: nn.Module, config: Any) -> Cut:
     inputs = getattr(owner, "in_features", 0)
-    if not inputs < outputs < 3 * inputs:
-        return _thirds(outputs, owner, config)
-    shared = (outputs - inputs) // 2  # fewer heads of keys and values (EXAONE 4.5); queries are as large as the inputs
-    return Cut((("q", inputs), ("k", shared), ("v", shared)))
-
-
-def _blocks_of_thirds(count: int, outputs: int, order: str = "qkv") -> Cut:
-    size = outputs // (3 * count) if count else 0
-    return Cut(tuple((part, size) for part in order), count)
-
-
-def _grouped(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    """Return query, key and value, of which the latter may have fewer heads."""
-    heads, shared = _heads(config)
-    size = outputs // max(1, heads + 2 * shared)
-    return Cut((("q", heads * size), ("k", shared * size), ("v", shared * size)))
+    # With fewer heads of keys and values (EXAONE 4.5), queries are as large as the inputs.
+    return _qkv(inputs, (outputs - inputs) // 2) if inputs < outputs < 3 * inputs else _thirds(outputs)
 
 
 def _c_attn(outputs: int, owner: nn.Module, config: Any) -> Cut:
     if getattr(config, "model_type", None) == "gpt_bigcode":
         if not config.multi_query:
-            return _blocks_of_thirds(_heads(config)[0], outputs)
+            return _thirds(outputs, _heads(config)[0])
         shared = config.hidden_size // config.num_attention_heads
-        return Cut((("q", outputs - 2 * shared), ("k", shared), ("v", shared)))
+        return _qkv(outputs - 2 * shared, shared)
     inputs = owner.nx if isinstance(owner, Conv1D) else getattr(owner, "in_features", 0)
     if outputs == 2 * inputs:  # cross-attention, whose queries have a layer of their own
         return Cut((("k", inputs), ("v", inputs)))
-    return _thirds(outputs, owner, config) if outputs == 3 * inputs else WHOLE
+    return _thirds(outputs) if outputs == 3 * inputs else WHOLE
 
 
 def _qkv_proj(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    model_type = getattr(config, "model_type", None)
+    model_type, (heads, shared) = getattr(config, "model_type", None), _heads(config)
     if model_type == "codegen":
-        return _blocks_of_thirds(4, outputs, order="qvk")
+        size = outputs // 12
+        return Cut((("q", size), ("v", size), ("k", size)), 4)
     if model_type == "minimax":
-        return _blocks_of_thirds(_heads(config)[0], outputs)
-    return _grouped(outputs, owner, config)
+        return _thirds(outputs, heads)
+    size = outputs // max(1, heads + 2 * shared)
+    return _qkv(heads * size, shared * size)
 
 
 def _query_key_value(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    model_type, (heads, shared) = getattr(config, "model_type", None), _heads(config)
+    model_type, (heads, _) = getattr(config, "model_type", None), _heads(config)
     if model_type in {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}:
-        return _blocks_of_thirds(heads, outputs)
+        return _thirds(outputs, heads)
     if model_type != "falcon":
         return WHOLE
     size = config.hidden_size // heads
     if config.new_decoder_architecture:
-        shared = config.num_kv_heads
-        return Cut((("q", heads // shared * size), ("k", size), ("v", size)), shared)
-    if config.multi_query:
-        return Cut((("q", heads * size), ("k", size), ("v", size)))
-    return _blocks_of_thirds(heads, outputs)
+        return _qkv(heads // config.num_kv_heads * size, size, config.num_kv_heads)
+    return _qkv(heads * size, size) if config.multi_query else _thirds(outputs, heads)
 
 
 def _gate_up(outputs: int, owner: nn.Module, config: Any) -> Cut:
     if getattr(owner, "is_concatenated", True):
         return Cut((("gate", outputs // 2), ("up", outputs // 2)))
     return Cut((("gate", 1), ("up", 1)), outputs // 2)
-
-
-def _thirds_of_inputs(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    return _thirds(outputs, owner, config) if outputs == 3 * getattr(owner, "in_features", 0) else WHOLE
 
 
 def _text_config(config: Any) -> Any:
@@ -199,7 +180,7 @@ _FUSED: Mapping[str, Callable[[int, nn.Module, Any], Cut]] = {
     "qkv_proj": _qkv_proj,
     "query_key_value": _query_key_value,
     "qkv": _vision_qkv,
-    "qkv_linear": _thirds,
-    "Wqkv": _thirds_of_inputs,
+    "qkv_linear": lambda outputs, owner, config: _thirds(outputs),
+    "Wqkv": lambda outputs, owner, config: _thirds(3 * getattr(owner, "in_features", 0)),
     "gate_up_proj": _gate_up,
 }

@@ -22,6 +22,8 @@ class Layout:
         transposed: matrices are stored (in, out), as in GPT-2's ``Conv1D``.
         parts: name and number of outputs of each part of a fused projection, in order; () where it is not fused.
         blocks: how many times the parts follow one another: a part consists of its outputs in every block.
+
+    In the methods, ``tensor`` is of the parameter's shape, and ``index`` counts the matrices as :meth:`part_names`.
     """
 
     transposed: bool = False
@@ -41,8 +43,8 @@ class Layout:
     def part(self, tensor: Tensor, index: int) -> Tensor:
         """Return one matrix of a tensor of the parameter's shape as a view in the shape in which it is stored.
 
-        It is (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs) where
-        transposed, of a part that lies in several blocks. ``index`` is its position in :meth:`part_names`.
+        That is (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs)
+        where transposed, of a part that lies in several blocks.
         """
         expert, part = divmod(index, len(self.parts) or 1)
         if tensor.ndim == 3:

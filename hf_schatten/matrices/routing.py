@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal, cast, get_args
 
 from accelerate.utils import extract_model_from_parallel
@@ -13,13 +12,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_schatten.matrices.engines import refuse_emptied
-from hf_schatten.matrices.fused_projections import Cut, cut_of
+from hf_schatten.matrices.fused_projections import cut_of
 from hf_schatten.matrices.layout import Layout, matches
 from hf_schatten.option_text import parse_fused_parts
 from hf_schatten.private_api import WRAPPER_COMPONENTS, has_gate
 
 Destination = Literal["schatten_p", "adamw", "frozen"]
-_COLUMNS, _GAP = 100, "  "  # of the table
+Row = tuple[str, str, str, str]  # of the table: tensors, parameters, name, shape
+_COLUMNS, _GAP = 100, "  "
 _PARTS_SHOWN = 4  # of a fused projection, by name
 _IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
@@ -57,33 +57,21 @@ class Routing:
         return tuple(route for route in self.routes if route.destination == destination)
 
     def __str__(self) -> str:
-        by_reason: dict[tuple[Destination, str], dict[str, list[Route]]] = {}
+        kinds: dict[tuple[Destination, str], dict[str, list[Route]]] = {}
         for destination in get_args(Destination):
             for route in self.to(destination):
-                kinds = by_reason.setdefault((destination, route.reason), {})
-                kinds.setdefault(_kind(route.name), []).append(route)
-        return "\n".join(self._lines(by_reason))
-
-    def _lines(self, by_reason: Mapping[tuple[Destination, str], Mapping[str, list[Route]]]) -> Iterator[str]:
-        """Yield the lines of the table: for each destination its total, its reasons, and a row for each kind."""
-        kinds = [_row(kind, routes) for group in by_reason.values() for kind, routes in group.items()]
-        rows = [("  tensors", "parameters", "name", "(out, in)"), *kinds]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        room = _COLUMNS - sum(widths) - 2 * len(_GAP)
-        beside_shape = room - len(_GAP) - max(len(row[3]) for row in rows)
-        rows = [(*row[:2], _shortened(row[2], beside_shape if row[3] else room), row[3]) for row in rows]
-        widths.append(max(len(row[2]) for row in rows if row[3]))
-        lines = iter([_aligned(row, widths) for row in rows])
-        yield next(lines)
-        named = None
-        for (destination, reason), group in by_reason.items():
-            if destination != named:
+                of_reason = kinds.setdefault((destination, route.reason), {})
+                of_reason.setdefault(_kind(route.name), []).append(route)
+        rows = iter(_aligned([_row(*kind) for of_reason in kinds.values() for kind in of_reason.items()]))
+        lines, last = [next(rows)], None
+        for (destination, reason), of_reason in kinds.items():
+            if destination != last:
                 routes = self.to(destination)
                 size = sum(route.parameter.numel() for route in routes)
-                yield f"{destination}: {len(routes):,} tensor{'s' * (len(routes) > 1)}, {size:,} parameters"
-                named = destination
-            yield f"  {reason}"
-            yield from (next(lines) for _ in group)
+                lines.append(f"{destination}: {len(routes):,} tensor{'s' * (len(routes) > 1)}, {size:,} parameters")
+            lines += [f"  {reason}", *(next(rows) for _ in of_reason)]
+            last = destination
+        return "\n".join(lines)
 
 
 def route_parameters(
@@ -115,22 +103,16 @@ def route_parameters(
     model = extract_model_from_parallel(model)
     backbone = {id(module) for module in _backbone(model).modules()}
     embeddings = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
-    split = partial(_cut, model, fused_parts=fused_parts, split_heads=split_heads)
     routes = []
     for raw_name, parameter in model.named_parameters():
         module = model.get_submodule(raw_name.rpartition(".")[0])
-        name = clean_name(raw_name)
+        name = _clean_name(raw_name)
         destination, reason = _destination(
-            name,
-            parameter,
-            module,
-            in_backbone=id(module) in backbone,
-            embeddings=embeddings,
-            exclude=exclude,
+            name, parameter, module, in_backbone=id(module) in backbone, embeddings=embeddings, exclude=exclude
         )
         layout = Layout()
         if destination == "schatten_p":
-            layout = _layout(name, parameter, module, split)
+            layout = _layout(model, name, parameter, module, fused_parts=fused_parts, split_heads=split_heads)
         routes.append(Route(name, parameter, module, destination, reason, layout, _decays(raw_name, module)))
     routing = Routing(tuple(routes))
     require_matches("exclude", exclude, [route.name for route in routes])
@@ -142,7 +124,7 @@ def route_parameters(
     return routing
 
 
-def clean_name(name: str) -> str:
+def _clean_name(name: str) -> str:
     """Remove the components that ``torch.compile`` and checkpoint wrappers insert into a parameter name."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
 
@@ -152,7 +134,7 @@ def _kind(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def _row(kind: str, routes: Sequence[Route]) -> tuple[str, str, str, str]:
+def _row(kind: str, routes: Sequence[Route]) -> Row:
     """Return the cells of the parameters of one kind."""
     size = sum(route.parameter.numel() for route in routes)
     shapes = {_shown_shape(route): None for route in routes}
@@ -182,10 +164,16 @@ def _shortened(name: str, length: int) -> str:
     return ".".join(parts)
 
 
-def _aligned(row: tuple[str, str, str, str], widths: Sequence[int]) -> str:
-    tensors, parameters, name, shape = row
-    cells = (tensors.rjust(widths[0]), parameters.rjust(widths[1]), name.ljust(widths[2]), shape)
-    return _GAP.join(cells).rstrip()
+def _aligned(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a heading and of rows, names shortened to where the shapes fit beside them."""
+    rows = [("  tensors", "parameters", "name", "(out, in)"), *rows]
+    tensors, parameters = (max(len(row[column]) for row in rows) for column in (0, 1))
+    room = _COLUMNS - tensors - parameters - 2 * len(_GAP)
+    beside_shape = room - len(_GAP) - max(len(shape) for *_, shape in rows)
+    rows = [(*row[:2], _shortened(row[2], beside_shape if row[3] else room), row[3]) for row in rows]
+    names = max(len(name) for *_, name, shape in rows if shape)
+    for count, size, name, shape in rows:
+        yield _GAP.join((count.rjust(tensors), size.rjust(parameters), name.ljust(names), shape)).rstrip()
 
 
 def _decays(name: str, module: nn.Module) -> bool:
@@ -208,17 +196,17 @@ def _destination(
         (any(matches(pattern, name) for pattern in exclude), "adamw", "excluded by option"),
         (id(parameter) in embeddings, "adamw", "embedding, or tied to one"),
         (parameter.ndim < 2, "adamw", "vector or scalar"),
-        (_reads_images(module), "adamw", "convolution of an image's channels"),
+        (
+            isinstance(module, nn.Conv2d) and module.in_channels <= _IMAGE_CHANNELS,
+            "adamw",
+            "convolution of an image's channels",
+        ),
         (not _holds_matrices(name, parameter, module), "adamw", f"owned by {owner}"),
         (not in_backbone, "adamw", "outside the backbone (task head)"),
         (min(_matrix_shape(parameter)) == 1, "adamw", "a side of length 1"),
         (True, "schatten_p", f"matrix of {owner} in the backbone"),
     )
     return next((destination, reason) for holds, destination, reason in rules if holds)
-
-
-def _reads_images(module: nn.Module) -> bool:
-    return isinstance(module, nn.Conv2d) and module.in_channels <= _IMAGE_CHANNELS
 
 
 def _holds_matrices(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
@@ -237,26 +225,25 @@ def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
 
 
 def _layout(
-    name: str, parameter: nn.Parameter, module: nn.Module, split: Callable[[str, int, nn.Module], Cut]
+    model: nn.Module,
+    name: str,
+    parameter: nn.Parameter,
+    module: nn.Module,
+    *,
+    fused_parts: Sequence[str],
+    split_heads: bool,
 ) -> Layout:
     transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
-    rows, columns = _matrix_shape(parameter)
-    cut = split(name, columns if transposed else rows, module)
-    return Layout(transposed, cut.parts, cut.blocks)
-
-
-def _cut(
-    model: nn.Module, name: str, outputs: int, module: nn.Module, *, fused_parts: Sequence[str], split_heads: bool
-) -> Cut:
-    config = getattr(model, "config", None)
+    outputs = _matrix_shape(parameter)[1 if transposed else 0]
     adapted, adapter, _ = name.partition(".lora_B.")
     place = model.get_submodule(adapted) if adapter else module  # an adapter's outputs are the adapted layer's
-    module = getattr(place, "base_layer", module)
+    owner, config = getattr(place, "base_layer", module), getattr(model, "config", None)
     parent = next((other for other in model.modules() if place in other.children()), None) if split_heads else None
     try:
-        return cut_of(name, outputs, module, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
+        cut = cut_of(name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
     except ValueError as error:
         raise RoutingError(str(error)) from error
+    return Layout(transposed, cut.parts, cut.blocks)
 
 
 def _backbone(model: nn.Module) -> nn.Module:
