@@ -149,7 +149,7 @@ class SoftThreshold:
 
     tau: float
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:  # noqa: D102
         return np.maximum(x - self.tau, 0.0)
 
 
@@ -163,7 +163,7 @@ class SoftStep:
 
     tau: float
 
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: Array) -> Array:  # noqa: D102
         return 1 / (1 + (self.tau / x) ** _STEP_SHARPNESS)
 
 
