@@ -39,8 +39,14 @@ def exponent_of(p: float | Tensor, name: str = "p") -> float | Tensor:
     return 1 / p
 
 
-def p_of(s: float) -> float:
+@overload
+def p_of(s: float) -> float: ...
+@overload
+def p_of(s: Tensor) -> Tensor: ...
+def p_of(s: float | Tensor) -> float | Tensor:
     """Return p = 1/s, ``inf`` at s = 0."""
+    if isinstance(s, Tensor):
+        return s.reciprocal()
     return 1 / s if s else math.inf
 
 
@@ -49,6 +55,11 @@ def clamp(p: float, p_min: float, p_max: float) -> float:
     if exceeds(p_min, p):
         return p_min
     return p_max if exceeds(p, p_max) else p
+
+
+def is_close(p: float, other: float) -> bool:
+    """Return whether two values are one to rounding."""
+    return math.isclose(1 / p, 1 / other, rel_tol=1e-9, abs_tol=1e-6)
 
 
 def exceeds(p: float, other: float) -> bool:

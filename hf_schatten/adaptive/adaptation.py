@@ -25,7 +25,7 @@ from hf_schatten.adaptive.probe import Probe
 from hf_schatten.adaptive.update_sizes import UpdateSizes
 from hf_schatten.distributed.processes import mean_over_processes, process_count
 from hf_schatten.distributed.sharded import local
-from hf_schatten.exponent import exponent_of
+from hf_schatten.exponent import exponent_of, p_of
 from hf_schatten.optim.matrix import Matrix
 from hf_schatten.optim.policy import Optimized, Policy
 from hf_schatten.options import SchattenOptions
@@ -220,7 +220,7 @@ class Adaptation(Policy):
         corrected = average / weight[:, None, None]  # an average that starts at zero is too small at first
         objective = objective_curve(self._options.criterion, corrected, *self._range)
         s = maximising_exponent(objective, *self._range)
-        p = s.reciprocal().float()
+        p = p_of(s).float()
         for row, matrix in enumerate(matrices):
             matrix.statistics.copy_(average[row])
             matrix.statistics_weight.copy_(weight[row])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
@@ -10,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_schatten.exponent import p_label
+from hf_schatten.exponent import exponent_of, is_close, p_label
 from hf_schatten.matrices.layout import layer_name
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report.log import summary
@@ -156,10 +155,10 @@ def _p_paragraphs(options: SchattenOptions, learned_p: Mapping[str, float]) -> l
 
 def _below_p_max(options: SchattenOptions, learned_p: Mapping[str, float]) -> list[str]:
     """List the matrices whose estimate lies inside the range, those with the smallest p where there are many."""
-    inside = {name: p for name, p in learned_p.items() if not math.isclose(1 / p, 1 / options.largest_p, abs_tol=1e-6)}
+    inside = {name: p for name, p in learned_p.items() if not is_close(p, options.largest_p)}
     if not inside:
         return []
-    listed = set(sorted(inside, key=lambda name: -1 / inside[name])[:_LISTED])
+    listed = set(sorted(inside, key=lambda name: exponent_of(inside[name]), reverse=True)[:_LISTED])
     counted = f"{len(inside)} of {len(learned_p)} matrices are below p_max = {p_label(options.largest_p)}"
     smallest = f", of which these {len(listed)} have the smallest p" if len(listed) < len(inside) else ""
     rows = ((f"`{layer_name(name)}`", p_label(p)) for name, p in inside.items() if name in listed)

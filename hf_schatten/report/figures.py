@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hf_schatten.adaptive.adaptation import Choice
-from hf_schatten.exponent import p_label, p_of
+from hf_schatten.exponent import exponent_of, p_label, p_of
 from hf_schatten.matrices.layout import layer_name
 from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX
 
@@ -74,8 +74,8 @@ def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
         _label_layers_and_steps(axes, layers, steps)
         axes.set_title(title)
     bar = figure.colorbar(image, ax=panels, label="p")
-    ticks = [tick for tick in _P_TICKS if lowest <= 1 / tick]
-    bar.set_ticks([1 / tick for tick in ticks], labels=[p_label(tick) for tick in ticks])
+    places, labels = _ticks(lowest, 1.0)
+    bar.set_ticks(places, labels=labels)
     _save(figure, path)
     return True
 
@@ -135,12 +135,17 @@ def _draw_criterion(axes: Axes, choice: Choice) -> None:
     axes.plot(exponents[finite], objective[finite] - objective[finite].max())
     chosen = f"chosen: p = {p_label(p_of(choice.chosen))}"
     axes.axvline(choice.chosen, color="tab:red", linestyle="--", label=chosen)
-    ticks = [tick for tick in _P_TICKS if exponents[0] - 0.01 <= 1 / tick <= exponents[-1]]
-    axes.set_xticks([1 / tick for tick in ticks], [p_label(tick) for tick in ticks])
+    axes.set_xticks(*_ticks(exponents[0] - 0.01, exponents[-1]))
     ylabel = "criterion, relative to its maximum"
     axes.set(xlabel="p, on an axis linear in 1/p", ylabel=ylabel, title="criterion")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _ticks(lowest: float, highest: float) -> tuple[list[float], list[str]]:
+    """Return where p is marked on an axis of s = 1/p, and the marks."""
+    shown = {exponent_of(p): p_label(p) for p in _P_TICKS if lowest <= exponent_of(p) <= highest}
+    return list(shown), list(shown.values())
 
 
 def _by_layer(log_history: LogHistory, prefix: str) -> tuple[list[int], list[str], Array]:
