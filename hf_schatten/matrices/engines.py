@@ -12,7 +12,7 @@ class UnsupportedEngineError(RuntimeError):
 
 
 def refuse_unsupported_engines(model: nn.Module) -> None:
-    """Raise UnsupportedEngineError when DeepSpeed ZeRO or FSDP version 1, which flatten parameters, wraps the model."""
+    """Raise UnsupportedEngineError when DeepSpeed ZeRO or FSDP version 1, which flatten parameters, wrap the model."""
     for module in model.modules():
         engine = _FLATTENING.get(type(module).__name__)
         if engine:

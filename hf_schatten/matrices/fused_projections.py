@@ -59,12 +59,9 @@ def cut_of(
         outputs: of the layer.
         owner: the module that has the parameter.
         config: the model's configuration, or None.
-        fused_parts: entries of the option, of which the first that matches is used.
+        fused_parts: as in the option; the first entry that matches is used, ValueError where it does not divide.
         split_heads: cut queries, keys and values further, into heads, where their size is known.
         parent: the module that has the owner, whose head size counts.
-
-    Raises:
-        ValueError: when an entry's parts do not divide the outputs.
     """
     cut = _given(name, outputs, fused_parts)
     if cut is None:

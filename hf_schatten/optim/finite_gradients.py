@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_schatten.distributed.sharded import is_sharded, local
-from hf_schatten.linalg.all_finite import are_finite
 from hf_schatten.optim.matrix import Group
 
 
@@ -31,7 +30,7 @@ class FiniteGradients:
             agreed = torch.stack([self._finite[parameter] for parameter in sharded]).int()
             dist.all_reduce(agreed, dist.ReduceOp.MIN)
             self._finite.update(zip(sharded, agreed.bool(), strict=True))
-        self._keep = dict(zip(parameters, _by_device(self._finite.values(), torch.float32), strict=True))
+        self._keep = dict(zip(parameters, _as_numbers(self._finite.values(), torch.float32), strict=True))
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._finite
@@ -72,15 +71,36 @@ class FiniteGradients:
             counters: a float64 scalar for each, on its device.
         """
         if parameters:
-            skipped = _by_device([self._finite[parameter].logical_not() for parameter in parameters], torch.float64)
+            skipped = _as_numbers([self._finite[parameter].logical_not() for parameter in parameters], torch.float64)
             torch._foreach_add_(counters, skipped)
 
 
-def _by_device(flags: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return bool scalars as numbers, those of one device by one operation."""
-    flags = list(flags)
+def are_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return for each floating tensor whether all its elements are finite, bool scalars; nothing waits for the device.
+
+    Shapes, dtypes and devices may differ. An empty tensor is finite.
+    """
+    return _by_device(tensors, lambda alike: _extremes(alike).isfinite().all(-1))
+
+
+def _extremes(tensors: Sequence[Tensor]) -> Tensor:
+    """Return numbers of each tensor, (tensors, 1 or 2), that are finite where all its elements are."""
+    sized = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]  # FSDP: without rows
+    # NaN wins in both. A norm of infinite order is one operation for all on an accelerator, and slower on a CPU.
+    if tensors[0].device.type == "cpu":
+        return torch.stack([extreme for tensor in sized for extreme in tensor.aminmax()]).view(-1, 2)
+    return torch.stack(torch._foreach_norm(sized, torch.inf))[:, None]
+
+
+def _as_numbers(flags: Iterable[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return _by_device(flags, lambda alike: torch.stack(alike).to(dtype))
+
+
+def _by_device(tensors: Iterable[Tensor], operation: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
+    """Apply an operation from tensors to a row for each to those of every device together, and return the rows."""
+    tensors = list(tensors)
     alike: dict[torch.device, list[Tensor]] = {}
-    for flag in flags:
-        alike.setdefault(flag.device, []).append(flag)
-    numbers = {device: iter(torch.stack(of_device).to(dtype).unbind()) for device, of_device in alike.items()}
-    return [next(numbers[flag.device]) for flag in flags]
+    for tensor in tensors:
+        alike.setdefault(tensor.device, []).append(tensor)
+    rows = {device: iter(operation(of_device).unbind()) for device, of_device in alike.items()}
+    return [next(rows[tensor.device]) for tensor in tensors]
