@@ -149,7 +149,7 @@ def test_an_infinite_p_leaves_the_state_on_disk_json(run):
     assert stored == ["inf"] * len(DUE)
 
 
-@pytest.mark.parametrize("optim_args", [INFINITE, "p=schedule,p_end=4"])
+@pytest.mark.parametrize("optim_args", [INFINITE, "p=schedule,p_schedule=2:4"])
 @pytest.mark.parametrize("logging_strategy", ["steps", "no"])
 def test_metrics_stay_metrics(run, optim_args, logging_strategy):
     trainer = run(optim_args=optim_args, logging_strategy=logging_strategy)
@@ -187,7 +187,7 @@ def test_the_bar_goes_on_with_the_median_of_the_last_estimate(run, capsys):
 
 
 def test_the_bar_shows_the_median_of_a_schedule(run, capsys):
-    run(optim_args="p=schedule,p_start=2,p_end=4", disable_tqdm=False)
+    run(optim_args="p=schedule,p_schedule=2:4", disable_tqdm=False)
     expected = [f"{1 / (0.5 - 0.25 * step / 4):.3g}" for step in range(5)]
     assert medians_at_the_bar(capsys.readouterr().err) == expected
 

@@ -179,7 +179,7 @@ def test_with_another_optimizer_it_is_a_plain_trainer(gpt2, token_dataset, train
 
 
 def test_a_schedule_lasts_as_long_as_the_training_and_is_logged(gpt2, token_dataset, training_arguments):
-    arguments = training_arguments(optim_args="p=schedule,p_start=2,p_end=-10")
+    arguments = training_arguments(optim_args="p=schedule,p_schedule=2:-10")
     trainer = Trainer(model=gpt2, args=arguments, train_dataset=token_dataset)
     trainer.train()
     logged = [1 / entry["schatten_p_median"] for entry in trainer.state.log_history if "schatten_p_median" in entry]

@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT
-from hf_schatten.linalg.all_finite import are_finite
 from hf_schatten.linalg.direction_curves import DirectionCurves, direction_curves, iterate_direction_curves
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator
+from hf_schatten.optim.finite_gradients import are_finite
 from hf_schatten.optim.matrix import CURVES, NODES
 from hf_schatten.options import CriterionName, EstimatorName
 

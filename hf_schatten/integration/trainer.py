@@ -113,10 +113,13 @@ class SchattenTrainerMixin(_Base):
             write_card_section(card, earlier, _CARD_TAGS)
 
     def _figure_of_p(self, folder: Path) -> Path | None:
-        """Return the picture of p relative to the folder, drawn where it is missing; None without an estimate."""
+        """Return the picture of p relative to the folder, None without an estimate.
+
+        In training nothing is drawn: a card that a save writes names the picture that the end draws.
+        """
         if not has_p_by_layer(self.state.log_history):
             return None
-        if not (folder / P_BY_LAYER).is_file():  # a save's card; the end of training draws the picture anew
+        if not (self.is_in_train or (folder / P_BY_LAYER).is_file()):
             plot_p_by_layer(self.state.log_history, folder / P_BY_LAYER)
         return P_BY_LAYER
 

@@ -24,11 +24,7 @@ Argument = TypeVar("Argument", np.ndarray, Tensor)
 class Coefficients:
     """One column: the polynomial iteration ``x ↦ Σ_k w_k y_k``, an odd function on (0, 1].
 
-    Attributes:
-        a: Coefficient of ``y_{k-1}`` in ``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵``, for k = 1 … K.
-        b: Coefficient of its cube.
-        c: Coefficient of its fifth power.
-        w: Weights of ``y_0 = x`` to ``y_K`` in the sum, K + 1 numbers.
+    ``y_0 = x`` and ``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵`` for k = 1 … K; of w there are K + 1.
     """
 
     a: tuple[float, ...]
@@ -72,11 +68,10 @@ def table_filename(steps: int) -> str:
 def load_table(steps: int) -> dict[str, Any]:
     """Read the stored table for one of `NS_STEPS`.
 
-    Returns:
-        The file's content. ``columns``: one dict for each of the exponents ``s``, ascending from -0.25 to 1,
-        with the coefficients ``a``, ``b``, ``c``, ``w`` and the fit's ``max_error`` (absolute) and
-        ``relative_error`` (root mean square over log x, relative to the target's) on ``domain``. ``curves``: the
-        Chebyshev coefficients in s of the steps' shapes from which the fit of the columns began.
+    ``columns``: one dict for each of the exponents ``s``, ascending from -0.25 to 1, with the coefficients ``a``,
+    ``b``, ``c``, ``w`` and the fit's ``max_error`` (absolute) and ``relative_error`` (root mean square over log x,
+    relative to the target's) on ``domain``. ``curves``: Chebyshev coefficients in s of the steps' shapes from which
+    the fit of the columns began.
 
     Raises:
         ValueError: If no table is stored for ``steps``.
@@ -104,14 +99,9 @@ def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def interpolate(s: Tensor, steps: int) -> Tensor:
-    """Coefficients for each exponent, linear between the stored columns and hence continuous in s.
+    """Rows of `Coefficients`, (B, 4K + 1), for exponents s (B,): linear between the stored columns, hence continuous.
 
-    Args:
-        s: Exponents, shape (B,), float32 or float64; clamped to [-0.25, 1]. NaN gives NaN.
-        steps: Number of Newton–Schulz steps K.
-
-    Returns:
-        Rows as of `Coefficients.from_row`, shape (B, 4K + 1), of s's dtype.
+    s is float32 or float64, which the rows are too, and clamped to [-0.25, 1]. NaN gives NaN.
 
     Raises:
         ValueError: If no table is stored for ``steps``.

@@ -33,13 +33,10 @@ class DirectionCurves(NamedTuple):
 
 
 def direction_curves(momentum: Tensor, gradient: Tensor, inputs: Tensor, s: Tensor) -> DirectionCurves:
-    """Return the curves from an SVD in float64.
+    """Return the curves at exponents s (K,), float64, from an SVD in float64.
 
-    Args:
-        momentum: M, (m, n), finite; its singular values below rounding count as zero.
-        gradient: G, (m, n).
-        inputs: A, (T, n).
-        s: exponents, (K,) float64.
+    The momentum M is (m, n), finite, and its singular values below rounding count as zero; the gradient G is (m, n),
+    the inputs A are (T, n).
     """
     momentum, gradient, inputs = (X.to(torch.float64) for X in (momentum, gradient, inputs))
     U, sigma, Vh = torch.linalg.svd(momentum, full_matrices=False)
@@ -57,7 +54,7 @@ def direction_curves(momentum: Tensor, gradient: Tensor, inputs: Tensor, s: Tens
 
 def iterate_direction_curves(momentum: Tensor, gradient: Tensor, inputs: Tensor, s: Tensor) -> DirectionCurves:
     """Return the curves as `direction_curves` does, for s in [-0.25, 1], from float32 matrix products alone."""
-    momentum, gradient, inputs = (_unit(X.to(torch.float32)) for X in (momentum, gradient, inputs))
+    momentum, gradient, inputs = (X / X.abs().amax() for X in (momentum.float(), gradient.float(), inputs.float()))
     iterates = _iterates(momentum)
     flat = torch.stack([X.flatten() for X in iterates])  # (iterates, m n)
     outputs = torch.stack([(inputs @ X.mT).flatten() for X in iterates])  # (iterates, T m)
@@ -69,10 +66,6 @@ def iterate_direction_curves(momentum: Tensor, gradient: Tensor, inputs: Tensor,
         (weights @ power_sums).log(),
         ((weights @ energies) * weights).sum(dim=1) / inputs.square().sum(),
     )
-
-
-def _unit(X: Tensor) -> Tensor:
-    return X / X.abs().amax()
 
 
 def _iterates(momentum: Tensor) -> list[Tensor]:

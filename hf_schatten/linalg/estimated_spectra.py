@@ -7,7 +7,6 @@ a resumed run repeats.
 """
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,7 +44,7 @@ def lanczos_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
     if X.shape[-2] <= _WORTHWHILE * _WIDTH * _LANCZOS_DEPTH:
         log_sigma = _gram_log_spectrum(X.to(torch.float64))  # cheap, and the same to 1e-6 however a batch is cut
         return log_sigma, torch.zeros_like(log_sigma)
-    energy, share, resolved = _quadrature(_block_krylov(X, _WIDTH, _LANCZOS_DEPTH))
+    energy, share, resolved = _quadrature(*_block_krylov(X, _LANCZOS_DEPTH))
     count = X.shape[-2] - resolved.sum(-1, keepdim=True)  # (B, 1), at least m - d
     missing = _squared_frobenius(X) - torch.where(resolved, energy, 0.0).sum(-1, keepdim=True)
     multiplicity = share * (count / _positive(share.sum(-1, keepdim=True)))
@@ -79,12 +78,9 @@ def submatrix_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gram_log_spectrum(X: Tensor) -> Tensor:
-    """Logarithms of all singular values, (B, m) float64, ascending, from the Gram matrix in X's precision.
-
-    In float32, those below 3e-4 of the largest are rounding. What rounds below zero counts as zero, and what rounds
-    above it makes up for the small values that are lost: the nuclear norms of a small GPT-2's gradients err by 0.4 %
-    at most, and by 1 to 3 % where both are dropped.
-    """
+    """Logarithms of all singular values, (B, m) float64, ascending, from the Gram matrix in X's precision."""
+    # In float32, those below 3e-4 of the largest are rounding. What rounds above zero makes up for the small values
+    # that are lost: the nuclear norms of a small GPT-2's gradients err by 0.4 %, by 1 to 3 % where both are dropped.
     eigenvalues = torch.linalg.eigvalsh(symmetric_product(X, X.mT)).to(torch.float64)
     return 0.5 * eigenvalues.clamp_min(torch.finfo(torch.float64).tiny).log()
 
@@ -93,7 +89,8 @@ def _log_spectral_norm(X: Tensor) -> Tensor:
     """Logarithms of the spectral norms, (B, 1) float64, by block power iteration."""
     if X.shape[-2] <= _WORTHWHILE * _WIDTH * _NORM_DEPTH:
         return _gram_log_spectrum(X)[:, -1:]
-    return 0.5 * torch.linalg.eigvalsh(_block_krylov(X, _WIDTH, _NORM_DEPTH).rayleigh)[:, -1:].log()
+    rayleigh, _ = _block_krylov(X, _NORM_DEPTH)
+    return 0.5 * torch.linalg.eigvalsh(rayleigh)[:, -1:].log()
 
 
 def _squared_frobenius(X: Tensor) -> Tensor:
@@ -102,39 +99,30 @@ def _squared_frobenius(X: Tensor) -> Tensor:
     return torch.linalg.vector_norm(X, dim=-1).to(torch.float64).square().sum(-1, keepdim=True)
 
 
-class _KrylovSpace(NamedTuple):
-    """What X Xᵀ is on the space with the orthonormal basis K (m, d).
+def _block_krylov(X: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    """What X Xᵀ is on the space with the orthonormal basis K (m, d), by block Lanczos with full reorthogonalisation.
 
-    Attributes:
-        rayleigh: Kᵀ X Xᵀ K, (B, d, d) float64.
-        residual: The part of X Xᵀ times the last block that leaves the space, (B, m, width).
+    Returns Kᵀ X Xᵀ K, (B, d, d) float64, and the part of X Xᵀ times the last block that leaves the space, (B, m, w).
     """
-
-    rayleigh: Tensor
-    residual: Tensor
-
-
-def _block_krylov(X: Tensor, width: int, depth: int) -> _KrylovSpace:
-    """Build the space, of width · depth <= m, by block Lanczos with full reorthogonalisation."""
-    block = _random_orthonormal(X.shape[-2], width, X.device).expand(len(X), -1, -1)
+    block = _random_orthonormal(X.shape[-2], X.device).expand(len(X), -1, -1)
     basis, images = block, []
     for step in range(depth):
-        images.append(X.mT @ block)  # (B, n, width)
+        images.append(X.mT @ block)  # (B, n, w)
         residual = _orthogonalised(X @ images[-1], basis)
         if step < depth - 1:
             # A block that almost lies in the space is mostly rounding: orthogonalise what remains once more.
             block = _orthonormal(_orthogonalised(_orthonormal(residual), basis))
             basis = torch.cat([basis, block], -1)
     image = torch.cat(images, -1).to(torch.float64)  # Xᵀ K, (B, n, d): not squared yet, so that small values survive
-    return _KrylovSpace(image.mT @ image, residual)
+    return image.mT @ image, residual
 
 
-def _quadrature(space: _KrylovSpace) -> tuple[Tensor, Tensor, Tensor]:
+def _quadrature(rayleigh: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The d Ritz values, ascending, the shares of those that are no singular value, and whether each is one."""
-    energy, vectors = torch.linalg.eigh(space.rayleigh)  # (B, d), (B, d, d)
+    energy, vectors = torch.linalg.eigh(rayleigh)  # (B, d), (B, d, d)
     energy = _positive(energy)
     last = vectors[:, -_WIDTH:]  # only the last block's image leaves the space
-    resolved = torch.linalg.vector_norm(space.residual.to(last.dtype) @ last, dim=-2) < _RESOLVED * energy
+    resolved = torch.linalg.vector_norm(residual.to(last.dtype) @ last, dim=-2) < _RESOLVED * energy
     return energy, torch.where(resolved, 0.0, vectors[:, :_WIDTH].square().sum(-2)), resolved
 
 
@@ -153,11 +141,10 @@ def _orthonormal(block: Tensor) -> Tensor:
 
 
 def orthonormalised_by_cholesky(block: Tensor) -> Tensor:
-    """Return an orthonormal basis of a block's columns, (B, m, w) float32, by products and triangular solves.
+    """Return an orthonormal basis of a block's columns, (B, m, w) float32, by float64 products and triangular solves.
 
-    CholeskyQR2 in float64 with a shift (T. Fukaya et al. 2020, "Shifted Cholesky QR for computing the QR factorization
-    of ill-conditioned matrices"): a column that depends on those before it, to a relative 3e-7, comes out shorter or
-    as zero.
+    A column that depends on those before it, to a relative 3e-7, comes out shorter or as zero (T. Fukaya et al. 2020,
+    "Shifted Cholesky QR for computing the QR factorization of ill-conditioned matrices").
     """
     Q = block.to(torch.float64)
     for _ in range(2):
@@ -174,9 +161,9 @@ def _positive(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _random_orthonormal(rows: int, columns: int, device: torch.device) -> Tensor:
+def _random_orthonormal(rows: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
-    return torch.linalg.qr(torch.randn(rows, columns, generator=generator)).Q.to(device)
+    return torch.linalg.qr(torch.randn(rows, _WIDTH, generator=generator)).Q.to(device)
 
 
 @lru_cache(maxsize=64)

@@ -32,11 +32,9 @@ _STENCIL = 4  # nodes of the local interpolation
 
 
 def iterate_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
-    """Return log ‖X‖, (B, k) float64, for many Schatten orders at once.
+    """Return log ‖X‖, (B, k) float64, at inverse orders (k,), float64 in [0, 4/3].
 
-    Args:
-        X: (B, m, n) float32, m <= n, of unit scale.
-        inverse_orders: (k,) float64 in [0, 4/3].
+    X is (B, m, n) float32, m <= n, of unit scale.
     """
     powers, fitted = (_constant(tuple(values), X.device) for values in (_POWERS, _FITTED_NODES))
     gram = symmetric_product(X, X.mT)
@@ -59,7 +57,8 @@ def _log_traces_of_powers(gram: Tensor) -> Tensor:
     for _ in range(_SQUARINGS):
         square, growth = _normalised(symmetric_product(unit, unit))
         log_square_scale = 2 * log_scale + growth
-        logs += [log_scale + log_square_scale + _inner_product(unit, square).log(), 2 * log_square_scale]
+        product = torch.linalg.vecdot(unit.flatten(1), square.flatten(1)).to(torch.float64)
+        logs += [log_scale + log_square_scale + product.log(), 2 * log_square_scale]
         unit, log_scale = square, log_square_scale
     return torch.stack(logs, -1)
 
@@ -135,7 +134,3 @@ def _normalised(A: Tensor) -> tuple[Tensor, Tensor]:
     """A (B, m, m) divided by its Frobenius norm, and the norm's logarithm (B,) float64."""
     norm = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True)
     return A / norm, norm.flatten().to(torch.float64).log()
-
-
-def _inner_product(A: Tensor, B: Tensor) -> Tensor:
-    return torch.linalg.vecdot(A.flatten(1), B.flatten(1)).to(torch.float64)

@@ -209,12 +209,8 @@ def _gamma_derivatives(u: Array, d: Array) -> tuple[Array, Array]:
 def least_squares(f_target: Callable[[Array], Array], steps: int, *, lowest: float) -> Coefficients:
     """Fit any function of the singular values ("Interpolating Between SGD and Muon"), from the nearest stored column.
 
-    Args:
-        f_target: Takes an array of singular values in (0, 1], relative to the Schatten-8 norm, and returns what
-            becomes of them. The step function ``1[x = x_max]`` is out of a polynomial's reach: use
-            `hf_schatten.linalg.top_singular_direction`.
-        steps: Number of Newton–Schulz steps, 3 to 8.
-        lowest: The fit covers [lowest, 1], by points that are nearly log-uniform.
+    It covers [lowest, 1], relative to the Schatten-8 norm, in 3 to 8 Newton–Schulz steps. The step function
+    ``1[x = x_max]`` is out of a polynomial's reach: use `hf_schatten.linalg.top_singular_direction`.
 
     Raises:
         ValueError: If ``lowest`` is outside (0, 1) or there is no table to start ``steps`` steps from.

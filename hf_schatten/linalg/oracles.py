@@ -26,12 +26,7 @@ def dualizer(X: Tensor, order: float) -> Tensor:
     - order inf: the polar factor ``U Vᵀ`` with zeros for zero singular values, i.e. those of at most
       ``max(m, n) · eps · σ_max``.
 
-    Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype.
-        order: In [1, inf].
-
-    Returns:
-        Tensor of X's shape and dtype, of Schatten norm 1; zero for a zero matrix.
+    X is (..., m, n), of a floating point dtype, which the result has too.
 
     Raises:
         ValueError: If order lies outside [1, inf], or X is not floating point or has fewer than two dimensions.
@@ -76,12 +71,10 @@ def coupling_factors(dual_norms: Tensor, outer_order: float, weights: Tensor | f
     Nothing waits for the device.
 
     Args:
-        dual_norms: Norms of the blocks in the dual order, shape (..., blocks), of a floating point dtype.
+        dual_norms: Norms of the blocks in the dual order, (..., blocks), floating point, as the factors are. That of a
+            zero block is 0; one NaN or inf makes all of them NaN.
         outer_order: Of the vector norm that couples the blocks, in [1, inf].
         weights: w_i, above 0 (not checked), broadcast to ``dual_norms`` and of its dtype: more of it moves less.
-
-    Returns:
-        Factors of dual_norms' shape and dtype; 0 for a zero block. One NaN or inf makes all of them NaN.
 
     Raises:
         ValueError: If outer_order lies outside [1, inf].

@@ -24,12 +24,7 @@ def dual_order(order: float) -> float:
 def schatten_norm(X: Tensor, order: float) -> Tensor:
     """``(Σ σ_i^order)^{1/order}``: 1 is the nuclear, 2 the Frobenius, inf the spectral norm (definition 1).
 
-    Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype.
-        order: In [1, inf].
-
-    Returns:
-        Shape (...), of X's dtype.
+    Of X (..., m, n), floating point, in a shape (...) and X's dtype.
 
     Raises:
         ValueError: If order lies outside [1, inf], or X is not floating point or has fewer than two dimensions.
@@ -50,15 +45,10 @@ def stable_rank(X: Tensor) -> Tensor:
 
 
 def relative_size(update: Tensor, W: Tensor, order: float) -> Tensor:
-    """``‖update‖ / ‖W‖`` in one Schatten norm (definition 6).
+    """``‖update‖ / ‖W‖``, update (..., m, n) and what it is added to, in one Schatten norm (definition 6).
 
-    Args:
-        update: Matrices, shape (..., m, n), of a floating point dtype.
-        W: What they are added to, of a shape whose leading dimensions broadcast to update's.
-        order: In [1, inf].
-
-    Returns:
-        Shape (...), of update's dtype; inf where only W is zero, NaN where both are.
+    The leading dimensions of W broadcast to those of update, whose dtype the result has. It is inf where only W is
+    zero, NaN where both are.
 
     Raises:
         ValueError: If order lies outside [1, inf], or a matrix has fewer than two dimensions.

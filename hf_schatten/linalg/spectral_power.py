@@ -30,9 +30,9 @@ def spectral_power(
 ) -> Tensor:
     """Approximate ``U diag(σ^{1/p}) Vᵀ`` of each matrix, each with its own p, in one batched call.
 
-    The scale of X is kept: p = 1 returns X to rounding, and ``t·X`` gives ``t^{1/p}`` times the result of X. A zero
-    matrix gives zero; one with NaN or inf gives NaN and leaves the rest of its batch alone. Nothing waits for the
-    device. There is no gradient.
+    The result has X's shape and dtype. The scale of X is kept: p = 1 returns X to rounding, and ``t·X`` gives
+    ``t^{1/p}`` times the result of X. A zero matrix gives zero; one with NaN or inf gives NaN and leaves the rest of
+    its batch alone. Nothing waits for the device. There is no gradient.
 
     Args:
         X: Matrices, shape (..., m, n), of a floating point dtype; need not be contiguous.
@@ -42,9 +42,6 @@ def spectral_power(
         steps: Newton–Schulz steps K, 3 to 8: more are dearer and more accurate.
         compute_dtype: Dtype of the matrix products. Default: float64 for float64 X, else float32 on a CPU and
             bfloat16 on an accelerator.
-
-    Returns:
-        Tensor of X's shape and dtype.
 
     Raises:
         ValueError: If a number p is NaN or in (-4, 1), X is not floating point or has fewer than two dimensions,
@@ -67,13 +64,8 @@ def spectral_power(
 def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: torch.dtype | None = None) -> Tensor:
     """Apply any polynomial iteration to the singular values, relative to the Schatten-8 norm c of each matrix.
 
-    Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype.
-        coefficients: The iteration f, for instance of a `FittedTarget`.
-        compute_dtype: As in `spectral_power`.
-
-    Returns:
-        ``U diag(f(σ/c)) Vᵀ``, of X's shape and dtype. ``c`` exceeds the norm by 1 %, a margin for rounding.
+    X (..., m, n) and ``compute_dtype`` are as in `spectral_power`, ``coefficients`` are the iteration f, for instance
+    of a `FittedTarget`. Returns ``U diag(f(σ/c)) Vᵀ``, where c exceeds the norm by 1 %, a margin for rounding.
 
     Raises:
         ValueError: If X is not floating point or has fewer than two dimensions.
@@ -86,16 +78,9 @@ def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: t
 
 
 def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
-    """The exact ``U diag(σ^{1/p}) Vᵀ`` by a float64 SVD: the reference for `spectral_power`.
+    """The exact ``U diag(σ^{1/p}) Vᵀ`` of X (..., m, n), float64, by an SVD: the reference for `spectral_power`.
 
     Singular values below ``max(m, n) · eps · σ_max`` count as zero and stay zero.
-
-    Args:
-        X: Matrices, shape (..., m, n).
-        p: As in `spectral_power`.
-
-    Returns:
-        float64 tensor of X's shape.
 
     Raises:
         ValueError: If the number p is NaN or in (-4, 1).
@@ -198,11 +183,9 @@ def _transferred(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch
 
 
 def _steps_on_iterate(X: Tensor, steps: int, compute_dtype: torch.dtype) -> int:
-    """How many steps act on the iterate before the rest act on its Gram matrix.
-
-    The Gram matrix squares the singular values: in half precision the small ones drown in its rounding, until
-    two steps have lifted them.
-    """
+    """How many steps act on the iterate before the rest act on its Gram matrix."""
+    # That squares the singular values: in half precision the small ones drown in its rounding, until two steps have
+    # lifted them.
     if X.shape[-1] < _GRAM_ASPECT * X.shape[-2]:
         return steps
     return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps)

@@ -29,13 +29,8 @@ def exact_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
 def exact_log_spectrum(X: Tensor) -> Tensor:
     """Return the logarithms of the singular values, from the eigenvalues of the smaller Gram matrix in float64.
 
-    They are exact to about 1e-8 of the largest; what rounds below zero is reported as zero (-inf).
-
-    Args:
-        X: (..., m, n), real, any dtype.
-
-    Returns:
-        (..., min(m, n)) float64, ascending; NaN for a matrix that is not finite.
+    Of X (..., m, n), real, any dtype, they are (..., min(m, n)) float64, ascending; NaN for a matrix that is not
+    finite. They are exact to about 1e-8 of the largest; what rounds below zero is reported as zero (-inf).
     """
     X = X.to(torch.float64)
     if X.shape[-2] > X.shape[-1]:
@@ -52,12 +47,10 @@ def log_schatten_norm(log_spectrum: Tensor, inverse_order: Tensor, log_multiplic
     With ℓ = log σ and multiplicities μ: log ‖X‖_order = ℓ_max + log(Σ μ exp(order · (ℓ − ℓ_max))) / order.
 
     Args:
-        log_spectrum: (..., r) logarithms of singular values; -inf for a zero.
+        log_spectrum: (..., r) logarithms of singular values, -inf for a zero. The result, (..., k), is of its dtype,
+            and -inf or NaN for a zero matrix.
         inverse_order: (k,) values of 1/order, at least 0; 0 is the spectral norm.
         log_multiplicity: (..., r) logarithms of how often each singular value counts, finite. Default: once.
-
-    Returns:
-        (..., k) of the dtype of ``log_spectrum``; -inf or NaN for a zero matrix.
     """
     largest = log_spectrum.amax(dim=-1, keepdim=True)
     # At 1/order = 0 the sum counts the multiplicity of the largest value and its factor is zero: any positive

@@ -14,10 +14,7 @@ _SMALLEST_BLOCK = 256  # rows
 def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
     """``A @ B`` (B, m, m) where it is known to be symmetric: only blocks on and above the diagonal are computed.
 
-    Args:
-        A: Shape (B, m, n).
-        B: Shape (B, n, m), such that every ``A @ B`` is symmetric: ``A.mT``, or a polynomial of A.
-        out: Where to write the product; shares no memory with A or B.
+    A is (B, m, n), and B, (B, n, m), is ``A.mT`` or a polynomial of A; ``out`` shares no memory with them.
     """
     m = A.shape[-2]
     product = A.new_empty(*A.shape[:-1], m) if out is None else out

@@ -266,11 +266,7 @@ def _embeddings(model: nn.Module) -> Iterable[nn.Module]:
 
 
 def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
-    """Check that every pattern of an option matches a name.
-
-    Raises:
-        RoutingError: naming the option and the pattern that does not.
-    """
+    """Raise RoutingError unless every pattern of an option matches a name."""
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
             shown = ", ".join(names[:3])

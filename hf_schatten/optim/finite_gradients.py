@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from hf_schatten.distributed.sharded import is_sharded, local
-from hf_schatten.linalg.all_finite import are_finite
 from hf_schatten.optim.matrix import Group
 
 
@@ -31,13 +30,8 @@ class FiniteGradients:
             agreed = torch.stack([self._finite[parameter] for parameter in sharded]).int()
             dist.all_reduce(agreed, dist.ReduceOp.MIN)
             self._finite.update(zip(sharded, agreed.bool(), strict=True))
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for parameter in parameters:
-            by_device.setdefault(self._finite[parameter].device, []).append(parameter)
-        self._keep: dict[Tensor, Tensor] = {}
-        for alike in by_device.values():  # one operation for each device
-            keep = torch.stack([self._finite[parameter] for parameter in alike]).double()
-            self._keep.update(zip(alike, keep.unbind(), strict=True))
+        numbers = _by_device(self._finite.values(), lambda alike: torch.stack(alike).double())
+        self._keep = dict(zip(parameters, numbers, strict=True))
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._finite
@@ -70,3 +64,30 @@ class FiniteGradients:
         if parameters:
             torch._foreach_add_(counters, 1.0)
             torch._foreach_sub_(counters, [self._keep[parameter] for parameter in parameters])
+
+
+def are_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return for each floating tensor whether all its elements are finite, bool scalars; nothing waits for the device.
+
+    Shapes, dtypes and devices may differ. An empty tensor is finite.
+    """
+    return _by_device(tensors, lambda alike: _extremes(alike).isfinite().all(-1))
+
+
+def _extremes(tensors: Sequence[Tensor]) -> Tensor:
+    """Return numbers of each tensor, (tensors, 1 or 2), that are finite where all its elements are."""
+    sized = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]  # FSDP: without rows
+    # NaN wins in both. A norm of infinite order is one operation for all on an accelerator, and slower on a CPU.
+    if tensors[0].device.type == "cpu":
+        return torch.stack([extreme for tensor in sized for extreme in tensor.aminmax()]).view(-1, 2)
+    return torch.stack(torch._foreach_norm(sized, torch.inf))[:, None]
+
+
+def _by_device(tensors: Iterable[Tensor], operation: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
+    """Apply an operation from tensors to a row for each to those of every device together, and return the rows."""
+    tensors = list(tensors)
+    alike: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault(tensor.device, []).append(tensor)
+    rows = {device: iter(operation(of_device).unbind()) for device, of_device in alike.items()}
+    return [next(rows[tensor.device]) for tensor in tensors]

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_schatten.linalg.all_finite import are_finite
+from hf_schatten.optim.finite_gradients import are_finite
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
