@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 pytest.register_assert_rewrite("support_runs")  # before its import, or its assertions show no values
 
@@ -15,6 +16,18 @@ from hf_schatten import SchattenCallback  # noqa: E402
 def no_pictures(monkeypatch):
     """Leave out the pictures, nine tenths of a tiny run's time; tests/test_trainer.py holds them."""
     monkeypatch.setattr(SchattenCallback, "_draw", lambda *args: None)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Compute on one thread: transformers' batched experts add up rows in an order that threads decide.
+
+    Runs are compared bitwise here, and with two threads such a model does not repeat itself.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
