@@ -20,7 +20,7 @@ _TRACKER = ModuleTracker()  # never entered: only asked whether backward runs
 
 
 class _EagerCompiler:
-    """Makes ``torch.compile`` run eagerly what it would have to compile anew, as long as any probe asks for it."""
+    """Makes ``torch.compile`` run eagerly what it would have to recompile, as long as any probe asks for it."""
 
     def __init__(self) -> None:
         self._askers: set[int] = set()
@@ -63,7 +63,7 @@ class Probe:
     Rows are copied when the gradient reaches the layer, where autograd keeps its input until then anyway: earlier
     copies would add to the peak of memory, which lies before the backward pass.
 
-    While armed, ``torch.compile`` runs what it would have to compile anew eagerly: training has one graph.
+    While armed, ``torch.compile`` runs eagerly what it would have to recompile: training has one graph.
 
     Args:
         model: the model whose forward begins a micro-batch.

@@ -62,7 +62,7 @@ def is_registered(name: str) -> bool:
 
 
 def _full_name(handler: Handler) -> tuple[str, str]:
-    """Return what tells one function from another: a module that is reloaded defines its functions anew."""
+    """Return what tells one function from another: a reloaded module defines its functions again."""
     return handler.__module__, handler.__qualname__
 
 

@@ -39,7 +39,7 @@ def spectral_power(
         p: 1 is X itself, ``inf`` the polar factor U Vᵀ, ``p <= -4`` is "beyond Muon" (``s = 1/p`` in [-0.25, 0)).
             A number, or a tensor on X's device that broadcasts to ``X.shape[:-2]``; a tensor's values are not checked,
             but their 1/p is clamped to [-0.25, 1].
-        steps: Newton–Schulz steps K, 3 to 8: more are dearer and more accurate.
+        steps: Newton–Schulz steps K, 3 to 8: more cost more and are more accurate.
         compute_dtype: Dtype of the matrix products. Default: float64 for float64 X, else float32 on a CPU and
             bfloat16 on an accelerator.
 

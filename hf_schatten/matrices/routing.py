@@ -87,7 +87,7 @@ def route_parameters(
     not read images (more than four channels, one group) or a layer of experts of transformers owns it, it lies in the
     backbone, both its sides are longer than 1, and it is neither an input or output embedding nor tied to one. The
     owning module decides, not the number of dimensions, so that routers, relative position biases and task heads stay
-    with AdamW. A model that is no ``PreTrainedModel`` is its own backbone: name its output head in ``exclude``.
+    with AdamW. A model other than a ``PreTrainedModel`` is its own backbone: name its output head in ``exclude``.
 
     Args:
         model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
