@@ -34,10 +34,11 @@ class UpdateSizes:
 
     def observe(self, matrices: Sequence[Matrix], directions: Tensor, factors: Tensor) -> None:
         """Take the updates of a stack: ``factors`` (B,) times ``directions`` (B, m, n), m <= n."""
-        frobenius = torch.linalg.matrix_norm(directions)  # (B,)
-        stable_ranks = (frobenius / _spectral_norm(directions)).square()
-        for matrix, stable_rank, size in zip(matrices, stable_ranks, frobenius * factors, strict=True):
-            self._updates[matrix.name] = stable_rank, size * matrix.learning_rate
+        for matrix, direction, factor in zip(matrices, directions, factors, strict=True):
+            whole = direction[None].to(state_dtype(direction))  # one at a time, where it is a copy
+            frobenius = torch.linalg.matrix_norm(whole)
+            stable_rank = (frobenius / _spectral_norm(whole)).square()
+            self._updates[matrix.name] = stable_rank[0], frobenius[0] * factor * matrix.learning_rate
 
     def end(self, matrices: Sequence[Matrix]) -> dict[str, tuple[Tensor, Tensor]]:
         """Return stable rank ‖ΔW‖²_F / ‖ΔW‖²₂ and relative size ‖ΔW‖_F / ‖W‖_F, scalars, by the matrix' name.

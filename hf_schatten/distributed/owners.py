@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_schatten.distributed.processes import ALONE, Peers, process_count, process_rank
+from hf_schatten.linalg.many_matrices import Place
 
 T = TypeVar("T")
 
@@ -28,23 +29,25 @@ Item = Any
 
 
 class Computed(NamedTuple):
-    """An item's update, as a process has computed it: ``factor`` times ``direction``."""
+    """Updates of items of one wide shape, as a process has computed them: ``factors`` times ``directions``."""
 
-    item: Item
-    direction: Tensor  # (m, n), of the item's wide shape
-    factor: Tensor  # a scalar
+    items: Sequence[Item]  # B
+    directions: Tensor  # (B, m, n)
+    factors: Tensor  # (B,)
 
 
 class Delivered(NamedTuple):
-    """An update where its weights are: ``factor`` times ``update``."""
+    """Updates where their weights are: ``factors`` times ``updates``."""
 
-    item: Item  # one of them where several lie in one piece of a parameter
-    weights: Tensor  # what this process has of them, a view of the parameter
-    update: Tensor  # of the shape of the weights
-    factor: Tensor  # a scalar
+    items: Sequence[Item]  # one of them where several lie in one piece of a parameter
+    weights: list[Tensor]  # tensors in which the weights lie
+    places: list[Place]  # of the weights in them
+    updates: list[Tensor]  # (m, n), m <= n, contiguous, transposed where the weights are tall
+    factors: Tensor  # one for each
 
 
-Write = Callable[[Any, Tensor], None]  # of an item's momentum into (m, n)
+# Of the momenta of items into (B, m, n), divided by numbers (B,).
+Write = Callable[[Sequence[Any], Tensor, Tensor], None]
 Compute = Callable[[Any, Write], Iterable[Computed]]  # of one piece of work
 
 
@@ -60,11 +63,15 @@ class Delivery:
 
     Attributes:
         work: what this process computes, in the order of rounds.
+        elsewhere: the items whose momenta this process keeps and does not compute with.
     """
 
     def __init__(self, items: Sequence[Item], work_of: Callable[[Sequence[Item]], Any], peers: Peers = ALONE) -> None:
         self.items, self.peers = items, peers
-        self.work = [work_of(mine) for mine in self.shares()]
+        shares = self.shares()
+        self.work = [work_of(mine) for mine in shares]
+        mine = {id(item) for share in shares for item in share}
+        self.elsewhere = [item for item in items if id(item) not in mine]
 
     def shares(self) -> list[Sequence[Item]]:
         """Return the items that this process computes in each round."""
@@ -75,12 +82,16 @@ class Delivery:
 
         Args:
             compute: the updates of one piece of work, given what writes the momenta of its items.
-            momenta: of this process, with ``write(item, wide)`` and ``of_shard(item)``; see
-                :class:`hf_schatten.optim.momentum.LookAhead`.
+            momenta: of this process, with ``write(items, out, divisors)`` and ``of_shard(item)``; see
+                :class:`hf_schatten.optim.momentum.Momenta`.
         """
-        for item, direction, factor in compute(self.work[0], momenta.write):
-            weights = item.weights
-            yield Delivered(item, weights, item.stored(direction).reshape(weights.shape), factor)
+        for items, directions, factors in compute(self.work[0], momenta.write):
+            yield at_parameters(items, list(directions.unbind()), factors)
+
+
+def at_parameters(items: Sequence[Item], updates: list[Tensor], factors: Tensor) -> Delivered:
+    """Return updates (m, n) of items whose parameters are whole on this process."""
+    return Delivered(items, [item.parameter for item in items], [item.place for item in items], updates, factors)
 
 
 def assign(costs: Sequence[int], processes: int) -> list[int]:

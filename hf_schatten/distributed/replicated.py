@@ -14,7 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_schatten.distributed.owners import BUFFER, Compute, Delivered, Delivery, Item, assign, elements, take
+from hf_schatten.distributed.owners import (
+    BUFFER,
+    Compute,
+    Delivered,
+    Delivery,
+    Item,
+    assign,
+    at_parameters,
+    elements,
+    take,
+)
 from hf_schatten.distributed.processes import Peers
 
 # Torch renames it: the old name warns from 2.13 on.
@@ -35,22 +45,20 @@ class Replicated(Delivery):
 
     def deliver(self, compute: Compute, momenta: Any) -> Iterator[Delivered]:
         """Yield all updates, in the same order on every process."""
-        one = None
-        for item, wide in self._exchanged(compute, momenta):
-            one = torch.ones((), device=wide.device) if one is None else one
-            weights = item.weights
-            yield Delivered(item, weights, item.stored(wide).reshape(weights.shape), one)
+        for arrived in self._exchanged(compute, momenta):
+            items, updates = zip(*arrived, strict=True)
+            yield at_parameters(items, list(updates), torch.ones(len(items), device=updates[0].device))
 
-    def _exchanged(self, compute: Compute, momenta: Any) -> Iterator[tuple[Any, Tensor]]:
-        """Yield every item with its update (m, n), in the parameter's dtype."""
+    def _exchanged(self, compute: Compute, momenta: Any) -> Iterator[list[tuple[Any, Tensor]]]:
+        """Yield items with their updates (m, n), in the parameter's dtype, as they arrive."""
         under_way: _Transfer | None = None
         for current, work in zip(self.rounds, self.work, strict=True):
             for transfer in self._transfers(current, self._own(current, compute(work, momenta.write))):
                 if under_way is not None:
-                    yield from _arrived(*under_way)
+                    yield _arrived(*under_way)
                 under_way = transfer
         if under_way is not None:
-            yield from _arrived(*under_way)
+            yield _arrived(*under_way)
 
     def _own(self, current: Round, computed: Any) -> Tensor:
         """Return this process' updates of a round, one after another, filled up where all travel at once."""
@@ -58,8 +66,9 @@ class Replicated(Delivery):
         own = current[self.peers.rank] if self.peers.rank < self.peers.size else []
         sent = like.new_zeros(max(map(elements, current)) if fits(current) else elements(own))
         slots = {id(item): slot for item, slot in _slots(sent, own)}
-        for item, direction, factor in computed:
-            slots[id(item)].copy_(direction.mul_(factor))
+        for items, directions, factors in computed:
+            for item, direction, factor in zip(items, directions, factors, strict=True):
+                slots[id(item)].copy_(direction).mul_(factor)
         return sent
 
     def _transfers(self, current: Round, sent: Tensor) -> Iterator[_Transfer]:
@@ -105,10 +114,9 @@ def _broadcasts(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfe
             yield work, [items], [buffer]
 
 
-def _arrived(work: Any, current: Round, buffers: Sequence[Tensor]) -> Iterator[tuple[Any, Tensor]]:
+def _arrived(work: Any, current: Round, buffers: Sequence[Tensor]) -> list[tuple[Any, Tensor]]:
     work.wait()
-    for items, buffer in zip(current, buffers, strict=True):
-        yield from _slots(buffer, items)
+    return [pair for items, buffer in zip(current, buffers, strict=True) for pair in _slots(buffer, items)]
 
 
 def _slots(buffer: Tensor, items: Sequence[Item]) -> Iterator[tuple[Any, Tensor]]:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from hf_schatten.distributed.owners import BUFFER, Compute, Delivered, Delivery, Item, assign, take
 from hf_schatten.distributed.processes import Peers
+from hf_schatten.linalg.many_matrices import Place
 from hf_schatten.matrices.engines import UnsupportedEngineError
 
 
@@ -102,6 +103,10 @@ _Owned = Sequence[tuple[Slab, int]]  # slabs and their owners, in the same order
 class Sharded(Delivery):
     """Updates of sharded weights, each computed by the process that owns it."""
 
+    def __init__(self, items: Sequence[Item], work_of: Callable[[Sequence[Item]], Any]) -> None:
+        super().__init__(items, work_of)
+        self.elsewhere = list(items)  # what the owner computes with is gathered from all
+
     def shares(self) -> list[Sequence[Item]]:
         """Return the items of each round that this process owns."""
         self.rounds = list(_rounds(self.items))
@@ -116,17 +121,30 @@ class Sharded(Delivery):
             mine = _owned_by(peers.rank, owned)
             whole_of = {id(item): whole for slab, whole in zip(mine, wholes, strict=True) for item in slab.items}
 
-            def write(item: Item, wide: Tensor, whole_of: Mapping[int, Tensor] = whole_of) -> None:
-                item.stored(wide).copy_(item.of_expert(whole_of[id(item)]))
+            def write(
+                items: Sequence[Item], out: Tensor, divisors: Tensor, whole_of: Mapping[int, Tensor] = whole_of
+            ) -> None:
+                for item, slot, divisor in zip(items, out, divisors, strict=True):
+                    average = item.of_expert(whole_of[id(item)])
+                    item.stored(slot).copy_(average / divisor.to(average.dtype))
 
-            updates = {id(item): direction.mul_(factor) for item, direction, factor in compute(work, write)}
+            updates = {
+                id(item): direction.float() * factor
+                for items, directions, factors in compute(work, write)
+                for item, direction, factor in zip(items, directions, factors, strict=True)
+            }
             joined = [
                 _joined(slab.items, updates, torch.empty_like(whole)) for slab, whole in zip(mine, wholes, strict=True)
             ]
             arrived = scatter_from_owners(peers, owned, joined, owned[0][0].parameter.dtype)
-            for (slab, _), update in zip(owned, arrived, strict=True):
-                one = torch.ones((), device=update.device)
-                yield Delivered(slab.items[0], slab.here(local(slab.parameter), peers), update, one)
+            weights = [slab.here(local(slab.parameter), peers) for slab, _ in owned]
+            yield Delivered(
+                [slab.items[0] for slab, _ in owned],
+                weights,
+                [Place.of(part.view(1, -1), 1, part) for part in weights],
+                [update.view(1, -1) for update in arrived],
+                torch.ones(len(owned), device=arrived[0].device),
+            )
 
 
 def on_owners(items: Iterable[Item], tensor_of: Callable[[Item], Tensor]) -> Iterator[tuple[Item, Tensor]]:

@@ -7,6 +7,7 @@ scales, so that a weighted sum of the iterates represents any power of σ at the
     U diag(σ^s) Vᵀ ≈ c^s Σ_k w_k X_k,                s = 1/p
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT, exponent_of
 from hf_schatten.linalg.coefficient_table import Coefficients, interpolate
 from hf_schatten.linalg.compute_dtype import default_compute_dtype
+from hf_schatten.linalg.many_matrices import weighted_sum
 from hf_schatten.linalg.symmetric_product import symmetric_product
 
 # The Schatten-8 norm bounds σ_max, but for the rounding of half precision; beyond 1 the polynomials explode.
@@ -23,6 +25,14 @@ _SAFETY = 1.01
 # Iterating on the m × m Gram matrix takes 4K - 3 products of m³ and two of m²n, where iterating on X takes 3K of
 # m²n: fewer from n/m = 1.31 on at K = 5, from 1.29 to 1.32 for the other K.
 _GRAM_ASPECT = 1.35
+_GRAM_SPACE_SQUARES = 9  # temporaries there
+
+# Bytes of temporaries, more where one matrix needs more. A CPU is fastest with what stays in its cache; an accelerator
+# needs work for all its processors at once.
+WORKSPACE = {"cpu": 32 << 20, "accelerator": 2 << 30}
+
+# Of a zero matrix, whose norm is that of rounding: what is multiplied by zero stays finite.
+_SMALLEST_DIVISOR, _LARGEST_WEIGHT = 1e-30, 1e37
 
 
 def spectral_power(
@@ -57,7 +67,7 @@ def spectral_power(
     s = s.clamp(MIN_EXPONENT, MAX_EXPONENT)
     if X.numel() == 0:
         return torch.zeros_like(X)
-    power = _transferred(batch, interpolate(s, steps), s[:, None, None], compute_dtype or default_compute_dtype(X))
+    power = spectral_iteration(batch, interpolate(s, steps), s, compute_dtype or default_compute_dtype(X))
     return _like(X, power)
 
 
@@ -74,7 +84,7 @@ def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: t
     if X.numel() == 0:
         return torch.zeros_like(X)
     rows = torch.tensor(coefficients.row, dtype=_scalar_dtype(X), device=X.device).expand(len(batch), -1)
-    return _like(X, _transferred(batch, rows, None, compute_dtype or default_compute_dtype(X)))
+    return _like(X, spectral_iteration(batch, rows, None, compute_dtype or default_compute_dtype(X)))
 
 
 def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
@@ -124,62 +134,99 @@ def _largest_element(A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Step(NamedTuple):
-    """Coefficients of one step and the weight of its result, one for each matrix: tensors (B, 1, 1)."""
+    """Coefficients of one step and the weight of its result, one for each matrix: tensors (B,)."""
 
     a: Tensor
     b: Tensor
     c: Tensor
     w: Tensor
 
-    def polynomial(self, gram: Tensor, gram_squared: Tensor) -> Tensor:
-        """``a I + b A + c A²`` of A = gram (B, m, m), in the memory of ``gram_squared``; rounded to A's dtype once."""
-        on_cpu = gram.device.type == "cpu"  # where operations on two dtypes are slow
-        total = gram_squared.to(self.c.dtype).mul_(self.c) if on_cpu else gram_squared * self.c
-        total.diagonal(dim1=-2, dim2=-1).add_(self.a.squeeze(-1))
-        if on_cpu:
-            return gram_squared.copy_(total.addcmul_(gram, self.b))
-        return torch.addcmul(total, gram, self.b, out=gram_squared)
+    def polynomial(self, gram: Tensor, out: Tensor, scale: Tensor | None = None, squared: bool = False) -> Tensor:
+        """Write ``scale · (a I + b A + c A²)`` of A = gram (B, m, m) into ``out``, which may hold A² already."""
+        a, b, c = (self.a, self.b, self.c) if scale is None else (self.a * scale, self.b * scale, self.c * scale)
+        if not squared:
+            symmetric_product(gram, gram, out=out)
+        return weighted_sum(gram, [out], torch.stack([b, c], dim=1), out, diagonal=a)
 
 
-@torch.no_grad()
-def _transferred(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
-    """Apply the coefficients ``rows`` (B, 4K + 1) to X (B, m, n), m <= n; times c^s where s (B, 1, 1) is given."""
+@torch.library.custom_op("hf_schatten::spectral_iteration", mutates_args=())
+def spectral_iteration(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
+    """Apply the coefficients ``rows`` (B, 4K + 1) to X (B, m, n), m <= n; times c^s where s (B,) is given.
+
+    To torch's dispatcher this is one operation. Memory is bounded: matrices take turns within :data:`WORKSPACE`.
+    """
+    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    for some in _turns(X, rows.shape[-1] // 4, compute_dtype):
+        _iterate(X[some], rows[some], None if s is None else s[some], compute_dtype, out[some])
+    return out
+
+
+@spectral_iteration.register_fake
+def _(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(X, memory_format=torch.contiguous_format)
+
+
+def _turns(X: Tensor, steps: int, compute_dtype: torch.dtype) -> Iterator[slice]:
+    """Yield slices of the batch X (B, m, n) whose temporaries fit into the workspace, of one matrix at least."""
+    count, m, n = X.shape
+    direct = _steps_on_iterate(X, steps, compute_dtype)
+    needed = ((direct + 2) * m * n + (3 if direct == steps else _GRAM_SPACE_SQUARES) * m * m) * compute_dtype.itemsize
+    size = max(1, WORKSPACE["cpu" if X.device.type == "cpu" else "accelerator"] // needed)
+    yield from (slice(start, start + size) for start in range(0, count, size))
+
+
+def _iterate(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype, out: Tensor) -> None:
+    """Write the result for X (B, m, n) into ``out``, contiguous."""
     steps = rows.shape[-1] // 4
-    columns = rows[..., None, None].unbind(1)  # 4K + 1 of (B, 1, 1)
+    columns = rows.unbind(1)  # 4K + 1 of (B,)
     a, b, c, w = (columns[k * steps : (k + 1) * steps + k // 3] for k in range(4))
     chain = [_Step(*step) for step in zip(a, b, c, w[1:], strict=True)]
+    direct = _steps_on_iterate(X, steps, compute_dtype)
+    tiny = torch.finfo(rows.dtype).tiny
 
-    largest = _largest_element(X, rows.dtype)
-    iterate = torch.empty_like(X, dtype=compute_dtype, memory_format=torch.contiguous_format)
-    torch.div(X, largest, out=iterate)  # elements in [-1, 1]: no Gram matrix overflows
-    gram = symmetric_product(iterate, iterate.mT)  # (B, m, m)
+    if X.dtype == compute_dtype == torch.bfloat16:
+        # As it is: bfloat16 has the range of float32, in which products are added up.
+        start = X
+        gram = symmetric_product(X, X.mT)
+        squared_unit = _largest_element(gram, rows.dtype)
+        gram.div_(squared_unit)
+        unit = squared_unit.sqrt()
+    else:
+        start = torch.empty_like(X, dtype=compute_dtype, memory_format=torch.contiguous_format)
+        unit = _largest_element(X, rows.dtype)
+        torch.div(X, unit, out=start)  # elements in [-1, 1]: no Gram matrix overflows
+        gram = symmetric_product(start, start.mT)  # (B, m, m)
     s4 = _frobenius(gram, rows.dtype)  # squared Schatten-4 norm
     gram_squared = symmetric_product(gram.div_(s4), gram)
     # The Schatten-8 norm comes from a product that the first step needs anyway, and is closer to σ_max than S4.
     s8 = _SAFETY**2 * _frobenius(gram_squared, rows.dtype).sqrt()
     gram.div_(s8)
     gram_squared.div_(s8.square())
-    norm = s4.sqrt() * s8.sqrt()  # of a zero matrix: s4 * s8 would underflow
-    divisor = (largest * norm).clamp(torch.finfo(norm.dtype).tiny)
-    scale = torch.ones_like(norm) if s is None else largest**s * norm**s  # scale / divisor may overflow
-    if compute_dtype == scale.dtype:
-        total = torch.div(X, divisor, out=iterate) * (w[0] * scale)  # iterate: X₀
-    else:
-        total = X / divisor  # not read from the iterate, where it is in half precision
-        iterate.copy_(total)
-        total.mul_(w[0] * scale)
-    direct = _steps_on_iterate(X, steps, compute_dtype)
-    spare = torch.empty_like(iterate)  # fresh memory for every product would cost several per cent on a CPU
-    for k, step in enumerate(chain[:direct], start=1):
-        polynomial = step.polynomial(gram, gram_squared)
-        iterate, spare = torch.bmm(polynomial, iterate, out=spare), iterate  # X_k
-        total.addcmul_(iterate, step.w * scale)
-        if k < steps:
+    relative = (s4.sqrt() * s8.sqrt()).flatten()  # of a zero matrix: s4 * s8 would underflow
+    unit = unit.flatten()
+    scale = torch.ones_like(unit) if s is None else unit**s * relative**s
+    # What X and the start of the iteration are divided by. Of a zero matrix it must not make an infinite coefficient.
+    whole = (unit * relative).clamp(tiny)
+    divisor = whole.clamp(_SMALLEST_DIVISOR) if start is X else relative
+
+    iterates = torch.empty(direct + (direct < steps), *X.shape, dtype=compute_dtype, device=X.device)
+    latest = start
+    for k, (step, iterate) in enumerate(zip(chain[:direct], iterates, strict=False)):
+        torch.bmm(step.polynomial(gram, gram_squared, None if k else 1 / divisor, squared=not k), latest, out=iterate)
+        latest = iterate
+        if k + 1 < steps:
             symmetric_product(iterate, iterate.mT, out=gram)
-            symmetric_product(gram, gram, out=gram_squared)
+    weights = [step.w * scale for step in chain[:direct]]
     if direct < steps:
-        total.addcmul_(_sum_in_gram_space(gram, gram_squared, chain[direct:]) @ iterate, scale)
-    return total
+        rest = _sum_in_gram_space(gram, gram_squared, chain[direct:], squared=not direct)
+        torch.bmm(rest, latest, out=iterates[-1])
+        weights.append(scale if direct else scale / divisor)
+    if compute_dtype == rows.dtype:
+        first, weight = start, w[0] * scale / relative
+    else:  # not the start, where that is in half precision
+        first, weight = X, w[0] * scale / whole
+    finite = torch.stack([weight, *weights], dim=1).clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+    weighted_sum(first, iterates, finite, out)
 
 
 def _steps_on_iterate(X: Tensor, steps: int, compute_dtype: torch.dtype) -> int:
@@ -191,20 +238,17 @@ def _steps_on_iterate(X: Tensor, steps: int, compute_dtype: torch.dtype) -> int:
     return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps)
 
 
-def _sum_in_gram_space(gram: Tensor, gram_squared: Tensor, chain: list[_Step]) -> Tensor:
-    """``Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m) and its square.
+def _sum_in_gram_space(gram: Tensor, spare: Tensor, chain: list[_Step], squared: bool) -> Tensor:
+    """``Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m); ``spare`` may hold its square already.
 
     All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``.
     """
-    *inner, last = chain
-    Q = total = None
-    for step in inner:
-        P = step.polynomial(gram, gram_squared)
-        Q = P if Q is None else symmetric_product(P, Q)
-        total = Q * step.w if total is None else total.addcmul_(Q, step.w)
-        gram = symmetric_product(symmetric_product(P, gram), P)
-        gram_squared = symmetric_product(gram, gram)
-    P = last.polynomial(gram, gram_squared)
-    if Q is None or total is None:
-        return (P * last.w).to(gram.dtype)
-    return total.addcmul_(symmetric_product(P, Q), last.w).to(gram.dtype)
+    found: list[Tensor] = []
+    for step in chain:
+        P = step.polynomial(gram, spare, squared=squared and not found)
+        found.append(symmetric_product(P, found[-1]) if found else P)
+        if len(found) < len(chain):
+            gram = symmetric_product(symmetric_product(P, gram), P)
+            spare = torch.empty_like(gram)
+    weights = torch.stack([step.w for step in chain], dim=1)
+    return weighted_sum(found[0], found[1:], weights, torch.empty_like(gram))

@@ -9,6 +9,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -163,10 +164,12 @@ def _polar_factor(X: Tensor) -> Tensor:
 class Power:
     """x^{1/p}, by the stored tables.
 
-    Every target has a name, as the option has it (of a Python function, ``function:NAME``), and these methods.
+    Every target has a name, as the option has it (of a Python function, ``function:NAME``), says whether matrices may
+    come in the dtype of products, and has these methods.
     """
 
     name: str = POWER
+    takes_half_precision: ClassVar[bool] = True
 
     def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
         """Apply the target to matrices X (B, m, n), whose p is (B,); the rest as in `spectral_power`."""
@@ -183,6 +186,7 @@ class TopK:
 
     name: str
     k: int
+    takes_half_precision: ClassVar[bool] = False
 
     def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
         """`top_singular_direction` for k = 1, else `top_k_direction`."""
@@ -201,6 +205,7 @@ class Function:
 
     name: str
     f: TargetFunction
+    takes_half_precision: ClassVar[bool] = True
 
     def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
         """`spectral_function` with the fitted coefficients."""

@@ -10,6 +10,8 @@ from itertools import product
 
 from torch import Tensor
 
+from hf_schatten.linalg.many_matrices import Place
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -62,6 +64,11 @@ class Layout:
         """Return one matrix as (rows, columns); a copy where it lies in several blocks, else a view."""
         part = self.part(tensor, index)
         return part.flatten(0, 1) if self.blocks > 1 and not self.transposed else part.flatten(1)
+
+    def place(self, tensor: Tensor, index: int) -> Place:
+        """Return where one matrix lies in a tensor of the parameter's shape."""
+        part = self.part(tensor, index)
+        return Place.of(part, 2 if self.blocks > 1 and not self.transposed else 1, tensor)
 
     def matrix_shape(self, shape: Sequence[int], index: int) -> tuple[int, int]:
         """Return (rows, columns) of one matrix of a parameter of this shape, as stored."""

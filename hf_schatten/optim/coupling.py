@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_schatten.distributed.owners import Delivery
+from hf_schatten.distributed.owners import Delivery, Write
 from hf_schatten.linalg.oracles import coupling_factors
 from hf_schatten.optim.matrix import Matrix
 from hf_schatten.optim.preconditioning import Direction
-from hf_schatten.optim.stack import Stack, WriteMomentum
+from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.step_rules import ORACLES, Ball, Update
 from hf_schatten.options import CouplingWeights, SchattenOptions, WeightFunction
 
 # From stacks, and what writes their momenta, to their updates and what the directions are multiplied by, (B,).
-ScaledUpdates = Callable[[Sequence[Stack], WriteMomentum], Iterator[tuple[Update, Tensor]]]
+ScaledUpdates = Callable[[Sequence[Stack], Write], Iterator[tuple[Update, Tensor]]]
 
 # Of a matrix (m, n) = (out, in).
 COUPLING_WEIGHTS: dict[CouplingWeights, WeightFunction] = {
@@ -40,10 +40,10 @@ COUPLING_WEIGHTS: dict[CouplingWeights, WeightFunction] = {
 class Independent:
     """Every matrix for itself: a stack's updates are computed when they are asked for."""
 
-    def start(self, delivery: Delivery, write: WriteMomentum, direction: Direction) -> ScaledUpdates:
+    def start(self, delivery: Delivery, write: Write, direction: Direction) -> ScaledUpdates:
         """Begin a step with a delivery of all its matrices, and what :meth:`Stack.update` takes of whole ones."""
 
-        def scaled(stacks: Sequence[Stack], write: WriteMomentum) -> Iterator[tuple[Update, Tensor]]:
+        def scaled(stacks: Sequence[Stack], write: Write) -> Iterator[tuple[Update, Tensor]]:
             for stack in stacks:
                 update = stack.update(write, direction)
                 yield update, stack.rule.factors(update)
@@ -62,7 +62,7 @@ class Coupled(Independent):
         self.order = order
         self.weight_of = weights if callable(weights) else COUPLING_WEIGHTS[weights]
 
-    def start(self, delivery: Delivery, write: WriteMomentum, direction: Direction) -> ScaledUpdates:  # noqa: D102
+    def start(self, delivery: Delivery, write: Write, direction: Direction) -> ScaledUpdates:  # noqa: D102
         stacks = [stack for work in delivery.work for stack in work]
         updates = [stack.update(write, direction) for stack in stacks]
         scaled = {

@@ -36,6 +36,11 @@ class FiniteGradients:
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._finite
 
+    @staticmethod
+    def is_sharded(parameter: Tensor) -> bool:
+        """Return whether this process has rows of the gradient only."""
+        return is_sharded(parameter)
+
     def of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return those of the parameters that have a gradient."""
         return [parameter for parameter in parameters if parameter in self._finite]
@@ -44,17 +49,24 @@ class FiniteGradients:
         """Return 1 where the gradient is finite, else 0: a float64 scalar on its device."""
         return self._keep[parameter]
 
+    def keeps(self, parameters: Iterable[Tensor]) -> Tensor:
+        """Return the same of B parameters of one device, (B,)."""
+        return torch.stack([self._keep[parameter] for parameter in parameters])
+
+    def whole(self, parameter: Tensor) -> Tensor:
+        """Return the gradient in the strides of its parameter, whether it is finite or not."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if gradient.stride() == parameter.stride():
+            return gradient
+        return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+
     def gradient(self, parameter: Tensor, dtype: torch.dtype, otherwise: Tensor | float) -> Tensor:
         """Return what this process has of a gradient, or something else where it is not finite.
 
         On a CPU there is nothing to wait for, and a finite gradient of this dtype is not copied.
         """
-        gradient = local(parameter.grad).to(dtype)  # type: ignore[arg-type]
-        return self.where(parameter, gradient, otherwise)
-
-    def where(self, parameter: Tensor, gradient: Tensor, otherwise: Tensor | float) -> Tensor:
-        """Return a part of the parameter's gradient, or something else where the gradient is not finite."""
-        finite = self._finite[parameter]
+        gradient, finite = local(parameter.grad).to(dtype), self._finite[parameter]  # type: ignore[arg-type]
         if finite.device.type == "cpu" and finite:
             return gradient
         return torch.where(finite, gradient, otherwise)
@@ -71,16 +83,19 @@ def are_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
 
     Shapes, dtypes and devices may differ. An empty tensor is finite.
     """
-    return _by_device(tensors, lambda alike: _extremes(alike).isfinite().all(-1))
+    return _by_device(tensors, _all_finite)
 
 
-def _extremes(tensors: Sequence[Tensor]) -> Tensor:
-    """Return numbers of each tensor, (tensors, 1 or 2), that are finite where all its elements are."""
+def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether all elements of each tensor of one device are finite, (tensors,)."""
     sized = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]  # FSDP: without rows
-    # NaN wins in both. A norm of infinite order is one operation for all on an accelerator, and slower on a CPU.
-    if tensors[0].device.type == "cpu":
-        return torch.stack([extreme for tensor in sized for extreme in tensor.aminmax()]).view(-1, 2)
-    return torch.stack(torch._foreach_norm(sized, torch.inf))[:, None]
+    if tensors[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(sized, torch.inf)).isfinite()
+    # A CPU is fast at the Euclidean norm only, which overflows where elements are large; there, look at them.
+    finite = torch.stack([norm.float() for norm in torch._foreach_norm(sized)]).isfinite()
+    for index in finite.logical_not().nonzero().flatten().tolist():
+        finite[index] = torch.stack(sized[index].aminmax()).isfinite().all()
+    return finite
 
 
 def _by_device(tensors: Iterable[Tensor], operation: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:

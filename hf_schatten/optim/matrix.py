@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_schatten.linalg.many_matrices import Place
 from hf_schatten.matrices.layout import Layout, matrix_name
 
 Group = dict[str, Any]
@@ -64,6 +66,16 @@ class Matrix:
     def weights(self) -> Tensor:
         """The weights, a view in the shape in which the parameter holds them."""
         return self.layout.part(self.parameter, self.index)
+
+    @cached_property
+    def place(self) -> Place:
+        """Where it lies in its parameter."""
+        return self.layout.place(self.parameter, self.index)
+
+    @cached_property
+    def momentum_place(self) -> Place:
+        """Where it lies in the moving average, whose strides may be others."""
+        return self.layout.place(self.state[MOMENTUM], self.index)
 
     @property
     def p(self) -> Tensor:
@@ -169,14 +181,14 @@ def state_dtype(parameter: Tensor) -> torch.dtype:
 
 
 def bias_corrections(matrices: Sequence[Matrix], averages: Sequence[tuple[float, bool]]) -> Tensor:
-    """Return the sums of the weights in averages of gradients, (B, 1, 1) float64. Nothing waits for the device.
+    """Return the sums of the weights in averages of gradients, (B,) float64. Nothing waits for the device.
 
     Args:
         matrices: B of them, on one device.
         averages: decay of each average, and whether it has seen one gradient more than steps were taken.
     """
-    steps = [matrix.state[STEP].item() + ahead for matrix, (_, ahead) in zip(matrices, averages, strict=True)]
     skipped = torch.stack([matrix.state[SKIPPED] for matrix in matrices])  # (B,) float64
-    taken = torch.tensor(steps, dtype=torch.float64).to(skipped.device, non_blocking=True) - skipped
-    decays = torch.tensor([decay for decay, _ in averages], dtype=torch.float64).to(skipped.device, non_blocking=True)
-    return (1 - decays ** taken.clamp_min(1))[:, None, None]
+    steps = torch.stack([matrix.state[STEP] for matrix in matrices]).double()
+    decays, ahead = torch.tensor(averages, dtype=torch.float64).unbind(1)
+    taken = (steps + ahead).to(skipped.device, non_blocking=True) - skipped
+    return 1 - decays.to(skipped.device, non_blocking=True) ** taken.clamp_min(1)

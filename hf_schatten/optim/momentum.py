@@ -2,60 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from hf_schatten.distributed.sharded import local
+from hf_schatten.linalg.many_matrices import advance_averages, flat
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import MOMENTUM, SKIPPED, STEP, Group, Matrix, State
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
 
 
-def advance_moments(
+def count_steps(
     group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], gradients: FiniteGradients
 ) -> None:
-    """Take the gradients of parameters into their momentum, and into what the preconditioner keeps.
-
-    A gradient that is not finite leaves the averages as they are, and is counted.
-    """
-    preconditioner = PRECONDITIONERS[group["precondition"]]
+    """Count a step of the parameters of a group, and take their gradients into what the preconditioner keeps."""
+    if not parameters:
+        return
+    torch._foreach_add_([states[parameter][STEP] for parameter in parameters], 1.0)
     gradients.count_skipped(parameters, [states[parameter][SKIPPED] for parameter in parameters])
+    preconditioner = PRECONDITIONERS[group["precondition"]]
     for parameter in parameters:
-        state, momentum = states[parameter], local(states[parameter][MOMENTUM])
-        state[STEP].add_(1)
-        momentum.lerp_(gradients.gradient(parameter, momentum.dtype, momentum), 1 - group["momentum"])
-        preconditioner.advance(group, parameter, state, gradients)
+        preconditioner.advance(group, parameter, states[parameter], gradients)
 
 
-class LookAhead:
-    """What the moving averages would be if the gradients came once more; where a group wants none, the averages.
+class Momenta:
+    """The moving averages of gradients in one step: each is advanced once, when it is asked for.
 
-    A gradient that is not finite leaves its average as it is.
+    A gradient that is not finite leaves its average as it is. What is asked for is what the average would be if the
+    gradient came once more; where a group wants no such look-ahead (``nesterov``), the average.
     """
 
     def __init__(self, gradients: FiniteGradients) -> None:
         self._gradients = gradients
 
-    def write(self, matrix: Matrix, wide: Tensor) -> None:
-        """Write that of a matrix into ``wide`` (m, n), still with the bias of a start at zero."""
-        out, momentum = matrix.stored(wide), matrix.momentum
-        if not matrix.group["nesterov"]:
-            out.copy_(momentum)
-            return
-        assert matrix.gradient is not None
-        gradient = self._gradients.where(matrix.parameter, matrix.gradient.to(momentum.dtype), momentum)
-        look_ahead(momentum, gradient, matrix.group, out=out)
+    def write(self, matrices: Sequence[Matrix], out: Tensor, divisors: Tensor) -> None:
+        """Advance whole matrices, and write what is asked for, over ``divisors`` (B,), into ``out`` (B, m, n)."""
+        self._advance(matrices, out, divisors)
+
+    def advance(self, matrices: Iterable[Matrix]) -> None:
+        """Advance matrices that another process computes with, and the rows that this one has of shards."""
+        alike: dict[torch.device, list[Matrix]] = {}
+        shards: dict[Tensor, Matrix] = {}
+        for matrix in matrices:
+            if self._gradients.is_sharded(matrix.parameter):
+                shards[matrix.parameter] = matrix
+            else:
+                alike.setdefault(matrix.parameter.device, []).append(matrix)
+        for together in alike.values():
+            self._advance(together, None, None)
+        for parameter, matrix in shards.items():
+            momentum = local(matrix.state[MOMENTUM])
+            gradient = self._gradients.gradient(parameter, momentum.dtype, momentum)
+            momentum.lerp_(gradient, 1 - matrix.group["momentum"])
 
     def of_shard(self, matrix: Matrix) -> Tensor:
-        """Return that of the rows of a matrix' parameter that this process has."""
+        """Return what is asked for of the rows of a matrix' parameter that this process has."""
         momentum = local(matrix.state[MOMENTUM])
         if not matrix.group["nesterov"]:
             return momentum
         return look_ahead(momentum, self._gradients.gradient(matrix.parameter, momentum.dtype, momentum), matrix.group)
 
+    def _advance(self, matrices: Sequence[Matrix], out: Tensor | None, divisors: Tensor | None) -> None:
+        advance_averages(
+            [matrix.state[MOMENTUM] for matrix in matrices],
+            flat([matrix.momentum_place for matrix in matrices]),
+            [self._gradients.whole(matrix.parameter) for matrix in matrices],
+            flat([matrix.place for matrix in matrices]),
+            [1 - matrix.group["momentum"] for matrix in matrices],
+            [matrix.group["nesterov"] for matrix in matrices],
+            self._gradients.keeps([matrix.parameter for matrix in matrices]),
+            out,
+            divisors,
+        )
 
-def look_ahead(momentum: Tensor, gradient: Tensor, group: Group, out: Tensor | None = None) -> Tensor:
+
+def look_ahead(momentum: Tensor, gradient: Tensor, group: Group) -> Tensor:
     """Return what a moving average would be with one gradient more, of any shape that both have."""
-    return torch.lerp(momentum, gradient.to(momentum.dtype), 1 - group["momentum"], out=out)
+    return torch.lerp(momentum, gradient.to(momentum.dtype), 1 - group["momentum"])

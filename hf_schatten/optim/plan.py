@@ -16,7 +16,7 @@ from hf_schatten.distributed.replicated import Replicated
 from hf_schatten.distributed.sharded import Sharded, is_sharded
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import Group, Matrix, State
-from hf_schatten.optim.stack import stacks_of
+from hf_schatten.optim.stack import MomentaDtype, stacks_of
 from hf_schatten.options import SchattenOptions
 
 _RULES = "spectral", "transposed", "parts", "blocks", "step_rule", "scale", "precondition"
@@ -28,11 +28,15 @@ class Planner:
     Args:
         share_work: whether processes with the same gradients share the work.
         options_of: the options of a group.
+        momenta_dtype: in which dtype momenta are stacked; see :func:`hf_schatten.optim.stack.stacks_of`.
     """
 
-    def __init__(self, share_work: bool, options_of: Callable[[Group], SchattenOptions]) -> None:
+    def __init__(
+        self, share_work: bool, options_of: Callable[[Group], SchattenOptions], momenta_dtype: MomentaDtype
+    ) -> None:
         self._share_work = share_work
         self._options_of = options_of
+        self._momenta_dtype = momenta_dtype
         self._sharing: Peers | None = None  # made once, since it may create process groups
         self._key: object = None
         self._deliveries: list[Delivery] = []
@@ -51,7 +55,7 @@ class Planner:
         key = [
             (
                 *(group[rule] for rule in _RULES),
-                [(id(each), id(states[each])) for each in gradients.of(group["params"])],
+                [(id(each), id(states[each]), each.stride()) for each in gradients.of(group["params"])],
             )
             for group in groups
         ]
@@ -79,4 +83,4 @@ class Planner:
         return self._sharing
 
     def _stacks(self, matrices: Iterable[Matrix]) -> Any:
-        return stacks_of(matrices, self._options_of)
+        return stacks_of(matrices, self._options_of, self._momenta_dtype)

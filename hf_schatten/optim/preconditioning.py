@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hf_schatten.exponent import exponent_of
+from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import Group, Matrix, State, bias_corrections
 from hf_schatten.options import Precondition
@@ -30,14 +31,14 @@ from hf_schatten.options import Precondition
 SECOND_MOMENT = "second_moment"
 
 Direction = Callable[[Tensor, Tensor], Tensor]  # of momenta (B, m, n) and p (B,): (B, m, n)
-Measure = Callable[[Tensor, Tensor], Tensor | None]  # of what the power takes and what it gives: (B,), if needed
 
 
 class Directions(NamedTuple):
-    """Directions (B, m, n), and what a step rule has measured between momenta and spectral powers, (B,) or None."""
+    """Directions of a stack, and what step rules ask of them."""
 
-    directions: Tensor
-    products: Tensor | None
+    directions: Tensor  # (B, m, n)
+    products: Tensor  # ⟨M, O⟩ of what the spectral power takes and what it gives, (B,)
+    squares: Tensor  # squared Frobenius norms of the directions, (B,)
 
 
 class Preconditioner:
@@ -45,9 +46,11 @@ class Preconditioner:
 
     Attributes:
         rectangles: temporaries of a matrix' shape that it needs while a stack is updated.
+        takes_half_precision: whether momenta may come in the dtype of products.
     """
 
     rectangles = 0
+    takes_half_precision = True
 
     def new_state(self, average: Tensor) -> State:
         """Return the state before the first step, given one of the state's shape, dtype and device."""
@@ -56,12 +59,10 @@ class Preconditioner:
     def advance(self, group: Group, parameter: Tensor, state: State, gradients: FiniteGradients) -> None:
         """Take the gradient of a parameter into its state, which stays as it is where that is not finite."""
 
-    def directions(
-        self, matrices: Sequence[Matrix], momenta: Tensor, p: Tensor, direction: Direction, measure: Measure
-    ) -> Directions:
+    def directions(self, matrices: Sequence[Matrix], momenta: Tensor, p: Tensor, direction: Direction) -> Directions:
         """Return the directions of a stack, given bias-corrected momenta (B, m, n), which may be overwritten."""
         directions = direction(momenta, p)
-        return Directions(directions, measure(momenta, directions))
+        return Directions(directions, *inner_products(momenta, directions).unbind())
 
 
 class AdamPreconditioner(Preconditioner):
@@ -72,6 +73,7 @@ class AdamPreconditioner(Preconditioner):
     """
 
     rectangles = 1
+    takes_half_precision = False
 
     def __init__(self, power: Callable[[Tensor], Tensor]) -> None:
         self.power = power
@@ -86,20 +88,21 @@ class AdamPreconditioner(Preconditioner):
         squares.mul_(decay).addcmul_(gradient, gradient, value=1 - beta2)
 
     def directions(  # noqa: D102
-        self, matrices: Sequence[Matrix], momenta: Tensor, p: Tensor, direction: Direction, measure: Measure
+        self, matrices: Sequence[Matrix], momenta: Tensor, p: Tensor, direction: Direction
     ) -> Directions:
         divisors = torch.empty_like(momenta)
         for matrix, slot in zip(matrices, divisors, strict=True):
             matrix.stored(slot).copy_(matrix.of(matrix.state[SECOND_MOMENT]))
         decays = [(matrix.group["betas"][1], False) for matrix in matrices]
-        divisors.div_(bias_corrections(matrices, decays).to(momenta.dtype)).sqrt_()
+        divisors.div_(bias_corrections(matrices, decays).to(momenta.dtype)[:, None, None]).sqrt_()
         for matrix, slot in zip(matrices, divisors, strict=True):
             slot.add_(matrix.group["eps"])
         power = self.power(exponent_of(p).to(momenta.dtype))  # (B,)
         preconditioners = divisors.pow_(power[:, None, None])
         directions = direction(momenta.mul_(preconditioners), p)
-        products = measure(momenta, directions)
-        return Directions(preconditioners.mul_(directions), products)
+        products, _ = inner_products(momenta, directions)
+        found = preconditioners.mul_(directions)
+        return Directions(found, products, inner_products(found, found)[1])
 
 
 def _scaled(s: Tensor) -> Tensor:

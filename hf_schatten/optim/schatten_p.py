@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from hf_schatten.distributed.owners import Computed, Delivered, Write
+from hf_schatten.distributed.sharded import local
 from hf_schatten.linalg.compute_dtype import fast_compute_dtype
+from hf_schatten.linalg.many_matrices import add_updates, flat
 from hf_schatten.linalg.targets import target_of
 from hf_schatten.matrices.layout import matrix_name
 from hf_schatten.optim.adamw import adamw_step
 from hf_schatten.optim.coupling import ScaledUpdates, coupling_of
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, initial_p, layout_of, named_parameters
-from hf_schatten.optim.momentum import LookAhead, advance_moments
+from hf_schatten.optim.momentum import Momenta, count_steps
 from hf_schatten.optim.plan import Planner
 from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.saved_state import (
@@ -108,7 +110,7 @@ class SchattenP(Optimizer):
         self.target = target_of(self.options.target)
         self.target.accuracy(self.options.ns_steps)  # fits it now, where a bad function can still be refused
         self._coupling = coupling_of(self.options)
-        self._planner = Planner(self.options.share_work, self._options_of_group)
+        self._planner = Planner(self.options.share_work, self._options_of_group, self._momenta_dtype)
         defaults = {
             "spectral": True,
             "transposed": False,
@@ -154,15 +156,27 @@ class SchattenP(Optimizer):
         """Return the update direction of a stack of matrices, of any length: the method to override.
 
         Args:
-            momenta: (B, m, n) bias-corrected momenta with m <= n: tall matrices come transposed.
+            momenta: (B, m, n) bias-corrected momenta with m <= n: tall matrices come transposed. In float32 at least;
+                this method itself, without a preconditioner, also takes bfloat16, where products are in it.
             p: (B,) exponents.
 
         Returns:
             (B, m, n) U Σ^{1/p} Vᵀ of each momentum, or what another target makes of Σ.
         """
-        chosen = self.options.compute_dtype
-        dtype = fast_compute_dtype(momenta) if chosen == "auto" else getattr(torch, chosen)
+        dtype = self._compute_dtype(momenta)
         return self.target.direction(momenta, p, self.options.ns_steps, dtype)
+
+    def _compute_dtype(self, momenta: Tensor) -> torch.dtype:
+        chosen = self.options.compute_dtype
+        if chosen != "auto":
+            return getattr(torch, chosen)  # type: ignore[no-any-return]
+        return momenta.dtype if momenta.dtype == torch.bfloat16 else fast_compute_dtype(momenta)
+
+    def _momenta_dtype(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.dtype:
+        """Return the dtype of stacked momenta of a shape, given that of the averages."""
+        own = type(self).direction is SchattenP.direction and self.target.takes_half_precision
+        products = self._compute_dtype(torch.empty(0, *shape, dtype=dtype, device=device))
+        return products if own and products == torch.bfloat16 else dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -178,10 +192,11 @@ class SchattenP(Optimizer):
             self.policy.before_update(self)
         gradients = FiniteGradients(self.param_groups)
         for group in self.param_groups:
-            advance = advance_moments if group["spectral"] else adamw_step
+            advance = count_steps if group["spectral"] else adamw_step
             advance(group, gradients.of(group["params"]), self.state, gradients)
-        momenta = LookAhead(gradients)
+        momenta = Momenta(gradients)
         for delivery in self._planner.deliveries(self.param_groups, self.state, self.matrices, gradients):
+            momenta.advance(delivery.elsewhere)
             compute = partial(self._compute, self._coupling.start(delivery, momenta.write, self.direction), gradients)
             for delivered in delivery.deliver(compute, momenta):
                 _apply(delivered, gradients)
@@ -199,8 +214,8 @@ class SchattenP(Optimizer):
         for update, factors in scaled(work, write):
             if self.policy is not None:
                 self.policy.observe(update.matrices, update.directions, factors)
-            keep = torch.stack([gradients.keep(matrix.parameter) for matrix in update.matrices])
-            yield from map(Computed, update.matrices, update.directions, factors * keep.to(factors.dtype))
+            keep = gradients.keeps([matrix.parameter for matrix in update.matrices])
+            yield Computed(update.matrices, update.directions, factors * keep.to(factors.dtype))
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
@@ -320,7 +335,7 @@ class SchattenP(Optimizer):
         """Take what :meth:`__getstate__` keeps; a copy plans for itself, since its parameters are others."""
         super().__setstate__(state)
         if "_planner" not in self.__dict__:
-            self._planner = Planner(self.options.share_work, self._options_of_group)
+            self._planner = Planner(self.options.share_work, self._options_of_group, self._momenta_dtype)
 
     def _require_one_oracle(self, group: Group) -> None:
         if self.options.coupling_order is not None and group["step_rule"] != self.options.step_rule:
@@ -337,9 +352,9 @@ class SchattenP(Optimizer):
 
 
 def _apply(delivered: Delivered, gradients: FiniteGradients) -> None:
-    """Decay weights and add their update: the one place where a matrix' weights are written."""
-    matrix, weights, update, factor = delivered
-    decay = matrix.learning_rate * matrix.group["weight_decay"]
-    if decay:
-        weights.addcmul_(weights, gradients.keep(matrix.parameter), value=-decay)
-    weights.addcmul_(update, factor, value=-matrix.learning_rate)
+    """Decay weights and add their updates: the one place where matrices' weights are written."""
+    items, weights, places, updates, factors = delivered
+    rates = [(item.learning_rate, item.learning_rate * item.group["weight_decay"]) for item in items]
+    rate, decay = torch.tensor(rates, dtype=torch.float64).to(factors.device, non_blocking=True).unbind(1)
+    keep = gradients.keeps([item.parameter for item in items])
+    add_updates([local(tensor) for tensor in weights], flat(places), updates, factors * rate, decay * keep)

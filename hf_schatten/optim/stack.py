@@ -7,22 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from hf_schatten.distributed.sharded import local
+from hf_schatten.distributed.owners import Write
 from hf_schatten.exponent import exponent_of
 from hf_schatten.optim.matrix import MOMENTUM, Matrix, bias_corrections
 from hf_schatten.optim.preconditioning import PRECONDITIONERS, Direction, Preconditioner
 from hf_schatten.optim.step_rules import StepRule, Update, step_rule_of
 from hf_schatten.options import SchattenOptions
 
-WriteMomentum = Callable[[Matrix, Tensor], None]  # into (m, n), still with the bias of a start at zero
+# Bytes that one stack may take for momenta and directions: this many, or half of what all momenta take where that is
+# more, so that the number of stacks does not grow with the model. A matrix that needs more is a stack of its own.
+MEMORY = 512 << 20
+_SHARE = 0.5
+_RECTANGLES = 2  # a preconditioner has more
 
-# Bytes that one stack may take for its temporaries; a matrix that needs more is a stack of its own.
-WORKSPACE = 512 << 20
-# Temporaries of a matrix (m, n), m <= n, while its stack is updated: momentum, normalised momentum, iterate, product
-# and weighted sum; Gram matrices and polynomials of them. A preconditioner has rectangles of its own.
-_RECTANGLES, _SQUARES = 5, 4
+# From a shape (m, n), dtype and device to that of momenta where half precision is enough.
+MomentaDtype = Callable[[tuple[int, int], torch.dtype, torch.device], torch.dtype]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,35 +32,43 @@ class Stack:
     matrices: list[Matrix]  # B of one wide shape, dtype and device
     rule: StepRule
     preconditioner: Preconditioner
+    dtype: torch.dtype  # of momenta and directions
 
-    def update(self, write_momentum: WriteMomentum, direction: Direction) -> Update:
+    def update(self, write: Write, direction: Direction) -> Update:
         """Return the updates: one batched direction of (look-ahead) momenta, each matrix with its own p."""
-        average = local(self.matrices[0].state[MOMENTUM])
-        momenta = average.new_empty(len(self.matrices), *self.matrices[0].wide_shape)
-        for matrix, slot in zip(self.matrices, momenta, strict=True):
-            write_momentum(matrix, slot)
         # The bias of a look-ahead is that of one step more.
         averages = [(matrix.group["momentum"], matrix.group["nesterov"]) for matrix in self.matrices]
-        momenta.div_(bias_corrections(self.matrices, averages).to(momenta.dtype))
+        corrections = bias_corrections(self.matrices, averages)
+        momenta = torch.empty(
+            len(self.matrices), *self.matrices[0].wide_shape, dtype=self.dtype, device=corrections.device
+        )
+        write(self.matrices, momenta, corrections)
         p = torch.stack([matrix.p for matrix in self.matrices])  # (B,)
-        found = self.preconditioner.directions(self.matrices, momenta, p, direction, self.rule.measure)
-        return Update(self.matrices, found.directions, exponent_of(p).to(momenta.dtype), found.products)
+        found = self.preconditioner.directions(self.matrices, momenta, p, direction)
+        return Update(self.matrices, found.directions, exponent_of(p).to(found.squares.dtype), *found[1:])
 
 
-def stacks_of(matrices: Iterable[Matrix], options_of: Callable[[dict[str, Any]], SchattenOptions]) -> list[Stack]:
-    """Return the stacks that matrices make, each within :data:`WORKSPACE`, given the options of their groups."""
+def stacks_of(
+    matrices: Iterable[Matrix], options_of: Callable[[dict[str, Any]], SchattenOptions], momenta_dtype: MomentaDtype
+) -> list[Stack]:
+    """Return the stacks that matrices make, given the options of their groups."""
     alike: dict[Any, list[Matrix]] = {}
+    total = 0
     for matrix in matrices:
         average, group = matrix.state[MOMENTUM], matrix.group
         rules = group["step_rule"], group["scale"], group["precondition"]
         alike.setdefault((matrix.wide_shape, average.dtype, average.device, rules), []).append(matrix)
+        total += matrix.wide_shape[0] * matrix.wide_shape[1] * average.dtype.itemsize
     stacks = []
-    for ((m, n), dtype, *_), together in alike.items():
+    for ((m, n), average_dtype, device, _), together in alike.items():
         options = options_of(together[0].group)
         rule, preconditioner = step_rule_of(options), PRECONDITIONERS[options.precondition]
-        needed = ((_RECTANGLES + preconditioner.rectangles) * m * n + _SQUARES * m * m) * dtype.itemsize
-        size = max(1, WORKSPACE // needed)
+        half = preconditioner.takes_half_precision
+        dtype = momenta_dtype((m, n), average_dtype, device) if half else average_dtype
+        needed = (_RECTANGLES + preconditioner.rectangles) * m * n * dtype.itemsize
+        size = max(1, int(max(MEMORY, _SHARE * total)) // needed)
         stacks += [
-            Stack(together[start : start + size], rule, preconditioner) for start in range(0, len(together), size)
+            Stack(together[start : start + size], rule, preconditioner, dtype)
+            for start in range(0, len(together), size)
         ]
     return stacks

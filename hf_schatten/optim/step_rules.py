@@ -56,12 +56,12 @@ class Update:
     matrices: list[Matrix]  # B of one wide shape
     directions: Tensor  # (B, m, n), m <= n, of any length
     exponents: Tensor  # spectral exponents s, (B,)
-    products: Tensor | None  # ⟨M, O⟩ (B,) of momenta and directions where the length depends on them
+    products: Tensor  # ⟨M, O⟩ of momenta and their spectral powers, (B,)
+    squares: Tensor  # squared Frobenius norms of the directions, (B,)
 
     @property
     def dual_norms(self) -> Tensor:
         """The dual norms ``‖M‖_{1+s}`` of the momenta, (B,)."""
-        assert self.products is not None
         return self.products.clamp_min(0.0) ** (1 / (1 + self.exponents))
 
     def unit_factors(self) -> Tensor:
@@ -73,13 +73,9 @@ class Update:
 class StepRule:
     """How long the updates of a stack are, where every matrix is for itself; this one pins them as AdamW's."""
 
-    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:
-        """Return ``⟨M, O⟩`` (B,) of (B, m, n) tensors where the rule depends on it."""
-        return None
-
     def factors(self, update: Update) -> Tensor:
         """Return what the directions are multiplied by, (B,)."""
-        own = torch.linalg.matrix_norm(update.directions)  # (B,)
+        own = update.squares.sqrt()  # (B,)
         return torch.where(own > 0, self.norms(update, own) / own, 0.0)
 
     def norms(self, update: Update, own: Tensor) -> Tensor:
@@ -88,14 +84,7 @@ class StepRule:
         return own.new_full(own.shape, ADAMW_RMS * math.sqrt(m * n))
 
 
-def _inner_products(momenta: Tensor, directions: Tensor) -> Tensor:
-    return torch.linalg.vecdot(momenta.flatten(1), directions.flatten(1))
-
-
 class Schatten(StepRule):  # noqa: D101 - the module's docstring has the rules
-    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102 - the base's
-        return _inner_products(momenta, directions)
-
     def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
         largest, s = super().norms(update, own), update.exponents
         schatten = update.dual_norms**s  # ‖O‖_{p+1}
@@ -130,9 +119,6 @@ def _numbers(update: Update, number: Callable[[Matrix, int, int], float], like: 
 
 class Ball(StepRule):
     """Updates of length 1: the minimum of ``⟨M, T⟩`` over a ball whose radius is the learning rate."""
-
-    def measure(self, momenta: Tensor, directions: Tensor) -> Tensor | None:  # noqa: D102
-        return _inner_products(momenta, directions)
 
     def factors(self, update: Update) -> Tensor:  # noqa: D102
         return update.unit_factors()

@@ -1,0 +1,237 @@
+"""Operations on many matrices at once, wherever they lie in memory: each is one operation to torch's dispatcher.
+
+``torch._foreach_*`` does as much for tensors that are dense, of one dtype, and need no mask. These take slices and
+transposes, convert on the way, and leave out what is not finite without waiting for the device. On a GPU each is one
+Triton kernel; elsewhere, torch's operations in turn on blocks of matrices that stay in the processor's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Elements of a block on a CPU: a few of them in float32 fit into the cache of a core. Fresh memory costs more there
+# than arithmetic does: a temporary of the size of a whole stack doubles the time of a step.
+BLOCK = 1 << 18
+
+
+class Place(NamedTuple):
+    """Where a matrix lies in a tensor: the sizes of two dimensions that make its rows, and of two its columns."""
+
+    sizes: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    offset: int  # of the first element, from that of the tensor
+
+    @classmethod
+    def of(cls, view: Tensor, row_dimensions: int, tensor: Tensor) -> Place:
+        """Return that of a view of a tensor, whose first dimensions are rows, the others columns.
+
+        Raises:
+            ValueError: when rows or columns take three strides or more.
+        """
+        dimensions = list(zip(view.shape, view.stride(), strict=True))
+        rows, columns = _merged(dimensions[:row_dimensions]), _merged(dimensions[row_dimensions:])
+        sizes, strides = zip(*rows, *columns, strict=True)
+        return cls(sizes, strides, view.storage_offset() - tensor.storage_offset())
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """Return the matrix in a tensor, with four dimensions."""
+        return tensor.as_strided(self.sizes, self.strides, tensor.storage_offset() + self.offset)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.sizes[0] * self.sizes[1], self.sizes[2] * self.sizes[3]
+
+
+def _merged(dimensions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return size and stride of two dimensions that go through memory as these do."""
+    merged = [(1, 1)]
+    for size, stride in dimensions:
+        if size == 1:
+            continue
+        before, outer = merged[-1]
+        if before == 1:
+            merged[-1] = size, stride
+        elif outer == size * stride:
+            merged[-1] = before * size, stride
+        else:
+            merged.append((size, stride))
+    if len(merged) > 2:
+        raise ValueError(f"a matrix with sizes and strides {list(dimensions)} is no matrix: make it contiguous")
+    return [(1, 1)] * (2 - len(merged)) + merged
+
+
+def flat(places: Sequence[Place]) -> list[int]:
+    """Return places as an operation takes them: nine numbers each."""
+    return [number for place in places for number in (*place.sizes, *place.strides, place.offset)]
+
+
+def _places(numbers: Sequence[int]) -> list[Place]:
+    each = (numbers[start : start + 9] for start in range(0, len(numbers), 9))
+    return [Place(tuple(nine[:4]), tuple(nine[4:8]), nine[8]) for nine in each]  # type: ignore[arg-type]
+
+
+@torch.library.custom_op("hf_schatten::advance_averages", mutates_args=("averages", "out"))
+def advance_averages(  # noqa: PLR0917 - an operation of torch has positions
+    averages: list[Tensor],
+    places: list[int],
+    gradients: list[Tensor],
+    gradient_places: list[int],
+    rates: list[float],
+    ahead: list[bool],
+    keep: Tensor,
+    out: Tensor | None,
+    divisors: Tensor | None,
+) -> None:
+    """Take gradients into moving averages of B matrices, and write the averages, or what they would be next.
+
+    Args:
+        averages: tensors in which the averages lie, B, float32 or float64.
+        places: of each (r, c) matrix in its tensor, as :func:`flat` returns them.
+        gradients: tensors in which the gradients lie, B, of any floating point dtype.
+        gradient_places: the same of the gradients.
+        rates: 1 - β of each, B.
+        ahead: whether to write what one gradient more would make of the average, B.
+        keep: 1 where the gradient is finite, 0 where the average stays as it is, (B,).
+        out: (B, m, n), m <= n, for the averages, transposed where r > c; None where they are not wanted.
+        divisors: of what is written, (B,).
+    """
+    kept = None if keep.device.type != "cpu" else keep.tolist()
+    for index, (average, place, gradient, gradient_place) in enumerate(
+        zip(averages, _places(places), gradients, _places(gradient_places), strict=True)
+    ):
+        mean, new, rate = place.view(average), gradient_place.view(gradient), rates[index]
+        if kept is None:
+            new = torch.where(keep[index] > 0, new.to(mean.dtype), mean)
+        elif not kept[index]:
+            new = mean
+        slot = None if out is None else _stored(out[index], place)
+        assert out is None or divisors is not None
+        for rows in _blocks(mean):
+            part, entering = mean[:, rows], new[:, rows].to(mean.dtype)
+            part.lerp_(entering, rate)
+            if slot is not None and divisors is not None:
+                found = part.lerp(entering, rate) if ahead[index] else part.clone()
+                slot[:, rows].copy_(found.div_(divisors[index].to(found.dtype)))
+        if out is not None and slot is not None and slot.data_ptr() != out[index].data_ptr():
+            out[index].copy_(slot.view(place.shape).mT)
+
+
+@torch.library.custom_op("hf_schatten::add_updates", mutates_args=("weights",))
+def add_updates(
+    weights: list[Tensor], places: list[int], updates: list[Tensor], factors: Tensor, decays: Tensor
+) -> None:
+    """Subtract ``decay · W + factor · update`` from each of B matrices.
+
+    Args:
+        weights: tensors in which the matrices lie, B, of a floating point dtype.
+        places: of each (r, c) matrix in its tensor, as :func:`flat` returns them.
+        updates: (m, n), m <= n, contiguous, transposed where r > c; of any floating point dtype.
+        factors: one for each, (B,).
+        decays: one for each, (B,).
+    """
+    on_cpu = factors.device.type == "cpu"
+    each_factor = factors.tolist() if on_cpu else factors.unbind()
+    each_decay = decays.tolist() if on_cpu else decays.unbind()
+    for tensor, place, update, factor, decay in zip(
+        weights, _places(places), updates, each_factor, each_decay, strict=True
+    ):
+        matrix = place.view(tensor)
+        rows, columns = place.shape
+        change = update if rows <= columns else update.mT.contiguous()
+        change = change.view(place.sizes) if on_cpu else change.reshape(place.sizes)
+        dtype = torch.promote_types(matrix.dtype, torch.float32)
+        for part in _blocks(matrix):
+            piece = matrix[:, part]
+            step = change[:, part].to(dtype)
+            if matrix.dtype != dtype:
+                moved = piece.to(dtype)
+                piece.copy_(moved.sub_(moved * decay).sub_(step * factor))
+            elif on_cpu:
+                if decay:
+                    piece.mul_(1 - decay)
+                piece.add_(step, alpha=-factor)
+            else:
+                piece.addcmul_(piece, decay, value=-1).addcmul_(step, factor, value=-1)
+
+
+@torch.library.custom_op("hf_schatten::inner_products", mutates_args=())
+def inner_products(A: Tensor, B: Tensor) -> Tensor:
+    """Return ``⟨A, B⟩`` and ``⟨B, B⟩`` of matrices (B, m, n), as (2, B) of float32 at least, in which it adds up."""
+    dtype = torch.promote_types(A.dtype, torch.float32)
+    found = torch.zeros(2, len(A), dtype=dtype, device=A.device)
+    for index, rows in _pieces(A):
+        a, b = (matrices[index, rows].flatten(1).to(dtype) for matrices in (A, B))
+        found[0, index] += torch.linalg.vecdot(a, b)
+        found[1, index] += torch.linalg.vecdot(b, b)
+    return found
+
+
+def weighted_sum(
+    first: Tensor, others: Sequence[Tensor] | Tensor, weights: Tensor, out: Tensor, diagonal: Tensor | None = None
+) -> Tensor:
+    """Write a sum of matrices with weights, and a multiple of the identity, into ``out`` and return it.
+
+    It is added up in the dtype of the weights and rounded once.
+
+    Args:
+        first: (B, m, n).
+        others: K more of them.
+        weights: (B, K + 1).
+        out: (B, m, n), which may be one of the others.
+        diagonal: what the identity is multiplied by, (B,). Default: nothing.
+    """
+    for index, rows in _pieces(first):
+        w = weights[index, :, None, None]
+        total = first[index, rows].to(weights.dtype) * w[:, 0]
+        for number, term in enumerate(others, start=1):
+            total.addcmul_(term[index, rows].to(weights.dtype), w[:, number])
+        if diagonal is not None:
+            total.diagonal(rows.start, -2, -1).add_(diagonal[index, None])
+        out[index, rows].copy_(total)
+    return out
+
+
+def _pieces(matrices: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of matrices and of rows that divide (B, m, n) into blocks on a CPU, and everything elsewhere."""
+    count, m, n = matrices.shape
+    at_once, rows = max(1, BLOCK // (m * n)), max(1, BLOCK // n)
+    if matrices.device.type != "cpu":
+        at_once, rows = count, m
+    for index in range(0, count, at_once):
+        for start in range(0, m, rows):
+            yield slice(index, index + at_once), slice(start, start + rows)
+
+
+def _stored(slot: Tensor, place: Place) -> Tensor:
+    """Return where a matrix is written, with four dimensions: the slot (m, n), or a copy where it is transposed."""
+    rows, columns = place.shape
+    return (slot if rows <= columns else slot.new_empty(rows, columns)).view(place.sizes)
+
+
+def _blocks(matrix: Tensor) -> Iterator[slice]:
+    """Yield slices of the second dimension, of about :data:`BLOCK` elements on a CPU, and everything elsewhere."""
+    count = matrix.shape[1]
+    if matrix.device.type != "cpu" or not matrix.numel():
+        yield slice(0, count)
+        return
+    size = max(1, BLOCK * count // matrix.numel())
+    yield from (slice(*ends) for ends in pairwise([*range(0, count, size), count]))
+
+
+@advance_averages.register_fake
+def _(*arguments: object) -> None: ...
+
+
+@add_updates.register_fake
+def _(*arguments: object) -> None: ...
+
+
+@inner_products.register_fake
+def _(A: Tensor, B: Tensor) -> Tensor:
+    return A.new_empty(2, len(A), dtype=torch.promote_types(A.dtype, torch.float32))
