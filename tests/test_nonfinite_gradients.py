@@ -80,14 +80,15 @@ def test_coupled_matrices_go_on():
     assert not torch.equal(parameters["second"], before["second"])
 
 
-def test_adamw_steps_with_a_gradient_of_zero():
+def test_adamw_skips_the_step():
     spoiled, _, step = training()
     parameter = nn.Parameter(spoiled["vector"].detach().clone())
     reference = torch.optim.AdamW([parameter], 0.1, weight_decay=0.1)
     for seed in range(4):
         step(seed, **({"vector": math.nan} if seed == 1 else {}))
-        parameter.grad = torch.zeros_like(parameter) if seed == 1 else spoiled["vector"].grad.clone()
-        reference.step()
+        if seed != 1:
+            parameter.grad = spoiled["vector"].grad.clone()
+            reference.step()
     torch.testing.assert_close(spoiled["vector"], parameter, atol=1e-14, rtol=1e-14)
 
 

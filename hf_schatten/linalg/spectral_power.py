@@ -7,17 +7,18 @@ scales, so that a weighted sum of the iterates represents any power of σ at the
     U diag(σ^s) Vᵀ ≈ c^s Σ_k w_k X_k,                s = 1/p
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT, exponent_of
 from hf_schatten.linalg.coefficient_table import Coefficients, interpolate
 from hf_schatten.linalg.compute_dtype import default_compute_dtype
 from hf_schatten.linalg.many_matrices import weighted_sum
-from hf_schatten.linalg.symmetric_product import symmetric_product
+from hf_schatten.linalg.symmetric_product import symmetric_polynomial, symmetric_product
 
 # The Schatten-8 norm bounds σ_max, but for the rounding of half precision; beyond 1 the polynomials explode.
 _SAFETY = 1.01
@@ -29,10 +30,9 @@ _GRAM_SPACE_SQUARES = 9  # temporaries there
 
 # Bytes of temporaries, more where one matrix needs more. A CPU is fastest with what stays in its cache; an accelerator
 # needs work for all its processors at once.
-WORKSPACE = {"cpu": 32 << 20, "accelerator": 2 << 30}
+WORKSPACE = {"cpu": 8 << 20, "accelerator": 2 << 30}
 
-# Of a zero matrix, whose norm is that of rounding: what is multiplied by zero stays finite.
-_SMALLEST_DIVISOR, _LARGEST_WEIGHT = 1e-30, 1e37
+_LARGEST_WEIGHT = 1e37  # what zero is multiplied by stays finite
 
 
 def spectral_power(
@@ -120,12 +120,6 @@ def _like(X: Tensor, batch: Tensor) -> Tensor:
     return (batch if X.shape[-2] <= X.shape[-1] else batch.mT).reshape(X.shape).to(X.dtype)
 
 
-def _frobenius(A: Tensor, dtype: torch.dtype) -> Tensor:
-    """Frobenius norms of A (B, m, n), accumulated in ``dtype``; shape (B, 1, 1), never zero."""
-    norm = torch.linalg.vector_norm(A, dim=(-2, -1), keepdim=True, dtype=dtype)
-    return norm.clamp(torch.finfo(dtype).tiny)
-
-
 def _largest_element(A: Tensor, dtype: torch.dtype) -> Tensor:
     """Largest magnitudes of A's (B, m, n) elements; shape (B, 1, 1), never zero, NaN where there is one."""
     # The infinity norm of torch.linalg takes twenty times as long on a CPU.
@@ -141,11 +135,15 @@ class _Step(NamedTuple):
     c: Tensor
     w: Tensor
 
-    def polynomial(self, gram: Tensor, out: Tensor, scale: Tensor | None = None, squared: bool = False) -> Tensor:
-        """Write ``scale · (a I + b A + c A²)`` of A = gram (B, m, m) into ``out``, which may hold A² already."""
-        a, b, c = (self.a, self.b, self.c) if scale is None else (self.a * scale, self.b * scale, self.c * scale)
-        if not squared:
-            symmetric_product(gram, gram, out=out)
+    def polynomial(self, gram: Tensor, out: Tensor, norm: Tensor | None = None, over: Tensor | None = None) -> Tensor:
+        """Write ``a I + b A + c A²`` of A = gram (B, m, m) into ``out`` and return it.
+
+        With ``norm`` (B,), ``out`` has the square of the gram already, and A is gram / norm; the polynomial is divided
+        by ``over`` (B,).
+        """
+        if norm is None or over is None:
+            return symmetric_polynomial(gram, self.a, self.b, self.c, out)
+        a, b, c = self.a / over, self.b / norm / over, self.c / norm.square() / over
         return weighted_sum(gram, [out], torch.stack([b, c], dim=1), out, diagonal=a)
 
 
@@ -153,8 +151,13 @@ class _Step(NamedTuple):
 def spectral_iteration(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
     """Apply the coefficients ``rows`` (B, 4K + 1) to X (B, m, n), m <= n; times c^s where s (B,) is given.
 
-    To torch's dispatcher this is one operation. Memory is bounded: matrices take turns within :data:`WORKSPACE`.
+    To torch's dispatcher this is one operation. Its memory is bounded: matrices take turns, see `iterate_in_turns`.
     """
+    return iterate_in_turns(X, rows, s, compute_dtype)
+
+
+def iterate_in_turns(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
+    """What `spectral_iteration` does, as the operations that it consists of: temporaries fit into `WORKSPACE`."""
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     for some in _turns(X, rows.shape[-1] // 4, compute_dtype):
         _iterate(X[some], rows[some], None if s is None else s[some], compute_dtype, out[some])
@@ -166,10 +169,23 @@ def _(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> 
     return torch.empty_like(X, memory_format=torch.contiguous_format)
 
 
+@register_flop_formula(torch.ops.hf_schatten.spectral_iteration)
+def _operations(X: Sequence[int], rows: Sequence[int], s: object, compute_dtype: torch.dtype, **_: object) -> int:
+    """The operations of all matrix products, for torch's counter, given shapes."""
+    (count, m, n), steps = X, (rows[1] - 1) // 4
+    direct = _steps_on_iterate(X, steps, compute_dtype)
+    wide = 1 + direct + min(direct, steps - 1) + (direct < steps)  # m² n
+    square = 1 + max(0, direct - 1)  # m³
+    if direct < steps:
+        inner = steps - direct
+        square += inner - (direct == 0) + (inner - 1) + 2 * (inner - 1)
+    return 2 * count * m * m * (wide * n + square * m)
+
+
 def _turns(X: Tensor, steps: int, compute_dtype: torch.dtype) -> Iterator[slice]:
     """Yield slices of the batch X (B, m, n) whose temporaries fit into the workspace, of one matrix at least."""
     count, m, n = X.shape
-    direct = _steps_on_iterate(X, steps, compute_dtype)
+    direct = _steps_on_iterate(X.shape, steps, compute_dtype)
     needed = ((direct + 2) * m * n + (3 if direct == steps else _GRAM_SPACE_SQUARES) * m * m) * compute_dtype.itemsize
     size = max(1, WORKSPACE["cpu" if X.device.type == "cpu" else "accelerator"] // needed)
     yield from (slice(start, start + size) for start in range(0, count, size))
@@ -181,74 +197,74 @@ def _iterate(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dty
     columns = rows.unbind(1)  # 4K + 1 of (B,)
     a, b, c, w = (columns[k * steps : (k + 1) * steps + k // 3] for k in range(4))
     chain = [_Step(*step) for step in zip(a, b, c, w[1:], strict=True)]
-    direct = _steps_on_iterate(X, steps, compute_dtype)
+    direct = _steps_on_iterate(X.shape, steps, compute_dtype)
     tiny = torch.finfo(rows.dtype).tiny
 
     if X.dtype == compute_dtype == torch.bfloat16:
         # As it is: bfloat16 has the range of float32, in which products are added up.
-        start = X
-        gram = symmetric_product(X, X.mT)
-        squared_unit = _largest_element(gram, rows.dtype)
-        gram.div_(squared_unit)
-        unit = squared_unit.sqrt()
+        start, largest = X, torch.ones_like(columns[0])
     else:
         start = torch.empty_like(X, dtype=compute_dtype, memory_format=torch.contiguous_format)
-        unit = _largest_element(X, rows.dtype)
-        torch.div(X, unit, out=start)  # elements in [-1, 1]: no Gram matrix overflows
-        gram = symmetric_product(start, start.mT)  # (B, m, m)
-    s4 = _frobenius(gram, rows.dtype)  # squared Schatten-4 norm
-    gram_squared = symmetric_product(gram.div_(s4), gram)
-    # The Schatten-8 norm comes from a product that the first step needs anyway, and is closer to σ_max than S4.
-    s8 = _SAFETY**2 * _frobenius(gram_squared, rows.dtype).sqrt()
-    gram.div_(s8)
-    gram_squared.div_(s8.square())
-    relative = (s4.sqrt() * s8.sqrt()).flatten()  # of a zero matrix: s4 * s8 would underflow
-    unit = unit.flatten()
-    scale = torch.ones_like(unit) if s is None else unit**s * relative**s
-    # What X and the start of the iteration are divided by. Of a zero matrix it must not make an infinite coefficient.
-    whole = (unit * relative).clamp(tiny)
-    divisor = whole.clamp(_SMALLEST_DIVISOR) if start is X else relative
+        largest = _largest_element(X, rows.dtype)
+        torch.div(X, largest, out=start)  # elements in [-1, 1]: no Gram matrix overflows
+        largest = largest.flatten()
+    gram = symmetric_product(start, start.mT)  # (B, m, m)
+    # Its largest element is on the diagonal. Divided by it, its powers stay in range, and have a norm of 1 at least.
+    squared_unit = gram.diagonal(dim1=-2, dim2=-1).amax(-1).to(rows.dtype)
+    squared_unit = squared_unit.masked_fill(squared_unit == 0, 1.0)
+    gram.div_(squared_unit[:, None, None])
+    square = symmetric_product(gram, gram)
+    # The Schatten-8 norm comes from a product that the first step needs anyway, and is close to σ_max.
+    squared_s8 = _SAFETY**2 * torch.linalg.vector_norm(square, dim=(-2, -1), dtype=rows.dtype).clamp(0.5).sqrt()
+    unit, s8 = largest * squared_unit.sqrt(), squared_s8.sqrt()
+    # What X, and the start of the iteration, are divided by.
+    whole, divisor = (unit * s8).clamp(tiny), squared_unit.sqrt() * s8
+    scale = torch.ones_like(unit) if s is None else unit**s * s8**s
 
     iterates = torch.empty(direct + (direct < steps), *X.shape, dtype=compute_dtype, device=X.device)
     latest = start
     for k, (step, iterate) in enumerate(zip(chain[:direct], iterates, strict=False)):
-        torch.bmm(step.polynomial(gram, gram_squared, None if k else 1 / divisor, squared=not k), latest, out=iterate)
+        P = step.polynomial(gram, square) if k else step.polynomial(gram, square, squared_s8, divisor)
+        torch.bmm(P, latest, out=iterate)
         latest = iterate
         if k + 1 < steps:
             symmetric_product(iterate, iterate.mT, out=gram)
     weights = [step.w * scale for step in chain[:direct]]
     if direct < steps:
-        rest = _sum_in_gram_space(gram, gram_squared, chain[direct:], squared=not direct)
-        torch.bmm(rest, latest, out=iterates[-1])
+        norm = None if direct else squared_s8
+        torch.bmm(_sum_in_gram_space(gram, square, chain[direct:], norm), latest, out=iterates[-1])
         weights.append(scale if direct else scale / divisor)
     if compute_dtype == rows.dtype:
-        first, weight = start, w[0] * scale / relative
+        first, weight = start, w[0] * scale / divisor
     else:  # not the start, where that is in half precision
         first, weight = X, w[0] * scale / whole
     finite = torch.stack([weight, *weights], dim=1).clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
     weighted_sum(first, iterates, finite, out)
 
 
-def _steps_on_iterate(X: Tensor, steps: int, compute_dtype: torch.dtype) -> int:
+def _steps_on_iterate(shape: Sequence[int], steps: int, compute_dtype: torch.dtype) -> int:
     """How many steps act on the iterate before the rest act on its Gram matrix."""
     # That squares the singular values: in half precision the small ones drown in its rounding, until two steps have
     # lifted them.
-    if X.shape[-1] < _GRAM_ASPECT * X.shape[-2]:
+    if shape[-1] < _GRAM_ASPECT * shape[-2]:
         return steps
     return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps)
 
 
-def _sum_in_gram_space(gram: Tensor, spare: Tensor, chain: list[_Step], squared: bool) -> Tensor:
-    """``Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m); ``spare`` may hold its square already.
+def _sum_in_gram_space(gram: Tensor, spare: Tensor, chain: list[_Step], norm: Tensor | None) -> Tensor:
+    """``Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m).
 
-    All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``.
+    All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``. With
+    ``norm`` (B,), ``X Xᵀ`` is gram / norm, and ``spare`` has gram² already.
     """
     found: list[Tensor] = []
     for step in chain:
-        P = step.polynomial(gram, spare, squared=squared and not found)
-        found.append(symmetric_product(P, found[-1]) if found else P)
-        if len(found) < len(chain):
-            gram = symmetric_product(symmetric_product(P, gram), P)
+        first = norm is not None and not found
+        P = step.polynomial(gram, spare, norm, torch.ones_like(norm)) if first else step.polynomial(gram, spare)
+        if len(found) + 1 < len(chain):
+            before = gram.div_(norm[:, None, None]) if first else gram
+            gram = symmetric_product(symmetric_product(P, before), P)
             spare = torch.empty_like(gram)
+        found.append(symmetric_product(P, found[-1]) if found else P)
     weights = torch.stack([step.w for step in chain], dim=1)
     return weighted_sum(found[0], found[1:], weights, torch.empty_like(gram))

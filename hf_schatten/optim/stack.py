@@ -18,7 +18,7 @@ from hf_schatten.options import SchattenOptions
 # Bytes that one stack may take for momenta and directions: this many, or half of what all momenta take where that is
 # more, so that the number of stacks does not grow with the model. A matrix that needs more is a stack of its own.
 MEMORY = 512 << 20
-_SHARE = 0.5
+SHARE_OF_MOMENTA = 0.5
 _RECTANGLES = 2  # a preconditioner has more
 
 # From a shape (m, n), dtype and device to that of momenta where half precision is enough.
@@ -66,7 +66,7 @@ def stacks_of(
         half = preconditioner.takes_half_precision
         dtype = momenta_dtype((m, n), average_dtype, device) if half else average_dtype
         needed = (_RECTANGLES + preconditioner.rectangles) * m * n * dtype.itemsize
-        size = max(1, int(max(MEMORY, _SHARE * total)) // needed)
+        size = max(1, int(max(MEMORY, SHARE_OF_MOMENTA * total)) // needed)
         stacks += [
             Stack(together[start : start + size], rule, preconditioner, dtype)
             for start in range(0, len(together), size)
