@@ -13,6 +13,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 # Read by torch at its import, and by the processes that tests start. One thread, for tiny products: several wait for
 # each other longer than they work, and pytest-xdist has a process on every core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Read by Triton at its import: without a GPU, its interpreter runs the kernels.
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable
 from pathlib import Path

@@ -9,9 +9,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from transformers import Trainer
 
 from hf_schatten import SchattenP, SchattenTrainer, create_schatten_optimizer
+from hf_schatten.linalg import accelerated
 from hf_schatten.linalg.spectral_power import spectral_power
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -50,6 +53,51 @@ def test_the_direction_is_that_of_a_cpu_in_float64(shape, p, dtype):
     expected = spectral_power(matrices.double(), exponents.double())
     found = spectral_power(matrices.to(DEVICE), exponents.to(DEVICE), compute_dtype=dtype).double().cpu()
     assert (found - expected).norm() <= (1e-4 if dtype == torch.float32 else 0.05) * expected.norm()
+
+
+def test_the_kernels_run_here():
+    assert accelerated.kernels_of(torch.device(DEVICE, 0)) is not None
+
+
+@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
+def test_a_step_with_kernels_is_that_of_torchs_operations(parameter_dtype, monkeypatch):
+    """Wide, tall, square, a part of a fused projection, and a gradient that is not finite."""
+    shapes = [(96, 96), (64, 160), (160, 64), (192, 64)]
+    found = {}
+    for kernels in (True, False):
+        if not kernels:
+            for module in ("many_matrices", "symmetric_product"):
+                monkeypatch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: None)
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(s, device=DEVICE, dtype=parameter_dtype)) for s in shapes]
+        groups = [{"params": parameters[:3]}, {"params": parameters[3:], "parts": [("a", 64), ("b", 128)]}]
+        optimizer = SchattenP(groups, lr=0.1, p=-5.0)
+        for step in range(3):
+            for parameter in parameters:
+                parameter.grad = torch.randn_like(parameter)
+            if step == 1:
+                parameters[0].grad[3, 4] = math.nan
+            optimizer.step()
+        found[kernels] = parameters
+    tolerance = 2e-3 if parameter_dtype == torch.float32 else 2e-2
+    for with_kernels, without in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(with_kernels, without, atol=tolerance, rtol=tolerance)
+
+
+def test_a_step_launches_few_kernels_however_many_matrices_there_are():
+    def launches(layers):
+        shapes = [(256, 256), (256, 1024), (1024, 256)] * layers
+        parameters = [nn.Parameter(torch.randn(shape, device=DEVICE)) for shape in shapes]
+        optimizer = SchattenP(parameters, p=-5.0)
+        for parameter in parameters:
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+            optimizer.step()
+            torch.cuda.synchronize()
+        return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
+
+    assert launches(2) == launches(12) <= 200
 
 
 def test_products_are_in_bfloat16_by_default():
@@ -135,7 +183,10 @@ def test_a_resumed_training_goes_on_with_the_same_p(trainer_class, gpt2, token_d
     weights, log = train()
     resumed, resumed_log = train(f"{arguments.output_dir}/checkpoint-5")
     for name, value in weights.items():
-        torch.testing.assert_close(resumed[name], value, atol=1e-5, rtol=1e-4)  # atomic additions of the embedding
+        decided, found = value, resumed[name]
+        if name.endswith("attn.c_attn.bias"):  # that of keys moves no attention: its gradient is rounding alone
+            decided, found = (torch.cat([bias.chunk(3)[part] for part in (0, 2)]) for bias in (value, found))
+        torch.testing.assert_close(found, decided, atol=1e-5, rtol=1e-4)  # atomic additions of the embedding
     for expected, found in zip(log, resumed_log, strict=True):
         for key, value in expected.items():
             if key.startswith("schatten_p"):
@@ -143,8 +194,7 @@ def test_a_resumed_training_goes_on_with_the_same_p(trainer_class, gpt2, token_d
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # the compiler's
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("precision", "compiled"), [("fp16", False), ("bf16", False), ("bf16", True)])
 def test_mixed_precision_learns(precision, compiled, gpt2, token_dataset, training_arguments):
     """The gradient scaler of fp16 begins with a factor that overflows: those steps are skipped as a whole."""
     settings = {"optim_args": ADAPTIVE, "use_cpu": False, "max_steps": 40, "learning_rate": 1e-2, precision: True}

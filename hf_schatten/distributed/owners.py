@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from hf_schatten.distributed.processes import ALONE, Peers, process_count, process_rank
-from hf_schatten.linalg.many_matrices import Place
+from hf_schatten.linalg.place import Place
 
 T = TypeVar("T")
 

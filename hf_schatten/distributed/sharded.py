@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from hf_schatten.distributed.owners import BUFFER, Compute, Delivered, Delivery, Item, assign, take
 from hf_schatten.distributed.processes import Peers
-from hf_schatten.linalg.many_matrices import Place
+from hf_schatten.linalg.place import Place
 from hf_schatten.matrices.engines import UnsupportedEngineError
 
 

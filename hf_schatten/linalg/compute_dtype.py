@@ -18,8 +18,13 @@ def default_compute_dtype(X: Tensor) -> torch.dtype:
     return torch.float32 if X.device.type == "cpu" else torch.bfloat16
 
 
-def fast_compute_dtype(X: Tensor) -> torch.dtype:
-    """Return the dtype for training: bfloat16 also for large X on a CPU that has instructions for it."""
+def chosen_compute_dtype(choice: str, X: Tensor) -> torch.dtype:
+    """Return the dtype for training: what is chosen by its name, or with ``auto`` a fast one.
+
+    That is bfloat16 also for large X on a CPU that has instructions for it, and for X in bfloat16.
+    """
+    if choice != "auto":
+        return getattr(torch, choice)  # type: ignore[no-any-return]
     default = default_compute_dtype(X)
     fast = CPU_MULTIPLIES_BFLOAT16 and default == torch.float32 and min(X.shape[-2:]) >= _SMALLEST_SIDE
-    return torch.bfloat16 if fast else default
+    return torch.bfloat16 if fast or X.dtype == torch.bfloat16 else default

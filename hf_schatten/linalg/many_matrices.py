@@ -9,75 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from hf_schatten.linalg.accelerated import kernels_of
+from hf_schatten.linalg.place import Place, unflattened
 
 # Elements of a block on a CPU: a few of them in float32 fit into the cache of a core. Fresh memory costs more there
 # than arithmetic does: a temporary of the size of a whole stack doubles the time of a step.
 BLOCK = 1 << 18
 
 
-class Place(NamedTuple):
-    """Where a matrix lies in a tensor: the sizes of two dimensions that make its rows, and of two its columns."""
-
-    sizes: tuple[int, int, int, int]
-    strides: tuple[int, int, int, int]
-    offset: int  # of the first element, from that of the tensor
-
-    @classmethod
-    def of(cls, view: Tensor, row_dimensions: int, tensor: Tensor) -> Place:
-        """Return that of a view of a tensor, whose first dimensions are rows, the others columns.
-
-        Raises:
-            ValueError: when rows or columns take three strides or more.
-        """
-        dimensions = list(zip(view.shape, view.stride(), strict=True))
-        rows, columns = _merged(dimensions[:row_dimensions]), _merged(dimensions[row_dimensions:])
-        sizes, strides = zip(*rows, *columns, strict=True)
-        return cls(sizes, strides, view.storage_offset() - tensor.storage_offset())
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """Return the matrix in a tensor, with four dimensions."""
-        return tensor.as_strided(self.sizes, self.strides, tensor.storage_offset() + self.offset)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows and columns."""
-        return self.sizes[0] * self.sizes[1], self.sizes[2] * self.sizes[3]
-
-
-def _merged(dimensions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return size and stride of two dimensions that go through memory as these do."""
-    merged = [(1, 1)]
-    for size, stride in dimensions:
-        if size == 1:
-            continue
-        before, outer = merged[-1]
-        if before == 1:
-            merged[-1] = size, stride
-        elif outer == size * stride:
-            merged[-1] = before * size, stride
-        else:
-            merged.append((size, stride))
-    if len(merged) > 2:
-        raise ValueError(f"a matrix with sizes and strides {list(dimensions)} is no matrix: make it contiguous")
-    return [(1, 1)] * (2 - len(merged)) + merged
-
-
-def flat(places: Sequence[Place]) -> list[int]:
-    """Return places as an operation takes them: nine numbers each."""
-    return [number for place in places for number in (*place.sizes, *place.strides, place.offset)]
-
-
-def _places(numbers: Sequence[int]) -> list[Place]:
-    each = (numbers[start : start + 9] for start in range(0, len(numbers), 9))
-    return [Place(tuple(nine[:4]), tuple(nine[4:8]), nine[8]) for nine in each]  # type: ignore[arg-type]
-
-
 @torch.library.custom_op("hf_schatten::advance_averages", mutates_args=("averages", "out"))
-def advance_averages(  # noqa: PLR0917 - an operation of torch has positions
+def advance_averages(
     averages: list[Tensor],
     places: list[int],
     gradients: list[Tensor],
@@ -101,9 +46,14 @@ def advance_averages(  # noqa: PLR0917 - an operation of torch has positions
         out: (B, m, n), m <= n, for the averages, transposed where r > c; None where they are not wanted.
         divisors: of what is written, (B,).
     """
+    at, gradients_at = unflattened(places), unflattened(gradient_places)
+    kernels = kernels_of(keep.device)
+    if kernels is not None and _alike(averages) and _alike(gradients):
+        kernels.advance_averages(averages, at, gradients, gradients_at, rates, ahead, keep, out, divisors)
+        return
     kept = None if keep.device.type != "cpu" else keep.tolist()
     for index, (average, place, gradient, gradient_place) in enumerate(
-        zip(averages, _places(places), gradients, _places(gradient_places), strict=True)
+        zip(averages, at, gradients, gradients_at, strict=True)
     ):
         mean, new, rate = place.view(average), gradient_place.view(gradient), rates[index]
         if kept is None:
@@ -135,12 +85,15 @@ def add_updates(
         factors: one for each, (B,).
         decays: one for each, (B,).
     """
+    at = unflattened(places)
+    kernels = kernels_of(factors.device)
+    if kernels is not None and _alike(weights) and _alike(updates):
+        kernels.add_updates(weights, at, updates, factors, decays)
+        return
     on_cpu = factors.device.type == "cpu"
     each_factor = factors.tolist() if on_cpu else factors.unbind()
     each_decay = decays.tolist() if on_cpu else decays.unbind()
-    for tensor, place, update, factor, decay in zip(
-        weights, _places(places), updates, each_factor, each_decay, strict=True
-    ):
+    for tensor, place, update, factor, decay in zip(weights, at, updates, each_factor, each_decay, strict=True):
         matrix = place.view(tensor)
         rows, columns = place.shape
         change = update if rows <= columns else update.mT.contiguous()
@@ -163,7 +116,10 @@ def add_updates(
 @torch.library.custom_op("hf_schatten::inner_products", mutates_args=())
 def inner_products(A: Tensor, B: Tensor) -> Tensor:
     """Return ``⟨A, B⟩`` and ``⟨B, B⟩`` of matrices (B, m, n), as (2, B) of float32 at least, in which it adds up."""
+    kernels = kernels_of(A.device)
     dtype = torch.promote_types(A.dtype, torch.float32)
+    if kernels is not None and dtype == torch.float32:
+        return kernels.inner_products(A.contiguous(), B.contiguous())  # type: ignore[no-any-return]
     found = torch.zeros(2, len(A), dtype=dtype, device=A.device)
     for index, rows in _pieces(A):
         a, b = (matrices[index, rows].flatten(1).to(dtype) for matrices in (A, B))
@@ -181,11 +137,15 @@ def weighted_sum(
 
     Args:
         first: (B, m, n).
-        others: K more of them.
+        others: K more of them, or (K, B, m, n); on an accelerator all are contiguous.
         weights: (B, K + 1).
         out: (B, m, n), which may be one of the others.
         diagonal: what the identity is multiplied by, (B,). Default: nothing.
     """
+    kernels = kernels_of(first.device)
+    if kernels is not None and weights.dtype == torch.float32 and (isinstance(others, Tensor) or len(others) == 1):
+        terms = others if isinstance(others, Tensor) else others[0][None]
+        return kernels.weighted_sum(first.contiguous(), terms, weights, out, diagonal)  # type: ignore[no-any-return]
     for index, rows in _pieces(first):
         w = weights[index, :, None, None]
         total = first[index, rows].to(weights.dtype) * w[:, 0]
@@ -206,6 +166,11 @@ def _pieces(matrices: Tensor) -> Iterator[tuple[slice, slice]]:
     for index in range(0, count, at_once):
         for start in range(0, m, rows):
             yield slice(index, index + at_once), slice(start, start + rows)
+
+
+def _alike(tensors: Sequence[Tensor]) -> bool:
+    """Return whether tensors have one dtype, as a kernel's must."""
+    return len({tensor.dtype for tensor in tensors}) == 1
 
 
 def _stored(slot: Tensor, place: Place) -> Tensor:

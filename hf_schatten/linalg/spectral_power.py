@@ -194,13 +194,13 @@ def _turns(X: Tensor, steps: int, compute_dtype: torch.dtype) -> Iterator[slice]
 def _iterate(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype, out: Tensor) -> None:
     """Write the result for X (B, m, n) into ``out``, contiguous."""
     steps = rows.shape[-1] // 4
-    columns = rows.unbind(1)  # 4K + 1 of (B,)
+    columns = rows.mT.contiguous().unbind()  # 4K + 1 of (B,)
     a, b, c, w = (columns[k * steps : (k + 1) * steps + k // 3] for k in range(4))
     chain = [_Step(*step) for step in zip(a, b, c, w[1:], strict=True)]
     direct = _steps_on_iterate(X.shape, steps, compute_dtype)
     tiny = torch.finfo(rows.dtype).tiny
 
-    if X.dtype == compute_dtype == torch.bfloat16:
+    if X.dtype == compute_dtype == torch.bfloat16 and X.is_contiguous():
         # As it is: bfloat16 has the range of float32, in which products are added up.
         start, largest = X, torch.ones_like(columns[0])
     else:
@@ -257,14 +257,18 @@ def _sum_in_gram_space(gram: Tensor, spare: Tensor, chain: list[_Step], norm: Te
     All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``. With
     ``norm`` (B,), ``X Xᵀ`` is gram / norm, and ``spare`` has gram² already.
     """
-    found: list[Tensor] = []
-    for step in chain:
-        first = norm is not None and not found
-        P = step.polynomial(gram, spare, norm, torch.ones_like(norm)) if first else step.polynomial(gram, spare)
-        if len(found) + 1 < len(chain):
-            before = gram.div_(norm[:, None, None]) if first else gram
-            gram = symmetric_product(symmetric_product(P, before), P)
-            spare = torch.empty_like(gram)
-        found.append(symmetric_product(P, found[-1]) if found else P)
+    found = gram.new_empty(len(chain), *gram.shape)
+    for k, step in enumerate(chain):
+        if norm is not None and k == 0:
+            P = step.polynomial(gram, spare, norm, torch.ones_like(norm))
+            gram.div_(norm[:, None, None])
+        else:
+            P = step.polynomial(gram, spare)
+        if k == 0:
+            found[0].copy_(P)
+        else:
+            symmetric_product(P, found[k - 1], out=found[k])
+        if k + 1 < len(chain):
+            gram = symmetric_product(symmetric_product(P, gram), P)
     weights = torch.stack([step.w for step in chain], dim=1)
     return weighted_sum(found[0], found[1:], weights, torch.empty_like(gram))

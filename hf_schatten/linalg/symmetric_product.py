@@ -5,6 +5,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_schatten.linalg.accelerated import kernels_of
 from hf_schatten.linalg.many_matrices import weighted_sum
 
 # Into how many blocks a side the product is divided: 3 save a third of the operations. On two cores, spectral_power
@@ -18,6 +19,10 @@ def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor
 
     A is (B, m, n), and B, (B, n, m), is ``A.mT`` or a polynomial of A; ``out`` shares no memory with them.
     """
+    kernels = kernels_of(A.device) if A.dtype.itemsize < torch.float32.itemsize else None
+    if kernels is not None:
+        product = A.new_empty(*A.shape[:-1], A.shape[-2]) if out is None else out
+        return kernels.symmetric(A, B.mT if B.mT.is_contiguous() else B, product)  # type: ignore[no-any-return]
     m = A.shape[-2]
     product = A.new_empty(*A.shape[:-1], m) if out is None else out
     if m < _BLOCKS * _SMALLEST_BLOCK or A.device.type != "cpu" or A.dtype.itemsize < torch.float32.itemsize:
@@ -35,5 +40,8 @@ def symmetric_polynomial(A: Tensor, a: Tensor, b: Tensor, c: Tensor, out: Tensor
         torch.baddbmm(A, A, A, beta=b.item(), alpha=c.item(), out=out)
         out.diagonal(dim1=-2, dim2=-1).add_(a[:, None])
         return out
+    kernels = kernels_of(A.device) if A.dtype.itemsize < torch.float32.itemsize else None
+    if kernels is not None:
+        return kernels.symmetric(A, A, out, (a, b, c))  # type: ignore[no-any-return]
     symmetric_product(A, A, out=out)
     return weighted_sum(A, [out], torch.stack([b, c], dim=1), out, diagonal=a)

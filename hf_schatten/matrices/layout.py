@@ -10,7 +10,7 @@ from itertools import product
 
 from torch import Tensor
 
-from hf_schatten.linalg.many_matrices import Place
+from hf_schatten.linalg.place import Place
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,18 @@ from torch import Tensor
 
 from hf_schatten.distributed.sharded import is_sharded, local
 from hf_schatten.optim.matrix import Group
+
+logger = logging.getLogger(__name__)
+
+_SKIPPED_ONE = (
+    "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: of %s, "
+    "%d steps in all. Lower the learning rate, or look for the layer that overflows."
+)
+_SKIPPED_MANY = (
+    "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: %d of "
+    "them skipped %d steps. A Trainer, and any clipping by the norm of all gradients, makes all of them NaN where one "
+    "is, so that this names no layer. Lower the learning rate, or find the layer with --debug underflow_overflow."
+)
 
 
 class FiniteGradients:
@@ -84,6 +97,14 @@ def are_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
     Shapes, dtypes and devices may differ. An empty tensor is finite.
     """
     return _by_device(tensors, _all_finite)
+
+
+def warn_of_skipped(skipped: Mapping[str, int]) -> None:
+    """Warn of the steps that matrices have skipped, given how many by their names."""
+    most = max(skipped.values())
+    first, *others = [name for name, count in skipped.items() if count == most]
+    message, which = (_SKIPPED_MANY, 1 + len(others)) if others else (_SKIPPED_ONE, first)
+    logger.warning(message, len(skipped), which, most)
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schatten.linalg.many_matrices import Place
+from hf_schatten.linalg.place import Place
 from hf_schatten.matrices.layout import Layout, matrix_name
 
 Group = dict[str, Any]

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from hf_schatten.distributed.sharded import local
-from hf_schatten.linalg.many_matrices import advance_averages, flat
+from hf_schatten.linalg.many_matrices import advance_averages
+from hf_schatten.linalg.place import flat
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import MOMENTUM, SKIPPED, STEP, Group, Matrix, State
 from hf_schatten.optim.preconditioning import PRECONDITIONERS

@@ -14,13 +14,14 @@ from torch.optim import Optimizer
 
 from hf_schatten.distributed.owners import Computed, Delivered, Write
 from hf_schatten.distributed.sharded import local
-from hf_schatten.linalg.compute_dtype import fast_compute_dtype
-from hf_schatten.linalg.many_matrices import add_updates, flat
+from hf_schatten.linalg.compute_dtype import chosen_compute_dtype
+from hf_schatten.linalg.many_matrices import add_updates
+from hf_schatten.linalg.place import flat
 from hf_schatten.linalg.targets import target_of
 from hf_schatten.matrices.layout import matrix_name
 from hf_schatten.optim.adamw import adamw_step
 from hf_schatten.optim.coupling import ScaledUpdates, coupling_of
-from hf_schatten.optim.finite_gradients import FiniteGradients
+from hf_schatten.optim.finite_gradients import FiniteGradients, warn_of_skipped
 from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, initial_p, layout_of, named_parameters
 from hf_schatten.optim.momentum import Momenta, count_steps
 from hf_schatten.optim.plan import Planner
@@ -39,15 +40,6 @@ from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 logger = logging.getLogger(__name__)
 
-_SKIPPED_ONE = (
-    "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: of %s, "
-    "%d steps in all. Lower the learning rate, or look for the layer that overflows."
-)
-_SKIPPED_MANY = (
-    "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: %d of "
-    "them skipped %d steps. A Trainer, and any clipping by the norm of all gradients, makes all of them NaN where one "
-    "is, so that this names no layer. Lower the learning rate, or find the layer with --debug underflow_overflow."
-)
 _REPORT_INTERVAL = 100  # steps between two looks, which wait for the device, at how many were skipped
 
 
@@ -163,19 +155,14 @@ class SchattenP(Optimizer):
         Returns:
             (B, m, n) U Σ^{1/p} Vᵀ of each momentum, or what another target makes of Σ.
         """
-        dtype = self._compute_dtype(momenta)
+        dtype = chosen_compute_dtype(self.options.compute_dtype, momenta)
         return self.target.direction(momenta, p, self.options.ns_steps, dtype)
-
-    def _compute_dtype(self, momenta: Tensor) -> torch.dtype:
-        chosen = self.options.compute_dtype
-        if chosen != "auto":
-            return getattr(torch, chosen)  # type: ignore[no-any-return]
-        return momenta.dtype if momenta.dtype == torch.bfloat16 else fast_compute_dtype(momenta)
 
     def _momenta_dtype(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype of stacked momenta of a shape, given that of the averages."""
         own = type(self).direction is SchattenP.direction and self.target.takes_half_precision
-        products = self._compute_dtype(torch.empty(0, *shape, dtype=dtype, device=device))
+        like = torch.empty(0, *shape, dtype=dtype, device=device)
+        products = chosen_compute_dtype(self.options.compute_dtype, like)
         return products if own and products == torch.bfloat16 else dtype
 
     @torch.no_grad()
@@ -259,10 +246,7 @@ class SchattenP(Optimizer):
         skipped = self.skipped_steps()
         if sum(skipped.values()) > self._reported_skips:
             self._reported_skips = sum(skipped.values())
-            most = max(skipped.values())
-            first, *others = [name for name, count in skipped.items() if count == most]
-            message, which = (_SKIPPED_MANY, 1 + len(others)) if others else (_SKIPPED_ONE, first)
-            logger.warning(message, len(skipped), which, most)
+            warn_of_skipped(skipped)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state as ``torch.optim.Optimizer`` does, and the options, which a resume compares."""

@@ -1,0 +1,171 @@
+"""The Triton kernels, run by Triton's interpreter on a CPU, against torch's operations that they stand for.
+
+The interpreter of Triton 3.7 multiplies bfloat16 wrongly (it takes the bits for integers), so products are tested in
+float16 and float32, the rest in bfloat16 too. ``tests/test_cuda.py`` compares all of it on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+from hf_schatten.linalg import many_matrices
+from hf_schatten.linalg.place import Place, flat
+from hf_schatten.linalg.spectral_power import spectral_power, spectral_power_svd
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    if os.environ.get("TRITON_INTERPRET") != "1":  # the tests' conftest sets it where there is no GPU
+        pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
+    from hf_schatten.linalg import triton_kernels  # noqa: PLC0415
+
+    return triton_kernels
+
+
+@pytest.fixture
+def interpreted(kernels, monkeypatch):
+    """Compute with the kernels, though there is no GPU."""
+    for module in ("many_matrices", "symmetric_product"):
+        monkeypatch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: kernels)
+
+
+def test_the_check_before_the_first_use_passes(kernels):
+    kernels.check(torch.device("cpu"), torch.float16)
+
+
+def test_the_check_finds_a_wrong_kernel(kernels, monkeypatch):
+    monkeypatch.setattr(kernels, "inner_products", lambda A, B: torch.zeros(2, len(A)))
+    with pytest.raises(RuntimeError, match="inner products"):
+        kernels.check(torch.device("cpu"), torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(("m", "k"), [(1, 5), (40, 40), (64, 200), (150, 70), (300, 130)])
+def test_symmetric_product(kernels, m, k, dtype):
+    torch.manual_seed(0)
+    X = torch.randn(2, m, k).div(math.sqrt(k)).to(dtype)
+    found = kernels.symmetric(X, X, X.new_empty(2, m, m))
+    torch.testing.assert_close(found.double(), X.double() @ X.double().mT, atol=2e-3, rtol=2e-3)
+    assert torch.equal(found, found.mT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("m", [3, 64, 150, 300])
+def test_polynomial_with_coefficients_for_each_matrix(kernels, m, dtype):
+    torch.manual_seed(0)
+    X = torch.randn(3, m, m).div(math.sqrt(m))
+    A = (X @ X.mT / 4).to(dtype)
+    a, b, c = torch.tensor([[3.4, 1.0, 0.0], [-4.7, 0.0, 1.0], [2.0, 1.0, -1.0]])
+    found = kernels.symmetric(A, A, torch.empty_like(A), (a, b, c))
+    exact = A.double()
+    a, b, c = (number.double()[:, None, None] for number in (a, b, c))
+    expected = a * torch.eye(m, dtype=torch.float64) + b * exact + c * exact @ exact
+    torch.testing.assert_close(found.double(), expected, atol=4e-3, rtol=4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("count", [1, 5])
+def test_weighted_sum_in_place_of_a_term(kernels, count, dtype):
+    torch.manual_seed(0)
+    first, others, weights = torch.randn(2, 70, 70), torch.randn(count, 2, 70, 70).to(dtype), torch.randn(2, count + 1)
+    terms = [first.double(), *others.double()]
+    expected = sum(weights[:, k].double()[:, None, None] * term for k, term in enumerate(terms))
+    expected.diagonal(dim1=-2, dim2=-1).add_(torch.tensor([[2.0], [-1.0]]))
+    found = kernels.weighted_sum(first, others, weights, others[-1], torch.tensor([2.0, -1.0]))
+    assert found.data_ptr() == others[-1].data_ptr()
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(found.double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_inner_products(kernels, dtype):
+    torch.manual_seed(0)
+    A, B = torch.randn(3, 50, 170).to(dtype), torch.randn(3, 50, 170).to(dtype)
+    a, b = A.double().flatten(1), B.double().flatten(1)
+    expected = torch.stack([(a * b).sum(1), (b * b).sum(1)]).float()
+    torch.testing.assert_close(kernels.inner_products(A, B), expected, atol=1e-3, rtol=1e-5)
+
+
+def matrices(shape):
+    """Return places of matrices of one wide shape (40, 100) in a tensor of its own each, and the tensors' shapes."""
+    if shape == "tall and wide":
+        return [
+            ((40, 100), Place((1, 40, 1, 100), (0, 100, 0, 1), 0)),
+            ((100, 40), Place((1, 100, 1, 40), (0, 40, 0, 1), 0)),
+        ]
+    if shape == "parts":  # columns of a fused projection, as Conv1D stores it
+        return [((40, 300), Place((1, 40, 1, 100), (0, 300, 0, 1), 100 * part)) for part in range(3)]
+    if shape == "blocks":  # rows in two blocks, every other one
+        return [((4, 10, 200), Place((2, 20, 1, 100), (4000, 200, 0, 1), 100 * part)) for part in range(2)]
+    assert shape == "channels last"
+    return [((40, 10, 5, 2), Place((1, 40, 10, 10), (0, 100, 1, 10), 0))]
+
+
+@pytest.mark.parametrize("shape", ["tall and wide", "parts", "blocks", "channels last"])
+@pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, None])
+def test_averages_are_those_of_torch(kernels, shape, gradient_dtype, out_dtype):
+    torch.manual_seed(0)
+    sizes, places = zip(*matrices(shape), strict=True)
+    count = len(sizes)
+    averages = [torch.randn(size) for size in sizes]
+    gradients = [torch.randn(size).to(gradient_dtype) for size in sizes]
+    gradients[0].view(-1)[-1] = math.nan
+    keep = torch.ones(count, dtype=torch.float64)
+    keep[0] = 0
+    divisors = torch.linspace(0.5, 2, count, dtype=torch.float64)
+    results = []
+    for compute, numbers in ((kernels.advance_averages, list), (many_matrices.advance_averages, flat)):
+        mine = [average.clone() for average in averages]
+        out = None if out_dtype is None else torch.zeros(count, 40, 100, dtype=out_dtype)
+        ahead = [index % 2 == 0 for index in range(count)]
+        at = numbers(places)
+        compute(mine, at, gradients, at, [0.05, 0.7, 0.3][:count], ahead, keep, out, None if out is None else divisors)
+        results.append((mine, out))
+    (found, found_out), (expected, expected_out) = results
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
+    assert not any(average.isnan().any() for average in found)
+    if out_dtype is not None:
+        torch.testing.assert_close(
+            found_out, expected_out, atol=1e-6, rtol=1e-2 if out_dtype == torch.bfloat16 else 1e-5
+        )
+
+
+@pytest.mark.parametrize("shape", ["tall and wide", "parts", "blocks", "channels last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("update_dtype", [torch.float32, torch.bfloat16])
+def test_updates_are_those_of_torch(kernels, shape, dtype, update_dtype):
+    torch.manual_seed(0)
+    sizes, places = zip(*matrices(shape), strict=True)
+    weights = [torch.randn(size).to(dtype) for size in sizes]
+    updates = list(torch.randn(len(sizes), 40, 100).to(update_dtype))
+    factors, decays = torch.linspace(-0.5, 0.5, len(sizes)).double(), torch.linspace(0.0, 0.2, len(sizes)).double()
+    results = []
+    for compute, numbers in ((kernels.add_updates, list), (many_matrices.add_updates, flat)):
+        mine = [tensor.clone() for tensor in weights]
+        compute(mine, numbers(places), updates, factors, decays)
+        results.append(mine)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-2
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 80), (80, 24)])
+@pytest.mark.parametrize("p", [1.0, 2.0, math.inf, -5.0])
+def test_spectral_power_with_kernels_is_as_accurate_as_without(interpreted, shape, p):
+    torch.manual_seed(0)
+    X = torch.randn(2, *shape)
+    exact = spectral_power_svd(X, p)
+    found = spectral_power(X, p, compute_dtype=torch.float16).double()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("many_matrices", "symmetric_product"):
+            patch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: None)
+        plain = spectral_power(X, p, compute_dtype=torch.float16).double()
+    assert (found - exact).norm() <= 1.05 * (plain - exact).norm() + 1e-3 * exact.norm()
