@@ -19,7 +19,6 @@ Usage:
 """
 
 import argparse
-import importlib
 import importlib.util
 import io
 import json
@@ -29,9 +28,8 @@ import re
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -47,29 +45,27 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from benchmarks.comparison.torch_muon import MuonAndAdamW
 from benchmarks.tables import print_table
-from hf_schatten import SchattenP, create_schatten_optimizer, route_parameters
+from hf_schatten import create_schatten_optimizer, route_parameters
 from hf_schatten.linalg.spectral_power import iterate_in_turns
 from hf_schatten.options import OPTION_VALUES
 
 OURS, MUON, ADAMW, DION = "schatten_p, p = -5", "torch.optim.Muon and AdamW", "torch.optim.AdamW, fused", "dion.Muon"
 _RATES: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1}
 _ITERATION = "hf_schatten::spectral_iteration"
-_KERNELS = {"hf_schatten::inner_products": 2}  # the others are one each
+_KERNELS = {"hf_schatten::inner_products": 2}  # all others are one each
 _PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm"))
 _OVERWRITING = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
 
 
 def gpt2(layers: int, width: int, vocabulary: int = 32_768) -> GPT2Config:
     """Return a GPT-2 with heads of 64."""
-    heads = max(1, width // 64)
-    return GPT2Config(
-        n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocabulary, bos_token_id=0, eos_token_id=0
-    )
+    tokens: dict[str, Any] = {"vocab_size": vocabulary, "bos_token_id": 0, "eos_token_id": 0}
+    return GPT2Config(n_layer=layers, n_embd=width, n_head=max(1, width // 64), **tokens)
 
 
 def llama(layers: int, hidden: int, inner: int, heads: int, vocabulary: int, **settings: Any) -> LlamaConfig:
-    """Return a Llama; its query, key and value heads are as many unless told otherwise."""
-    shape = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner}
+    """Return a Llama, with as many heads of keys and values as of queries unless told otherwise."""
+    shape: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": inner}
     return LlamaConfig(**shape, num_attention_heads=heads, vocab_size=vocabulary, **settings)
 
 
@@ -90,11 +86,7 @@ def model_of(config: PretrainedConfig, device: str, dtype: str = "float32") -> n
     """Return a model with random weights."""
     torch.manual_seed(0)
     with torch.device(device):
-        model: nn.Module = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
-    return model
-
-
-# Counting
+        return AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
 
 
 class StepCounter(TorchDispatchMode):
@@ -104,19 +96,21 @@ class StepCounter(TorchDispatchMode):
         names: how often the dispatcher sees each operation; of `spectral_iteration` not what it consists of.
         on_device: how many of them work on the device: no views, no allocations.
         kernels: the same with what `spectral_iteration` consists of in its place.
-        passes: bytes read and written outside `spectral_iteration`.
+        passes: bytes read and written by each operation outside `spectral_iteration`.
         iterates: bytes read and written inside.
+        least: bytes of gradients, and twice those of weights and moments; 0 where the state is not ours.
+        parameters: of the model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, parameters: int) -> None:
         super().__init__()
         self.names: Counter[str] = Counter()
-        self.on_device = self.kernels = self.passes = self.iterates = 0
+        self.passes: Counter[str] = Counter()
+        self.on_device = self.kernels = self.iterates = self.least = 0
+        self.parameters = parameters
         self._inside = False
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, func._schema.name
         if not self._inside:
             self.names[name] += 1
@@ -138,8 +132,20 @@ class StepCounter(TorchDispatchMode):
             self.iterates += moved
         else:
             self.on_device += 1
-            self.passes += moved
+            self.passes[name] += moved
         return result
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what is counted; bytes over the least possible, where that is known."""
+        counts = {"operations": self.names.total(), "on_device": self.on_device, "kernels": self.kernels}
+        moved = {"passes": self.passes.total(), "iterates": self.iterates}
+        ratios = {name: number / self.least if self.least else None for name, number in moved.items()}
+        return {"parameters": self.parameters, **counts, **ratios}
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return name, number and bytes over the least of each operation, the most frequent first."""
+        passes = {name: f"{moved / self.least:.3f}" if self.least else "–" for name, moved in self.passes.items()}
+        return [(f"`{name}`", f"{number}", passes.get(name, "")) for name, number in self.names.most_common()]
 
 
 def _moved(schema: Any, given: dict[str, Any], result: Any) -> int:
@@ -147,21 +153,18 @@ def _moved(schema: Any, given: dict[str, Any], result: Any) -> int:
     if "places" in given:  # matrices in tensors, which may be parts of them; see `many_matrices.flat`
         places = given["places"]
         elements = [math.prod(places[start : start + 4]) for start in range(0, len(places), 9)]
-        if "averages" in given:
-            out = 0 if given["out"] is None else given["out"].itemsize
-            pairs = zip(given["averages"], given["gradients"], strict=True)
-            each = [2 * average.itemsize + gradient.itemsize + out for average, gradient in pairs]
-        else:
-            pairs = zip(given["weights"], given["updates"], strict=True)
-            each = [2 * weights.itemsize + update.itemsize for weights, update in pairs]
-        return sum(map(math.prod, zip(elements, each, strict=True)))
+        averages = "averages" in given
+        written, read = (given[name] for name in (("averages", "gradients") if averages else ("weights", "updates")))
+        out = given["out"].itemsize if averages and given["out"] is not None else 0
+        all_three = zip(elements, written, read, strict=True)
+        return sum(count * (2 * own.itemsize + other.itemsize + out) for count, own, other in all_three)
     moved = 0
     for argument in schema.arguments:
-        written = argument.alias_info is not None and argument.alias_info.is_write
-        read = not (written and (argument.is_out or schema.name in _OVERWRITING))
+        writes = argument.alias_info is not None and argument.alias_info.is_write
+        reads = not (writes and (argument.is_out or schema.name in _OVERWRITING))
         if schema.name == "aten::_fused_adamw_" and argument.name == "grads":
-            written = False  # without a scale, by which it would divide them
-        moved += (read + written) * _bytes(given.get(argument.name))
+            writes = False  # without a scale, by which it would divide them
+        moved += (reads + writes) * _bytes(given.get(argument.name))
     return moved + (_bytes(result) if all(returned.alias_info is None for returned in schema.returns) else 0)
 
 
@@ -171,176 +174,93 @@ def _bytes(tree: Any) -> int:
     return sum(min(tensor.numel() * tensor.itemsize, tensor.untyped_storage().nbytes()) for tensor in tensors)
 
 
-@dataclass(frozen=True)
-class Count:
-    """What the dispatcher and the device have to do in a step.
-
-    Attributes:
-        optimizer: its name in tables.
-        parameters: how many numbers the model has.
-        operations: that the dispatcher sees, views and allocations included.
-        on_device: of these, those that work on the device.
-        kernels: the same, with what `spectral_iteration` consists of in its place.
-        passes: bytes moved outside `spectral_iteration`, over the least possible; None where that is not ours.
-        iterates: the same inside, without products of matrices.
-        names: how often each operation is seen.
-    """
-
-    optimizer: str
-    parameters: int
-    operations: int
-    on_device: int
-    kernels: int
-    passes: float | None
-    iterates: float | None
-    names: dict[str, int]
-
-
-def count_ours(model: nn.Module, matrices_alone: bool = False) -> Count:
-    """Count a step of ours; ``matrices_alone``: of the matrices, since nothing else has a gradient."""
-    optimizer: SchattenP = create_schatten_optimizer(model, _RATES["lr"], p=-5, verbose=False)
+def count_step(model: nn.Module, name: str = OURS, matrices_alone: bool = False) -> StepCounter:
+    """Count the third step of an optimizer; ``matrices_alone``: of ours, where nothing else has a gradient."""
+    optimizer: Any = optimizers_of(model, "auto")[name]()
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter) if group["spectral"] or not matrices_alone else None
-    counter = _count(optimizer)
-    return _counted(OURS, model, counter, _least_bytes(optimizer))
-
-
-def count_muon(model: nn.Module) -> Count:
-    """Count a step of torch's Muon, and of AdamW as torch runs it on an accelerator."""
-    optimizer = MuonAndAdamW(model, **_RATES, betas=(0.9, 0.999), eps=1e-8)
-    for group in optimizer._groups():
+            parameter.grad = None if matrices_alone and not group["spectral"] else torch.zeros_like(parameter)
+    for group in optimizer._groups() if name == MUON else ():
         if "foreach" in group:
-            group["foreach"] = True
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    return _counted(MUON, model, _count(optimizer))
-
-
-def _count(optimizer: Optimizer) -> StepCounter:
+            group["foreach"] = True  # as AdamW is on an accelerator
     for _ in range(2):
         optimizer.step()
-    with StepCounter() as counter:
+    with StepCounter(sum(parameter.numel() for parameter in model.parameters())) as counter:
         optimizer.step()
+    for parameter, state in optimizer.state.items():
+        if parameter.grad is not None:
+            moments = [tensor for tensor in state.values() if tensor.shape == parameter.shape]
+            counter.least += _bytes(parameter.grad) + 2 * _bytes([parameter, *moments])
     return counter
-
-
-def _counted(optimizer: str, model: nn.Module, counter: StepCounter, least: int | None = None) -> Count:
-    passes, iterates = (None if least is None else moved / least for moved in (counter.passes, counter.iterates))
-    parameters, names = sum(parameter.numel() for parameter in model.parameters()), counter.names
-    numbers = names.total(), counter.on_device, counter.kernels
-    return Count(optimizer, parameters, *numbers, passes, iterates, dict(names.most_common()))
-
-
-def _least_bytes(optimizer: Optimizer) -> int:
-    """Return the bytes of gradients, and twice those of weights and moments."""
-    least = 0
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            if parameter.grad is not None:
-                moments = [each for each in optimizer.state[parameter].values() if each.shape == parameter.shape]
-                least += _bytes(parameter.grad) + 2 * _bytes([parameter, *moments])
-    return least
-
-
-# Timing
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What the steps of an optimizer took; numbers of an accelerator are None on a CPU.
-
-    Attributes:
-        seconds: median wall time of a step.
-        ratio: median of the times of ours over its own, of neighbouring steps.
-        device_seconds: median between two events on the device.
-        kernel_seconds: sum over the kernels of one step.
-        launches: how many kernels and copies those are.
-        peak: bytes in a step where it is the only optimizer: weights, gradients, state and temporaries.
-        temporary: the last of these.
-    """
-
-    seconds: float
-    ratio: float
-    device_seconds: float | None
-    kernel_seconds: float | None
-    launches: int | None
-    peak: int | None
-    temporary: int | None
 
 
 def optimizers_of(model: nn.Module, compute_dtype: str) -> dict[str, Callable[[], Optimizer]]:
     """Return what makes each optimizer, in the order of their steps: ours between those that it is compared with."""
     routed = {id(route.parameter) for route in route_parameters(model).to("schatten_p")}
-    matrices = [parameter for parameter in model.parameters() if id(parameter) in routed]
-    others = [parameter for parameter in model.parameters() if id(parameter) not in routed]
-    groups = [{"params": matrices}, {"params": others, "algorithm": "adamw"}]
-    ours = {"p": -5, "compute_dtype": compute_dtype, "verbose": False}
+    of_dion: list[dict[str, Any]] = [{"params": []}, {"params": [], "algorithm": "adamw"}]
+    for parameter in model.parameters():
+        of_dion[id(parameter) not in routed]["params"].append(parameter)
+    ours: dict[str, Any] = {"p": -5, "compute_dtype": compute_dtype, "verbose": False}
     makers: dict[str, Callable[[], Optimizer]] = {
         MUON: lambda: MuonAndAdamW(model, **_RATES, betas=(0.9, 0.999), eps=1e-8),
         OURS: lambda: create_schatten_optimizer(model, **_RATES, **ours),
         ADAMW: lambda: AdamW(model.parameters(), **_RATES, fused=True),
-        DION: lambda: importlib.import_module("dion").Muon(groups, **_RATES, nesterov=True, adjust_lr="rms_norm"),
+        DION: lambda: importlib.import_module("dion").Muon(of_dion, **_RATES, nesterov=True, adjust_lr="rms_norm"),
     }
     return {name: make for name, make in makers.items() if name != DION or importlib.util.find_spec("dion")}
 
 
-def measure(config: PretrainedConfig, device: str, compute_dtype: str, repeats: int) -> dict[str, Timing]:
-    """Let all optimizers take steps in turn on one model."""
-    on_gpu = device.startswith("cuda")
+def measure(config: PretrainedConfig, device: str, compute_dtype: str, repeats: int) -> dict[str, dict[str, Any]]:
+    """Let all optimizers take steps in turn on one model, and return numbers of each; those of a GPU only there."""
     model = model_of(config, device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
-    held = torch.cuda.memory_allocated(device) if on_gpu else 0
-    optimizers, states = {}, {}
+    first, optimizers, states = torch.cuda.memory_allocated(), {}, {}  # 0 on a CPU
     for name, make in optimizers_of(model, compute_dtype).items():
-        before = torch.cuda.memory_allocated(device) if on_gpu else 0
+        before = torch.cuda.memory_allocated()
         optimizers[name] = make()
         for _ in range(2):
             optimizers[name].step()
-        states[name] = torch.cuda.memory_allocated(device) - before if on_gpu else 0
+        states[name] = torch.cuda.memory_allocated() - before
     rounds = [{name: _timed(each.step, device) for name, each in optimizers.items()} for _ in range(repeats)]
     timings = {}
     for name, optimizer in optimizers.items():
         seconds, on_device, temporary = zip(*(each[name] for each in rounds), strict=True)
         ratio = statistics.median(each[OURS][0] / each[name][0] for each in rounds)
-        numbers: tuple[Any, ...] = (None,) * 5
-        if on_gpu:
-            most = max(temporary)
-            numbers = statistics.median(on_device), *_kernels(optimizer.step), held + states[name] + most, most
-        timings[name] = Timing(statistics.median(seconds), ratio, *numbers)
+        timings[name] = {"a step, ms": 1e3 * statistics.median(seconds), "ours over it": ratio}
+        if device != "cpu":
+            timings[name] |= {"on the device, ms": 1e3 * statistics.median(on_device), **_kernels(optimizer.step)}
+            timings[name]["peak with it alone, MiB"] = (first + states[name] + max(temporary)) / (1 << 20)
+            timings[name]["of it temporary, MiB"] = max(temporary) / (1 << 20)
     return timings
 
 
 def _timed(step: Callable[[], object], device: str) -> tuple[float, float, int]:
-    """Return wall time, time between events on an accelerator, and bytes that a step takes there for itself."""
-    if not device.startswith("cuda"):
+    """Return wall time, time between events on a GPU, and bytes that a step takes there for itself."""
+    if device == "cpu":
         start = time.perf_counter()
         step()
         return time.perf_counter() - start, 0.0, 0
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    held, start = torch.cuda.memory_allocated(device), time.perf_counter()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    held, start = torch.cuda.memory_allocated(), time.perf_counter()
     before.record()
     step()
     after.record()
-    torch.cuda.synchronize(device)
+    torch.cuda.synchronize()
     seconds = time.perf_counter() - start
-    return seconds, before.elapsed_time(after) / 1000, torch.cuda.max_memory_allocated(device) - held
+    return seconds, before.elapsed_time(after) / 1000, torch.cuda.max_memory_allocated() - held
 
 
-def _kernels(step: Callable[[], object]) -> tuple[float, int]:
-    """Return the seconds of all kernels of a step, and their number."""
+def _kernels(step: Callable[[], object]) -> dict[str, float]:
+    """Return the time of all kernels and copies of a step, and their number."""
     with profile(activities=[ProfilerActivity.CUDA]) as profiled:
         step()
         torch.cuda.synchronize()
-    events = profiled.events() or []
-    own = [each for each in events if each.device_type == DeviceType.CUDA and not each.is_user_annotation]
-    return sum(each.time_range.elapsed_us() for each in own) / 1e6, len(own)
-
-
-# Report
+    events = [event for event in profiled.events() or [] if event.device_type == DeviceType.CUDA]
+    own = [event.time_range.elapsed_us() / 1e3 for event in events if not event.is_user_annotation]
+    return {"in kernels, ms": sum(own), "launches": len(own)}
 
 
 def machine(device: str) -> str:
@@ -348,80 +268,51 @@ def machine(device: str) -> str:
     information = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(), re.M) if information.is_file() else None
     processor = found[1].strip() if found else platform.processor() or platform.machine()
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.startswith("cuda") else ""
-    threads = f"{torch.get_num_threads()} threads"
-    return f"{gpu}{processor}, {threads}, torch {torch.__version__}, {datetime.now(UTC).date()}"
+    gpu = "" if device == "cpu" else f"{torch.cuda.get_device_name(device)}, "
+    software = f"{torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{gpu}{processor}, {software}, {datetime.now(UTC).date()}"
 
 
-def print_counts(counts: Iterable[tuple[str, Count]]) -> None:
-    counts = list(counts)
-    print("## Counted\n\nBytes are over the least possible; iterates are those inside `spectral_iteration`.\n")
-    header = ("model", "parameters", "optimizer", "operations", "on the device", "kernels", "passes", "iterates")
-    rows = []
-    for name, count in counts:
-        numbers = [f"{number:,}" for number in (count.operations, count.on_device, count.kernels)]
-        ratios = ["–" if ratio is None else f"{ratio:.3f}" for ratio in (count.passes, count.iterates)]
-        rows.append([name, f"{count.parameters:,}", count.optimizer, *numbers, *ratios])
-    print_table(header, rows)
-    print("\nOperations of ours by name:\n")
-    ours = [(name, count.names) for name, count in counts if count.optimizer == OURS]
-    seen = sorted({each for _, names in ours for each in names}, key=lambda each: -ours[-1][1].get(each, 0))
-    print_table(
-        ("operation", *(name for name, _ in ours)),
-        [(f"`{each}`", *(f"{names.get(each, 0)}" for _, names in ours)) for each in seen],
-    )
-
-
-def print_timings(timings: dict[str, dict[str, Timing]]) -> None:
-    print("\n## Timed")
-    header = (
-        "optimizer",
-        "a step, ms",
-        "ours over it",
-        "device, ms",
-        "kernels, ms",
-        "launches",
-        "peak, MiB",
-        "of it own",
-    )
+def print_page(place: str, counts: Sequence[tuple[str, str, StepCounter]], timings: dict[str, Any]) -> None:
+    print(f"# A step of the optimizer\n\n{place}.\n\n## Counted\n")
+    print("Bytes are over the least possible: passes outside `spectral_iteration`, iterates inside.\n")
+    header = ("model", "optimizer", "parameters", "operations", "on the device", "kernels", "passes", "iterates")
+    print_table(header, [(*names, *map(_text, count.numbers().values())) for *names, count in counts])
+    for model, optimizer, count in counts:
+        print(f"\nOperations of {optimizer} on {model}:\n")
+        print_table(("operation", "times", "passes"), count.table())
+    print("\n## Timed" if timings else "")
     for model, rows in timings.items():
         print(f"\n{model}:\n")
-        table = []
-        for name, row in rows.items():
-            times = [_text(each, 1e-3, 2) for each in (row.device_seconds, row.kernel_seconds)]
-            memory = [_text(each, 1 << 20, 0) for each in (row.peak, row.temporary)]
-            own = _text(row.seconds, 1e-3, 2), f"{row.ratio:.3f}"
-            table.append((name, *own, *times, _text(row.launches, 1, 0), *memory))
-        print_table(header, table)
-    if not importlib.util.find_spec("dion"):
+        print_table(("optimizer", *rows[OURS]), [(name, *map(_text, row.values())) for name, row in rows.items()])
+    if timings and not importlib.util.find_spec("dion"):
         print("\nThe package `dion` is not installed: its Muon is left out.")
 
 
-def _text(number: float | None, unit: float, digits: int) -> str:
-    return "–" if number is None else f"{number / unit:,.{digits}f}"
+def _text(number: float | None) -> str:
+    return "–" if number is None else f"{number:,}" if isinstance(number, int) else f"{number:,.3f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    counts: list[tuple[str, Count]] = []
+    counts = []
     for name, dtype in (("tiny-gpt2", "float32"), ("tiny-llama", "bfloat16")) if options.quick else COUNTED:
         model = model_of(MODELS[name](), "meta", dtype)
-        counts.append((f"{name}, {dtype}", count_ours(model)))
-        if name in _COUNTED_WITH_MUON:
-            counts.append((f"{name}, {dtype}", count_muon(model)))
-    timings = {}
-    for name in [] if options.count else options.models:
-        timings[name] = measure(MODELS[name](), options.device, options.compute_dtype, options.repeats)
+        for optimizer in (OURS, MUON) if name in _COUNTED_WITH_MUON else (OURS,):
+            counts.append((f"{name}, {dtype}", optimizer, count_step(model, optimizer)))
+    timings = {
+        name: measure(MODELS[name](), options.device, options.compute_dtype, options.repeats)
+        for name in ([] if options.count else options.models)
+    }
     page, place = io.StringIO(), machine(options.device)
     with redirect_stdout(page):
-        print(f"# A step of the optimizer\n\n{place}; products of ours in `{options.compute_dtype}`.\n")
-        print_counts(counts)
-        if timings:
-            print_timings(timings)
+        print_page(place, counts, timings)
     print(page.getvalue())
     written: dict[str, Any] = {"machine": place, "compute_dtype": options.compute_dtype, "repeats": options.repeats}
-    written["counts"] = [{"model": name, **asdict(count)} for name, count in counts]
-    written["timings"] = {model: {name: asdict(row) for name, row in rows.items()} for model, rows in timings.items()}
+    written |= {"counts": [], "timings": timings}
+    for name, optimizer, count in counts:
+        own = {"model": name, "optimizer": optimizer, **count.numbers(), "names": count.names, "bytes": count.passes}
+        written["counts"].append(own)
     options.output.mkdir(parents=True, exist_ok=True)
     (options.output / "optimizer_step.json").write_text(json.dumps(written, indent=1) + "\n", "utf-8")
     (options.output / "optimizer_step.md").write_text(page.getvalue(), "utf-8")
@@ -431,22 +322,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--count", action="store_true", help="count only")
-    parser.add_argument("--device", default="cpu", help="of what is timed (default %(default)s)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="of what is timed (default cpu)")
     parser.add_argument("--models", nargs="+", choices=TIMED, help="to time (default gpt2-small; on a GPU all)")
-    choices = [choice for choice in OPTION_VALUES["compute_dtype"] if choice != "float64"]
-    parser.add_argument("--compute-dtype", choices=choices, default="auto", help="of our products when timed")
+    parser.add_argument(
+        "--compute-dtype", choices=OPTION_VALUES["compute_dtype"], default="auto", help="of our products"
+    )
     parser.add_argument("--repeats", type=int, default=12, help="steps of each (default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny models, only to check that everything runs")
     options = parser.parse_args(arguments)
     if options.repeats < 1:
         parser.error("--repeats must be at least 1")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: this PyTorch sees no GPU")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: this PyTorch sees no GPU")
     if options.quick:
         options.models = ["tiny-gpt2", "tiny-llama"]
     elif options.models is None:
-        options.models = list(TIMED if options.device.startswith("cuda") else TIMED[:1])
+        options.models = list(TIMED if options.device == "cuda" else TIMED[:1])
     return options
 
 
