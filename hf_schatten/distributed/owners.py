@@ -46,8 +46,7 @@ class Delivered(NamedTuple):
     factors: Tensor  # one for each
 
 
-# Of the momenta of items into (B, m, n), divided by numbers (B,).
-Write = Callable[[Sequence[Any], Tensor, Tensor], None]
+Write = Callable[[Sequence[Any], Tensor], None]  # of the momenta of items into (B, m, n)
 Compute = Callable[[Any, Write], Iterable[Computed]]  # of one piece of work
 
 
@@ -82,7 +81,7 @@ class Delivery:
 
         Args:
             compute: the updates of one piece of work, given what writes the momenta of its items.
-            momenta: of this process, with ``write(items, out, divisors)`` and ``of_shard(item)``; see
+            momenta: of this process, with ``write(items, out)``, ``of_shard(item)`` and ``divisors(items)``; see
                 :class:`hf_schatten.optim.momentum.Momenta`.
         """
         for items, directions, factors in compute(self.work[0], momenta.write):

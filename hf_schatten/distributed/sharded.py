@@ -121,10 +121,8 @@ class Sharded(Delivery):
             mine = _owned_by(peers.rank, owned)
             whole_of = {id(item): whole for slab, whole in zip(mine, wholes, strict=True) for item in slab.items}
 
-            def write(
-                items: Sequence[Item], out: Tensor, divisors: Tensor, whole_of: Mapping[int, Tensor] = whole_of
-            ) -> None:
-                for item, slot, divisor in zip(items, out, divisors, strict=True):
+            def write(items: Sequence[Item], out: Tensor, whole_of: Mapping[int, Tensor] = whole_of) -> None:
+                for item, slot, divisor in zip(items, out, momenta.divisors(items), strict=True):
                     average = item.of_expert(whole_of[id(item)])
                     item.stored(slot).copy_(average / divisor.to(average.dtype))
 

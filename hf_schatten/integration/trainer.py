@@ -107,7 +107,7 @@ class SchattenTrainerMixin(_Base):
             return
         if schatten is not None:
             figure = self._figure_of_p(card.parent) if schatten.options.report == "full" else None
-            section = card_section(schatten.options, schatten.destinations(), schatten.learned_p(), figure)
+            section = card_section(schatten.options, _destinations(schatten), schatten.learned_p(), figure)
             write_card_section(card, section, _CARD_TAGS)
         elif self.optimizer is None and earlier:
             write_card_section(card, earlier, _CARD_TAGS)
@@ -188,3 +188,14 @@ class SchattenTrainerMixin(_Base):
 
 class SchattenTrainer(SchattenTrainerMixin, Trainer):
     """A ``Trainer``, with its arguments, and with the checkpoints and card of :class:`SchattenTrainerMixin`."""
+
+
+def _destinations(optimizer: SchattenP) -> dict[str, tuple[int, int]]:
+    """Return how many tensors and parameters each update has: ``{"schatten_p": (tensors, parameters), …}``."""
+    counts = {OPTIMIZER_NAME: (0, 0), "adamw": (0, 0)}
+    for group in optimizer.param_groups:
+        update = OPTIMIZER_NAME if group["spectral"] else "adamw"
+        tensors, parameters = counts[update]
+        size = sum(parameter.numel() for parameter in group["params"])
+        counts[update] = tensors + len(group["params"]), parameters + size
+    return counts

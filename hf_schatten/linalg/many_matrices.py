@@ -129,7 +129,12 @@ def inner_products(A: Tensor, B: Tensor) -> Tensor:
 
 
 def weighted_sum(
-    first: Tensor, others: Sequence[Tensor] | Tensor, weights: Tensor, out: Tensor, diagonal: Tensor | None = None
+    first: Tensor,
+    others: Sequence[Tensor] | Tensor,
+    weights: Tensor,
+    out: Tensor,
+    diagonal: Tensor | None = None,
+    products: Tensor | None = None,
 ) -> Tensor:
     """Write a sum of matrices with weights, and a multiple of the identity, into ``out`` and return it.
 
@@ -141,11 +146,12 @@ def weighted_sum(
         weights: (B, K + 1).
         out: (B, m, n), which may be one of the others.
         diagonal: what the identity is multiplied by, (B,). Default: nothing.
+        products: (2, B) zeros, to which ``⟨first, sum⟩`` and ``⟨sum, sum⟩`` are added. Default: not computed.
     """
     kernels = kernels_of(first.device)
     if kernels is not None and weights.dtype == torch.float32 and (isinstance(others, Tensor) or len(others) == 1):
         terms = others if isinstance(others, Tensor) else others[0][None]
-        return kernels.weighted_sum(first.contiguous(), terms, weights, out, diagonal)  # type: ignore[no-any-return]
+        return kernels.weighted_sum(first.contiguous(), terms, weights, out, diagonal, products)  # type: ignore[no-any-return]
     for index, rows in _pieces(first):
         w = weights[index, :, None, None]
         total = first[index, rows].to(weights.dtype) * w[:, 0]
@@ -153,6 +159,10 @@ def weighted_sum(
             total.addcmul_(term[index, rows].to(weights.dtype), w[:, number])
         if diagonal is not None:
             total.diagonal(rows.start, -2, -1).add_(diagonal[index, None])
+        if products is not None:
+            flat_first, flat_total = first[index, rows].to(weights.dtype).flatten(1), total.flatten(1)
+            products[0, index] += torch.linalg.vecdot(flat_first, flat_total)
+            products[1, index] += torch.linalg.vecdot(flat_total, flat_total)
         out[index, rows].copy_(total)
     return out
 

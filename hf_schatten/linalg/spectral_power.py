@@ -57,6 +57,13 @@ def spectral_power(
         ValueError: If a number p is NaN or in (-4, 1), X is not floating point or has fewer than two dimensions,
             or there is no table for ``steps``.
     """
+    return measured_spectral_power(X, p, steps=steps, compute_dtype=compute_dtype)[0]
+
+
+def measured_spectral_power(
+    X: Tensor, p: float | Tensor, *, steps: int = 5, compute_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `spectral_power` O of X, and ``⟨X, O⟩`` and ``⟨O, O⟩`` of its matrices, (2, B), in the same pass."""
     exponent = exponent_of(p)
     batch = _wide_batch(X)
     dtype = _scalar_dtype(X)
@@ -65,10 +72,7 @@ def spectral_power(
     else:
         s = torch.full(batch.shape[:1], exponent, dtype=dtype, device=X.device)
     s = s.clamp(MIN_EXPONENT, MAX_EXPONENT)
-    if X.numel() == 0:
-        return torch.zeros_like(X)
-    power = spectral_iteration(batch, interpolate(s, steps), s, compute_dtype or default_compute_dtype(X))
-    return _like(X, power)
+    return _iterated(X, batch, s, steps, [], compute_dtype)
 
 
 def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: torch.dtype | None = None) -> Tensor:
@@ -80,11 +84,23 @@ def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: t
     Raises:
         ValueError: If X is not floating point or has fewer than two dimensions.
     """
-    batch = _wide_batch(X)
+    return measured_spectral_function(X, coefficients, compute_dtype=compute_dtype)[0]
+
+
+def measured_spectral_function(
+    X: Tensor, coefficients: Coefficients, *, compute_dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `spectral_function` O of X, and ``⟨X, O⟩`` and ``⟨O, O⟩`` of its matrices, (2, B), in the same pass."""
+    return _iterated(X, _wide_batch(X), None, coefficients.steps, list(coefficients.row), compute_dtype)
+
+
+def _iterated(
+    X: Tensor, batch: Tensor, s: Tensor | None, steps: int, row: list[float], compute_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor]:
     if X.numel() == 0:
-        return torch.zeros_like(X)
-    rows = torch.tensor(coefficients.row, dtype=_scalar_dtype(X), device=X.device).expand(len(batch), -1)
-    return _like(X, spectral_iteration(batch, rows, None, compute_dtype or default_compute_dtype(X)))
+        return torch.zeros_like(X), X.new_zeros(2, len(batch))
+    found, products = spectral_iteration(batch, s, steps, row, compute_dtype or default_compute_dtype(X))
+    return _like(X, found), products
 
 
 def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
@@ -104,7 +120,7 @@ def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
 
 def _scalar_dtype(X: Tensor) -> torch.dtype:
     """Dtype of norms, coefficients and the weighted sum."""
-    return torch.promote_types(X.dtype, torch.float32)
+    return torch.float64 if X.dtype == torch.float64 else torch.float32
 
 
 def _wide_batch(X: Tensor) -> Tensor:
@@ -148,31 +164,43 @@ class _Step(NamedTuple):
 
 
 @torch.library.custom_op("hf_schatten::spectral_iteration", mutates_args=())
-def spectral_iteration(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
-    """Apply the coefficients ``rows`` (B, 4K + 1) to X (B, m, n), m <= n; times c^s where s (B,) is given.
+def spectral_iteration(
+    X: Tensor, s: Tensor | None, steps: int, row: list[float], compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return a polynomial iteration O of X (B, m, n), m <= n, of X's dtype, and ``⟨X, O⟩`` and ``⟨O, O⟩``, (2, B).
 
-    To torch's dispatcher this is one operation. Its memory is bounded: matrices take turns, see `iterate_in_turns`.
+    With s (B,) it is the spectral power, from the table for ``steps``; without, ``row`` has the coefficients, and it
+    is one of the singular values relative to c. To torch's dispatcher it is one operation, of bounded memory.
     """
-    return iterate_in_turns(X, rows, s, compute_dtype)
+    return iterate_in_turns(X, s, steps, row, compute_dtype)
 
 
-def iterate_in_turns(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
+def iterate_in_turns(
+    X: Tensor, s: Tensor | None, steps: int, row: Sequence[float], compute_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """What `spectral_iteration` does, as the operations that it consists of: temporaries fit into `WORKSPACE`."""
+    if s is None:
+        rows = torch.tensor(row, dtype=_scalar_dtype(X)).to(X.device, non_blocking=True).expand(len(X), -1)
+    else:
+        rows = interpolate(s, steps)
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
-    for some in _turns(X, rows.shape[-1] // 4, compute_dtype):
-        _iterate(X[some], rows[some], None if s is None else s[some], compute_dtype, out[some])
-    return out
+    products = rows.new_zeros(2, len(X))
+    for some in _turns(X, steps, compute_dtype):
+        found = products[:, some]
+        _iterate(X[some], rows[some], None if s is None else s[some], compute_dtype, out[some], found)
+    return out, products
 
 
 @spectral_iteration.register_fake
-def _(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(X, memory_format=torch.contiguous_format)
+def _(X: Tensor, s: Tensor | None, steps: int, row: list[float], compute_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out = torch.empty_like(X, memory_format=torch.contiguous_format)
+    return out, X.new_empty(2, len(X), dtype=_scalar_dtype(X))
 
 
 @register_flop_formula(torch.ops.hf_schatten.spectral_iteration)
-def _operations(X: Sequence[int], rows: Sequence[int], s: object, compute_dtype: torch.dtype, **_: object) -> int:
+def _operations(X: Sequence[int], s: object, steps: int, row: object, compute_dtype: torch.dtype, **_: object) -> int:
     """The operations of all matrix products, for torch's counter, given shapes."""
-    (count, m, n), steps = X, (rows[1] - 1) // 4
+    count, m, n = X
     direct = _steps_on_iterate(X, steps, compute_dtype)
     wide = 1 + direct + min(direct, steps - 1) + (direct < steps)  # m² n
     square = 1 + max(0, direct - 1)  # m³
@@ -191,8 +219,10 @@ def _turns(X: Tensor, steps: int, compute_dtype: torch.dtype) -> Iterator[slice]
     yield from (slice(start, start + size) for start in range(0, count, size))
 
 
-def _iterate(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype, out: Tensor) -> None:
-    """Write the result for X (B, m, n) into ``out``, contiguous."""
+def _iterate(
+    X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype, out: Tensor, products: Tensor
+) -> None:
+    """Write the result for X (B, m, n) into ``out``, contiguous, and its inner products into ``products``."""
     steps = rows.shape[-1] // 4
     columns = rows.mT.contiguous().unbind()  # 4K + 1 of (B,)
     a, b, c, w = (columns[k * steps : (k + 1) * steps + k // 3] for k in range(4))
@@ -239,7 +269,11 @@ def _iterate(X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dty
     else:  # not the start, where that is in half precision
         first, weight = X, w[0] * scale / whole
     finite = torch.stack([weight, *weights], dim=1).clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
-    weighted_sum(first, iterates, finite, out)
+    found = torch.zeros_like(products)
+    weighted_sum(first, iterates, finite, out, products=found)
+    if first is start:
+        found[0] *= largest
+    products.copy_(found)
 
 
 def _steps_on_iterate(shape: Sequence[int], steps: int, compute_dtype: torch.dtype) -> int:

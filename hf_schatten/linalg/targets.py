@@ -16,8 +16,13 @@ import torch
 from torch import Tensor
 
 from hf_schatten.linalg.coefficient_table import Coefficients
+from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.linalg.multiscale_fit import Array, least_squares
-from hf_schatten.linalg.spectral_power import spectral_function, spectral_power
+from hf_schatten.linalg.spectral_power import (
+    measured_spectral_function,
+    measured_spectral_power,
+    spectral_power,
+)
 from hf_schatten.option_text import POWER, function_name, json_ready, parse_target
 from hf_schatten.options import TargetFunction
 
@@ -171,9 +176,15 @@ class Power:
     name: str = POWER
     takes_half_precision: ClassVar[bool] = True
 
-    def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
-        """Apply the target to matrices X (B, m, n), whose p is (B,); the rest as in `spectral_power`."""
-        return spectral_power(X, p, steps=steps, compute_dtype=compute_dtype)
+    def direction(
+        self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the target to matrices X (..., m, n), whose p is (...); the rest as in `spectral_power`.
+
+        Returns:
+            O, of the shape of X, and the inner products ``⟨X, O⟩`` and ``⟨O, O⟩``, (2, B).
+        """
+        return measured_spectral_power(X, p, steps=steps, compute_dtype=compute_dtype)
 
     def accuracy(self, steps: int) -> str:
         """Fit what is to be fitted, and say how accurate it is."""
@@ -188,9 +199,13 @@ class TopK:
     k: int
     takes_half_precision: ClassVar[bool] = False
 
-    def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
+    def direction(
+        self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`top_singular_direction` for k = 1, else `top_k_direction`."""
-        return top_singular_direction(X) if self.k == 1 else top_k_direction(X, self.k)
+        found = top_singular_direction(X) if self.k == 1 else top_k_direction(X, self.k)
+        products = inner_products(X.reshape(-1, *X.shape[-2:]), found.reshape(-1, *X.shape[-2:]))
+        return found, products
 
     def accuracy(self, steps: int) -> str:
         """Say what limits it."""
@@ -207,9 +222,11 @@ class Function:
     f: TargetFunction
     takes_half_precision: ClassVar[bool] = True
 
-    def direction(self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None) -> Tensor:
+    def direction(
+        self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
         """`spectral_function` with the fitted coefficients."""
-        return spectral_function(X, fit_target(self.f, steps).coefficients, compute_dtype=compute_dtype)
+        return measured_spectral_function(X, fit_target(self.f, steps).coefficients, compute_dtype=compute_dtype)
 
     def accuracy(self, steps: int) -> str:
         """The fit's errors."""

@@ -100,11 +100,13 @@ def _weighted_sum_kernel(
     weights,
     diagonal,
     out,
+    partial,
     size,
     n,
     stride,
     COUNT: tl.constexpr,
     DIAGONAL: tl.constexpr,
+    PRODUCTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(1).to(tl.int64)
@@ -112,40 +114,62 @@ def _weighted_sum_kernel(
     inside = element < size
     at = index * size + element
     weight = weights + index * (COUNT + 1)
-    total = tl.load(first + at, mask=inside, other=0.0).to(tl.float32) * tl.load(weight)
+    apart = stride + index * 0  # of two terms, in 64 bits
+    start = tl.load(first + at, mask=inside, other=0.0).to(tl.float32)
+    total = start * tl.load(weight)
     for term in tl.static_range(COUNT):
-        value = tl.load(others + term * stride + at, mask=inside, other=0.0).to(tl.float32)
+        value = tl.load(others + term * apart + at, mask=inside, other=0.0).to(tl.float32)
         total += value * tl.load(weight + term + 1)
     if DIAGONAL:
         total += tl.where(element // n == element % n, tl.load(diagonal + index), 0.0)
     tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
+    if PRODUCTS:
+        total = tl.where(inside, total, 0.0)
+        _store_products(partial, tl.sum(start * total), tl.sum(total * total))
+
+
+@triton.jit
+def _store_products(partial, first, second):
+    """Store two numbers of this block of a matrix in ``partial``, (2, matrices, blocks)."""
+    blocks = tl.num_programs(0)
+    at = partial + tl.program_id(1).to(tl.int64) * blocks + tl.program_id(0)
+    tl.store(at, first)
+    tl.store(at + tl.num_programs(1).to(tl.int64) * blocks, second)
 
 
 def weighted_sum(
-    first: Tensor, others: Tensor, weights: Tensor, out: Tensor, diagonal: Tensor | None = None
+    first: Tensor,
+    others: Tensor,
+    weights: Tensor,
+    out: Tensor,
+    diagonal: Tensor | None = None,
+    products: Tensor | None = None,
 ) -> Tensor:
     """Write ``Σ_k w_k T_k`` into ``out``: first (B, m, n) and others (K, B, m, n), contiguous, weights (B, K + 1)."""
     count, m, n = first.shape
-    _weighted_sum_kernel[triton.cdiv(m * n, _BLOCK), count](
-        *(first, others, weights.contiguous(), weights if diagonal is None else diagonal.contiguous(), out),
+    blocks = triton.cdiv(m * n, _BLOCK)
+    partial = out if products is None else products.new_empty(2, count, blocks)
+    _weighted_sum_kernel[blocks, count](
+        *(first, others, weights.contiguous(), weights if diagonal is None else diagonal.contiguous(), out, partial),
         *(m * n, n, first.numel()),
         COUNT=len(others),
         DIAGONAL=diagonal is not None,
+        PRODUCTS=products is not None,
         BLOCK=_BLOCK,
         num_warps=8,
     )
+    if products is not None:
+        products.copy_(partial.sum(-1))
     return out
 
 
 @triton.jit
-def _inner_products_kernel(A, B, partial, size, blocks, BLOCK: tl.constexpr):
+def _inner_products_kernel(A, B, partial, size, BLOCK: tl.constexpr):
     index = tl.program_id(1).to(tl.int64)
     element = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     a = tl.load(A + index * size + element, mask=element < size, other=0.0).to(tl.float32)
     b = tl.load(B + index * size + element, mask=element < size, other=0.0).to(tl.float32)
-    at = partial + index * blocks + tl.program_id(0)
-    tl.store(at, tl.sum(a * b))
-    tl.store(at + tl.num_programs(1).to(tl.int64) * blocks, tl.sum(b * b))
+    _store_products(partial, tl.sum(a * b), tl.sum(b * b))
 
 
 def inner_products(A: Tensor, B: Tensor) -> Tensor:
@@ -153,7 +177,7 @@ def inner_products(A: Tensor, B: Tensor) -> Tensor:
     count, m, n = A.shape
     blocks = triton.cdiv(m * n, _BLOCK)
     partial = torch.empty(2, count, blocks, dtype=torch.float32, device=A.device)
-    _inner_products_kernel[blocks, count](A, B, partial, m * n, blocks, BLOCK=_BLOCK, num_warps=8)
+    _inner_products_kernel[blocks, count](A, B, partial, m * n, BLOCK=_BLOCK, num_warps=8)
     return partial.sum(-1)
 
 

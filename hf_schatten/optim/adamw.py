@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from hf_schatten.distributed.sharded import local
 from hf_schatten.optim.finite_gradients import FiniteGradients
-from hf_schatten.optim.matrix import STEP, Group, State, state_dtype
+from hf_schatten.optim.matrix import STEP, Group, State, by_device, state_dtype
 
 AVERAGE, SQUARES = "exp_avg", "exp_avg_sq"  # as torch.optim.AdamW names them
 
@@ -29,10 +29,7 @@ def adamw_step(
     group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], gradients: FiniteGradients
 ) -> None:
     """Update those parameters of a group that have a gradient, in place; none where one of these is not finite."""
-    alike: dict[torch.device, list[Tensor]] = {}
-    for parameter in parameters:
-        alike.setdefault(parameter.device, []).append(parameter)
-    for device, together in alike.items():
+    for device, together in by_device(parameters).items():
         _step_on(device, group, together, [states[parameter] for parameter in together], gradients)
 
 

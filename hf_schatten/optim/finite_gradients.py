@@ -49,11 +49,6 @@ class FiniteGradients:
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._finite
 
-    @staticmethod
-    def is_sharded(parameter: Tensor) -> bool:
-        """Return whether this process has rows of the gradient only."""
-        return is_sharded(parameter)
-
     def of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return those of the parameters that have a gradient."""
         return [parameter for parameter in parameters if parameter in self._finite]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -177,18 +177,26 @@ def initial_p(group: Group, name: str, count: int) -> list[float]:
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
     """Return the dtype of a parameter's moments: at least fp32."""
-    return torch.promote_types(parameter.dtype, torch.float32)
+    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
 
 
-def bias_corrections(matrices: Sequence[Matrix], averages: Sequence[tuple[float, bool]]) -> Tensor:
+def by_device(parameters: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
+    """Return the parameters of each device."""
+    alike: dict[torch.device, list[Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault(parameter.device, []).append(parameter)
+    return alike
+
+
+def bias_corrections(steps: Sequence[Tensor], skipped: Sequence[Tensor], decay: float, ahead: bool) -> Tensor:
     """Return the sums of the weights in averages of gradients, (B,) float64. Nothing waits for the device.
 
     Args:
-        matrices: B of them, on one device.
-        averages: decay of each average, and whether it has seen one gradient more than steps were taken.
+        steps: the steps of each parameter, B scalars on the host.
+        skipped: how many of them were skipped, B scalars on one device.
+        decay: of the averages.
+        ahead: whether they have seen one gradient more than steps were taken.
     """
-    skipped = torch.stack([matrix.state[SKIPPED] for matrix in matrices])  # (B,) float64
-    steps = torch.stack([matrix.state[STEP] for matrix in matrices]).double()
-    decays, ahead = torch.tensor(averages, dtype=torch.float64).unbind(1)
-    taken = (steps + ahead).to(skipped.device, non_blocking=True) - skipped
-    return 1 - decays.to(skipped.device, non_blocking=True) ** taken.clamp_min(1)
+    missed = torch.stack(list(skipped))
+    taken = torch.stack(list(steps)).double().add_(ahead).to(missed.device, non_blocking=True) - missed
+    return 1 - decay ** taken.clamp_min(1)

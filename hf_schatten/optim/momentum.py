@@ -7,51 +7,57 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_schatten.distributed.sharded import local
+from hf_schatten.distributed.sharded import is_sharded, local
 from hf_schatten.linalg.many_matrices import advance_averages
 from hf_schatten.linalg.place import flat
 from hf_schatten.optim.finite_gradients import FiniteGradients
-from hf_schatten.optim.matrix import MOMENTUM, SKIPPED, STEP, Group, Matrix, State
+from hf_schatten.optim.matrix import MOMENTUM, SKIPPED, STEP, Group, Matrix, State, bias_corrections, by_device
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
-
-
-def count_steps(
-    group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], gradients: FiniteGradients
-) -> None:
-    """Count a step of the parameters of a group, and take their gradients into what the preconditioner keeps."""
-    if not parameters:
-        return
-    torch._foreach_add_([states[parameter][STEP] for parameter in parameters], 1.0)
-    gradients.count_skipped(parameters, [states[parameter][SKIPPED] for parameter in parameters])
-    preconditioner = PRECONDITIONERS[group["precondition"]]
-    for parameter in parameters:
-        preconditioner.advance(group, parameter, states[parameter], gradients)
 
 
 class Momenta:
     """The moving averages of gradients in one step: each is advanced once, when it is asked for.
 
     A gradient that is not finite leaves its average as it is. What is asked for is what the average would be if the
-    gradient came once more; where a group wants no such look-ahead (``nesterov``), the average.
+    gradient came once more; where a group wants no such look-ahead (``nesterov``), the average. Averages start at zero
+    and are too small at first: they are divided by the sum of their weights.
     """
 
     def __init__(self, gradients: FiniteGradients) -> None:
         self._gradients = gradients
+        self._divisors: dict[Tensor, Tensor] = {}
 
-    def write(self, matrices: Sequence[Matrix], out: Tensor, divisors: Tensor) -> None:
-        """Advance whole matrices, and write what is asked for, over ``divisors`` (B,), into ``out`` (B, m, n)."""
-        self._advance(matrices, out, divisors)
+    def count(self, group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State]) -> None:
+        """Count a step of the parameters of a group, and take their gradients into what the preconditioner keeps."""
+        preconditioner = PRECONDITIONERS[group["precondition"]]
+        for together in by_device(parameters).values():
+            steps, skipped = ([states[each][key] for each in together] for key in (STEP, SKIPPED))
+            torch._foreach_add_(steps, 1.0)
+            self._gradients.count_skipped(together, skipped)
+            # The bias of a look-ahead is that of one step more.
+            divisors = bias_corrections(steps, skipped, group["momentum"], group["nesterov"])
+            self._divisors.update(zip(together, divisors.unbind(), strict=True))
+            for parameter in together:
+                preconditioner.advance(group, parameter, states[parameter], self._gradients)
+
+    def divisors(self, matrices: Sequence[Matrix]) -> Tensor:
+        """Return what the averages of B matrices of one device are divided by, (B,) float64."""
+        return torch.stack([self._divisors[matrix.parameter] for matrix in matrices])
+
+    def write(self, matrices: Sequence[Matrix], out: Tensor) -> None:
+        """Advance whole matrices, and write what is asked for, divided, into ``out`` (B, m, n)."""
+        self._advance(matrices, out, self.divisors(matrices))
 
     def advance(self, matrices: Iterable[Matrix]) -> None:
         """Advance matrices that another process computes with, and the rows that this one has of shards."""
-        alike: dict[torch.device, list[Matrix]] = {}
+        whole: dict[torch.device, list[Matrix]] = {}
         shards: dict[Tensor, Matrix] = {}
         for matrix in matrices:
-            if self._gradients.is_sharded(matrix.parameter):
+            if is_sharded(matrix.parameter):
                 shards[matrix.parameter] = matrix
             else:
-                alike.setdefault(matrix.parameter.device, []).append(matrix)
-        for together in alike.values():
+                whole.setdefault(matrix.parameter.device, []).append(matrix)
+        for together in whole.values():
             self._advance(together, None, None)
         for parameter, matrix in shards.items():
             momentum = local(matrix.state[MOMENTUM])

@@ -25,12 +25,13 @@ from torch import Tensor
 from hf_schatten.exponent import exponent_of
 from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.optim.finite_gradients import FiniteGradients
-from hf_schatten.optim.matrix import Group, Matrix, State, bias_corrections
+from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, State, bias_corrections
 from hf_schatten.options import Precondition
 
 SECOND_MOMENT = "second_moment"
 
-Direction = Callable[[Tensor, Tensor], Tensor]  # of momenta (B, m, n) and p (B,): (B, m, n)
+# Of momenta M (B, m, n) and p (B,): O (B, m, n), and ``⟨M, O⟩`` and ``⟨O, O⟩``, (2, B).
+Direction = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Directions(NamedTuple):
@@ -61,8 +62,8 @@ class Preconditioner:
 
     def directions(self, matrices: Sequence[Matrix], momenta: Tensor, p: Tensor, direction: Direction) -> Directions:
         """Return the directions of a stack, given bias-corrected momenta (B, m, n), which may be overwritten."""
-        directions = direction(momenta, p)
-        return Directions(directions, *inner_products(momenta, directions).unbind())
+        directions, products = direction(momenta, p)
+        return Directions(directions, *products.unbind())
 
 
 class AdamPreconditioner(Preconditioner):
@@ -93,14 +94,13 @@ class AdamPreconditioner(Preconditioner):
         divisors = torch.empty_like(momenta)
         for matrix, slot in zip(matrices, divisors, strict=True):
             matrix.stored(slot).copy_(matrix.of(matrix.state[SECOND_MOMENT]))
-        decays = [(matrix.group["betas"][1], False) for matrix in matrices]
-        divisors.div_(bias_corrections(matrices, decays).to(momenta.dtype)[:, None, None]).sqrt_()
         for matrix, slot in zip(matrices, divisors, strict=True):
-            slot.add_(matrix.group["eps"])
+            counters = [matrix.state[STEP]], [matrix.state[SKIPPED]]
+            slot.div_(bias_corrections(*counters, matrix.group["betas"][1], ahead=False).to(momenta.dtype))
+            slot.sqrt_().add_(matrix.group["eps"])
         power = self.power(exponent_of(p).to(momenta.dtype))  # (B,)
         preconditioners = divisors.pow_(power[:, None, None])
-        directions = direction(momenta.mul_(preconditioners), p)
-        products, _ = inner_products(momenta, directions)
+        directions, (products, _) = direction(momenta.mul_(preconditioners), p)
         found = preconditioners.mul_(directions)
         return Directions(found, products, inner_products(found, found)[1])
 

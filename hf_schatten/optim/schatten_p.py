@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from hf_schatten.distributed.owners import Computed, Delivered, Write
 from hf_schatten.distributed.sharded import local
 from hf_schatten.linalg.compute_dtype import chosen_compute_dtype
-from hf_schatten.linalg.many_matrices import add_updates
+from hf_schatten.linalg.many_matrices import add_updates, inner_products
 from hf_schatten.linalg.place import flat
 from hf_schatten.linalg.targets import target_of
 from hf_schatten.matrices.layout import matrix_name
@@ -23,7 +23,7 @@ from hf_schatten.optim.adamw import adamw_step
 from hf_schatten.optim.coupling import ScaledUpdates, coupling_of
 from hf_schatten.optim.finite_gradients import FiniteGradients, warn_of_skipped
 from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, initial_p, layout_of, named_parameters
-from hf_schatten.optim.momentum import Momenta, count_steps
+from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.plan import Planner
 from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.saved_state import (
@@ -36,7 +36,7 @@ from hf_schatten.optim.saved_state import (
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.state import expected_state, new_state, require_matrix
 from hf_schatten.option_text import OptionError
-from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
+from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)
 
@@ -155,8 +155,18 @@ class SchattenP(Optimizer):
         Returns:
             (B, m, n) U Σ^{1/p} Vᵀ of each momentum, or what another target makes of Σ.
         """
+        return self._own_direction(momenta, p)[0]
+
+    def _own_direction(self, momenta: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         dtype = chosen_compute_dtype(self.options.compute_dtype, momenta)
         return self.target.direction(momenta, p, self.options.ns_steps, dtype)
+
+    def _measured_direction(self, momenta: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the direction O and the inner products ``⟨M, O⟩`` and ``⟨O, O⟩``, (2, B)."""
+        if type(self).direction is SchattenP.direction:
+            return self._own_direction(momenta, p)
+        found = self.direction(momenta, p)
+        return found, inner_products(momenta, found)
 
     def _momenta_dtype(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype of stacked momenta of a shape, given that of the averages."""
@@ -178,13 +188,18 @@ class SchattenP(Optimizer):
         if self.policy is not None:
             self.policy.before_update(self)
         gradients = FiniteGradients(self.param_groups)
-        for group in self.param_groups:
-            advance = count_steps if group["spectral"] else adamw_step
-            advance(group, gradients.of(group["params"]), self.state, gradients)
         momenta = Momenta(gradients)
+        for group in self.param_groups:
+            parameters = gradients.of(group["params"])
+            if group["spectral"]:
+                momenta.count(group, parameters, self.state)
+            else:
+                adamw_step(group, parameters, self.state, gradients)
         for delivery in self._planner.deliveries(self.param_groups, self.state, self.matrices, gradients):
             momenta.advance(delivery.elsewhere)
-            compute = partial(self._compute, self._coupling.start(delivery, momenta.write, self.direction), gradients)
+            compute = partial(
+                self._compute, self._coupling.start(delivery, momenta.write, self._measured_direction), gradients
+            )
             for delivered in delivery.deliver(compute, momenta):
                 _apply(delivered, gradients)
         if self.policy is not None:
@@ -218,18 +233,6 @@ class SchattenP(Optimizer):
         by_name = {matrix.name: matrix.p for matrix in self.matrices() if matrix.state}
         values = torch.stack(list(by_name.values())).tolist() if by_name else []  # one wait for the device
         return dict(zip(by_name, values, strict=True))
-
-    def destinations(self) -> dict[str, tuple[int, int]]:
-        """Return how many tensors and parameters each update has: ``{"schatten_p": (tensors, parameters), …}``."""
-        counts = {OPTIMIZER_NAME: (0, 0), "adamw": (0, 0)}
-        for group in self.param_groups:
-            update = OPTIMIZER_NAME if group["spectral"] else "adamw"
-            tensors, parameters = counts[update]
-            counts[update] = (
-                tensors + len(group["params"]),
-                parameters + sum(parameter.numel() for parameter in group["params"]),
-            )
-        return counts
 
     def steps_taken(self) -> int:
         """Return how many steps the matrices have taken: the largest of their counters."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hf_schatten.distributed.owners import Write
 from hf_schatten.exponent import exponent_of
-from hf_schatten.optim.matrix import MOMENTUM, Matrix, bias_corrections
+from hf_schatten.optim.matrix import MOMENTUM, Matrix, P
 from hf_schatten.optim.preconditioning import PRECONDITIONERS, Direction, Preconditioner
 from hf_schatten.optim.step_rules import StepRule, Update, step_rule_of
 from hf_schatten.options import SchattenOptions
@@ -36,16 +38,27 @@ class Stack:
 
     def update(self, write: Write, direction: Direction) -> Update:
         """Return the updates: one batched direction of (look-ahead) momenta, each matrix with its own p."""
-        # The bias of a look-ahead is that of one step more.
-        averages = [(matrix.group["momentum"], matrix.group["nesterov"]) for matrix in self.matrices]
-        corrections = bias_corrections(self.matrices, averages)
-        momenta = torch.empty(
-            len(self.matrices), *self.matrices[0].wide_shape, dtype=self.dtype, device=corrections.device
-        )
-        write(self.matrices, momenta, corrections)
-        p = torch.stack([matrix.p for matrix in self.matrices])  # (B,)
+        p = self._p()
+        momenta = torch.empty(len(self.matrices), *self.matrices[0].wide_shape, dtype=self.dtype, device=p.device)
+        write(self.matrices, momenta)
         found = self.preconditioner.directions(self.matrices, momenta, p, direction)
         return Update(self.matrices, found.directions, exponent_of(p).to(found.squares.dtype), *found[1:])
+
+    def _p(self) -> Tensor:
+        """Return the exponents, (B,), in a number of operations that does not grow with B."""
+        states = {id(matrix.state): matrix.state for matrix in self.matrices}
+        return torch.cat([state[P] for state in states.values()])[self._positions]
+
+    @cached_property
+    def _positions(self) -> Tensor:
+        """Return where the exponents of the matrices are among those of their parameters, (B,)."""
+        starts, total = {}, 0
+        for matrix in self.matrices:
+            if id(matrix.state) not in starts:
+                starts[id(matrix.state)] = total
+                total += len(matrix.state[P])
+        positions = [starts[id(matrix.state)] + matrix.index for matrix in self.matrices]
+        return torch.tensor(positions).to(self.matrices[0].state[P].device)
 
 
 def stacks_of(

@@ -23,7 +23,7 @@ pytest.importorskip("triton")
 def kernels():
     if os.environ.get("TRITON_INTERPRET") != "1":  # the tests' conftest sets it where there is no GPU
         pytest.skip("needs Triton's interpreter: TRITON_INTERPRET=1")
-    from hf_schatten.linalg import triton_kernels  # noqa: PLC0415
+    from hf_schatten.linalg import triton_kernels
 
     return triton_kernels
 
