@@ -27,6 +27,7 @@ from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from benchmarks.scaling.scaling_gpu import REBUILT
 from benchmarks.scaling.scaling_machines import Link, Machine, all_gather_bytes, all_reduce_bytes
 from benchmarks.scaling.scaling_simulation import replicated, shared
 from benchmarks.scaling.scaling_workload import PLANS, Plan, Workload
@@ -190,6 +191,8 @@ def print_calibration(calibration: dict[str, Any]) -> None:
         f"{calibration['machine']}, one thread a process, torch {calibration['torch']}, {calibration['date']}. "
         f"{calibration['plan']}, {calibration['tokens']} tokens a process.\n"
     )
+    if calibration["date"] < REBUILT:
+        print(f"Steps of ours, measured and predicted, are those of the step before {REBUILT}.\n")
     print(f"- products: {fitted['peak'] / 1e9:.0f} GFLOP/s (two processes at once: {peaks})")
     print(f"- forward and backward: {fitted['training_efficiency']:.0%} of that")
     print(f"- element-wise work: {fitted['memory_rate'] / 1e9:.1f} GB/s (two processes at once: {rates})")

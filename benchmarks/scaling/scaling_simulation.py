@@ -81,16 +81,20 @@ def shared(workload: Workload, machine: Machine, interval: int, ranks: int) -> S
     computing = [
         [machine.seconds(workload.updates(sent)) if sent else 0.0 for sent in travel.matrices] for travel in rounds
     ]
+    # Before the first round, each rank advances the momenta with which the others compute.
+    for rank in range(sharing):
+        own = {id(matrix) for travel in rounds for matrix in travel.matrices[rank]}
+        elsewhere = [matrix for matrix in workload.matrices if id(matrix) not in own]
+        computing[0][rank] += machine.seconds(workload.advance(elsewhere))
     applying = [
-        machine.seconds(sum((workload.apply(matrix) for sent in travel.matrices for matrix in sent), Cost()))
-        for travel in rounds
+        sum(machine.seconds(workload.apply(matrices)) for matrices in travel.arriving if matrices) for travel in rounds
     ]
     exchanged = exchange(computing, [travel.seconds for travel in rounds], applying, machine.overlaps)
     buffers = sum(sorted(travel.buffer for travel in rounds)[-2:])
     return replace(
         alone,
         sharing=sharing,
-        optimizer=machine.seconds(workload.moments) + exchanged.computing,
+        optimizer=machine.seconds(workload.rest) + exchanged.computing,
         updates=exchanged.exposed,
         update_bytes=sum(travel.sent for travel in rounds),
         memory=alone.memory + buffers,
@@ -134,12 +138,14 @@ class Travel:
         seconds: Until every rank has all of them.
         sent: Bytes that a rank sends.
         buffer: Bytes of its receiving buffer.
+        arriving: Matrices whose updates arrive, and are applied, together.
     """
 
     matrices: Round
     seconds: float
     sent: float
     buffer: int
+    arriving: Round
 
 
 def travels(workload: Workload, machine: Machine, sharing: int, receivers: int = 0) -> list[Travel]:
@@ -152,10 +158,11 @@ def travels(workload: Workload, machine: Machine, sharing: int, receivers: int =
         largest = max(sizes)
         if fits(current):
             seconds, sent = machine.all_gather_seconds(group, largest), all_gather_bytes(group, largest)
-            found.append(Travel(current, seconds, sent, group * largest))
+            together = [matrix for matrices in current for matrix in matrices]
+            found.append(Travel(current, seconds, sent, group * largest, [together]))
         else:
             seconds = sum(machine.broadcast_seconds(group, size) for size in sizes if size)
-            found.append(Travel(current, seconds, broadcast_bytes(group, sum(sizes)), largest))
+            found.append(Travel(current, seconds, broadcast_bytes(group, sum(sizes)), largest, current))
     return found
 
 

@@ -1,13 +1,18 @@
 """What a step of training asks of one rank, counted by running the optimizers' own code on tensors without memory.
 
 On the device ``meta`` operations have shapes and no values: products of matrices are counted by PyTorch's own counter,
-all other operations by the bytes that they read and write.
+all other operations by the bytes that they read and write. The package's own operations count as a GPU runs them
+(:mod:`hf_schatten.linalg.many_matrices`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from importlib import import_module
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -19,18 +24,22 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from benchmarks.scaling.scaling_machines import Cost
 from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.adaptive.criterion import CRITERIA
-from hf_schatten.distributed.owners import Compute, Delivered, Delivery, elements
+from hf_schatten.distributed.owners import Compute, Delivery, at_parameters, elements
 from hf_schatten.distributed.processes import ALONE
 from hf_schatten.distributed.replicated import Replicated
+from hf_schatten.linalg.many_matrices import weighted_sum
+from hf_schatten.linalg.spectral_power import iterate_in_turns
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import NODES, Matrix
-from hf_schatten.optim.momentum import LookAhead
+from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.schatten_p import _apply
 from hf_schatten.optim.stack import Stack, stacks_of
 from hf_schatten.options import CriterionName
 
+_OWN = torch.ops.hf_schatten
+_SEVERAL_KERNELS = {"inner_products": 2}  # parts of the sums, then the sums; of our other operations each is one
 _PRODUCTS = {"mm", "bmm", "addmm", "baddbmm"}
-_OVERWRITING = {"copy_", "fill_", "zero_"}
+_OVERWRITING = {"copy_", "fill_", "zero_", "weighted_sum"}
 _FUSED_ADAMW_PASSES = 7  # weights, gradients and two moments are read; weights and moments are written
 _FUSED_ADAMW_KERNELS = 10
 _CAUSAL = 0.5  # share of the attention matrix that is computed
@@ -113,8 +122,7 @@ class Workload:
         )
         self.optimizer.create_state()
         self.matrices = list(self.optimizer.matrices())
-        self._update_costs: dict[tuple[tuple[int, int], ...], Cost] = {}
-        self._apply_costs: dict[tuple[int, int], Cost] = {}
+        self._costs: dict[tuple[str, tuple[tuple[int, int], ...]], Cost] = {}
 
     @property
     def parameters(self) -> int:
@@ -147,49 +155,31 @@ class Workload:
     @cached_property
     def replicated(self) -> Cost:
         """A step of `SchattenP` where a rank computes all updates."""
-        step = self._count_step(self.optimizer, self.model.parameters())
-        if self.device == "cpu":
-            return step
-        # On an accelerator torch's AdamW handles all parameters in one operation, which it does not do on meta.
-        others = [group["params"] for group in self.optimizer.param_groups if not group["spectral"]]
-        one_by_one, together = (
-            sum((self._count_step(torch.optim.AdamW(group, foreach=way), group) for group in others), Cost())
-            for way in (False, True)
-        )
-        return step + together - one_by_one
+        return self._count_step(self.optimizer, self.model.parameters())
 
     @cached_property
-    def moments(self) -> Cost:
-        """Of that step what is neither update nor weight: momentum, checks, and AdamW's parameters."""
+    def rest(self) -> Cost:
+        """Of that step what is neither momentum nor update nor weight of a matrix: checks, and AdamW's parameters."""
         delivery, (gradients, momenta, compute) = Delivery(self.matrices, self._stacks), self._computation()
 
         def deliver_all() -> None:
+            momenta.advance(delivery.elsewhere)
             for delivered in delivery.deliver(compute, momenta):
                 _apply(delivered, gradients)
 
         return self.replicated - count(deliver_all, self.device)
 
+    def advance(self, matrices: Sequence[Matrix]) -> Cost:
+        """What a rank does with the momenta of matrices whose updates it does not compute."""
+        return self._cost_of(self._advancing, matrices)
+
     def updates(self, matrices: Sequence[Matrix]) -> Cost:
-        """What a rank does to compute these matrices' updates and to put them into the buffer that it sends."""
-        key = tuple(sorted(matrix.wide_shape for matrix in matrices))
-        if key not in self._update_costs:
-            sender, (_, momenta, compute) = Replicated(matrices, self._stacks, ALONE), self._computation()
+        """What a rank does to compute these matrices' updates, from their gradients into the buffer that it sends."""
+        return self._cost_of(self._filling_buffers, matrices)
 
-            def fill_buffers() -> None:
-                for current, work in zip(sender.rounds, sender.work, strict=True):
-                    sender._own(current, compute(work, momenta.write))
-
-            self._update_costs[key] = count(fill_buffers, self.device)
-        return self._update_costs[key]
-
-    def apply(self, matrix: Matrix) -> Cost:
-        """What a rank does with an update that it has."""
-        shape = matrix.wide_shape
-        if shape not in self._apply_costs:
-            gradients, factor = self._computation()[0], torch.ones((), device=self.device)
-            delivered = Delivered(matrix, matrix.weights, torch.zeros_like(matrix.weights), factor)
-            self._apply_costs[shape] = count(lambda: _apply(delivered, gradients), self.device)
-        return self._apply_costs[shape]
+    def apply(self, matrices: Sequence[Matrix]) -> Cost:
+        """What a rank does with updates that arrive together."""
+        return self._cost_of(self._applying, matrices)
 
     @cached_property
     def muon(self) -> Cost:
@@ -229,13 +219,43 @@ class Workload:
         return Cost(moved=_FUSED_ADAMW_PASSES * self.itemsize * parameters, kernels=_FUSED_ADAMW_KERNELS)
 
     def _stacks(self, matrices: Iterable[Matrix]) -> list[Stack]:
-        return stacks_of(matrices, lambda group: self.optimizer.options)
+        return stacks_of(matrices, lambda group: self.optimizer.options, self.optimizer._momenta_dtype)
 
-    def _computation(self) -> tuple[FiniteGradients, LookAhead, Compute]:
+    def _cost_of(self, work: Callable[[Sequence[Matrix]], Callable[[], object]], matrices: Sequence[Matrix]) -> Cost:
+        """Return what work with some matrices costs: counted once for all that have the same shapes."""
+        if not matrices:
+            return Cost()
+        key = work.__name__, tuple(sorted(matrix.wide_shape for matrix in matrices))
+        if key not in self._costs:
+            self._costs[key] = count(work(matrices), self.device)
+        return self._costs[key]
+
+    def _advancing(self, matrices: Sequence[Matrix]) -> Callable[[], object]:
+        return partial(self._computation()[1].advance, matrices)
+
+    def _filling_buffers(self, matrices: Sequence[Matrix]) -> Callable[[], object]:
+        sender, (_, momenta, compute) = Replicated(matrices, self._stacks, ALONE), self._computation()
+
+        def fill_buffers() -> None:
+            for current, work in zip(sender.rounds, sender.work, strict=True):
+                sender._own(current, compute(work, momenta.write))
+
+        return fill_buffers
+
+    def _applying(self, matrices: Sequence[Matrix]) -> Callable[[], object]:
+        gradients = self._computation()[0]
+        updates = [torch.zeros(m.wide_shape, dtype=m.parameter.dtype, device=self.device) for m in matrices]
+
+        def apply() -> None:
+            _apply(at_parameters(matrices, updates, torch.ones(len(matrices), device=self.device)), gradients)
+
+        return apply
+
+    def _computation(self) -> tuple[FiniteGradients, Momenta, Compute]:
         """Return what a step of `SchattenP` computes updates from, and what computes them."""
         self._give_gradients(self.model.parameters())
         gradients = FiniteGradients(self.optimizer.param_groups)
-        momenta, optimizer = LookAhead(gradients), self.optimizer
+        momenta, optimizer = Momenta(gradients), self.optimizer
         scaled = optimizer._coupling.start(Delivery([], list), momenta.write, optimizer.direction)
         return gradients, momenta, partial(optimizer._compute, scaled, gradients)
 
@@ -253,7 +273,11 @@ class Workload:
 
 
 class _Counter(TorchDispatchMode):
-    """Counts operations on one device, and the bytes of all that are no products of matrices."""
+    """Counts operations on one device, and the bytes of all that are no products of matrices.
+
+    Of the package's own operations the spectral iteration counts as all that it consists of, and the others as the
+    kernels that they are on a GPU.
+    """
 
     def __init__(self, device: str) -> None:
         super().__init__()
@@ -264,20 +288,33 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        with self:
+            if func is _OWN.spectral_iteration.default:
+                # PyTorch's counter sees its products, and not the operation itself, whose formula it knows.
+                return _iterate(*args, **kwargs)
+            decomposed = func.decompose(*args, **kwargs)  # in there, torch leaves that to us
+        if decomposed is not NotImplemented:
+            return decomposed
         result = func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
         allocates = name.removeprefix("new_").startswith("empty")
         if not (func.is_view or name == "_unsafe_view" or allocates) and self._bytes((args, kwargs, result)):
-            self.kernels += 1
+            self.kernels += _SEVERAL_KERNELS.get(name, 1)
             if name not in _PRODUCTS:
                 self.moved += self._moved(func, name, args, kwargs, result)
         return result
 
     def _moved(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> int:
         given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+        if func is _OWN.advance_averages.default:
+            return _passes(given["places"], given["averages"], given["gradients"]) + self._bytes(given["out"])
+        if func is _OWN.add_updates.default:
+            return _passes(given["places"], given["weights"], given["updates"])
         moved = 0
         for argument in func._schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
+            if name == "_fused_adamw_" and argument.name == "grads":
+                written = given.get("grad_scale") is not None  # which it would take out of the gradients
             read = not (written and (argument.is_out or name in _OVERWRITING))
             moved += (read + written) * self._bytes(given.get(argument.name))
         if all(returned.alias_info is None for returned in func._schema.returns):
@@ -288,6 +325,46 @@ class _Counter(TorchDispatchMode):
         """Bytes of all tensors, without what an expansion repeats."""
         tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self._device]
         return sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors)
+
+
+@torch.library.custom_op("hf_schatten_benchmarks::weighted_sum", mutates_args=("out",))
+def _sum_in_one(first: Tensor, others: list[Tensor], weights: Tensor, out: Tensor, diagonal: Tensor | None) -> None:
+    """`weighted_sum` as one operation, the one kernel that it is on a GPU: each matrix is read or written once."""
+    weighted_sum(first, others, weights, out, diagonal)
+
+
+@_sum_in_one.register_fake
+def _(*arguments: object) -> None: ...
+
+
+def _sum(
+    first: Tensor, others: Iterable[Tensor], weights: Tensor, out: Tensor, diagonal: Tensor | None = None
+) -> Tensor:
+    _sum_in_one(first, list(others), weights, out, diagonal)
+    return out
+
+
+def _iterate(*arguments: Any, **options: Any) -> Tensor:
+    """Do what the spectral iteration consists of, with sums in one operation each."""
+    with ExitStack() as patches:
+        for name in ("spectral_power", "symmetric_product"):
+            patches.enter_context(patch.object(import_module(f"hf_schatten.linalg.{name}"), "weighted_sum", _sum))
+        return iterate_in_turns(*arguments, **options)
+
+
+def _passes(places: Sequence[int], changed: Sequence[Tensor], taken: Sequence[Tensor]) -> int:
+    """Return the bytes of an operation that changes matrices in place, each by one that it reads.
+
+    Args:
+        places: of the matrices, nine numbers each, of which the first four are sizes.
+        changed: the tensors in which they lie, one for each, where several may lie in one.
+        taken: the tensors in which those that are read lie.
+    """
+    sizes = [math.prod(places[start : start + 4]) for start in range(0, len(places), 9)]
+    return sum(
+        size * (2 * tensor.itemsize + other.itemsize)
+        for size, tensor, other in zip(sizes, changed, taken, strict=True)
+    )
 
 
 def count(call: Callable[[], object], device: str) -> Cost:

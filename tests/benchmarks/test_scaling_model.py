@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ from benchmarks.scaling.scaling_workload import PLANS, Plan, Workload, count
 from hf_schatten import create_schatten_optimizer
 from hf_schatten.distributed.processes import Peers
 from hf_schatten.distributed.replicated import _ALL_GATHER
+from hf_schatten.linalg.many_matrices import Place, add_updates, advance_averages, flat, inner_products
+from hf_schatten.linalg.spectral_power import iterate_in_turns, spectral_iteration
 from hf_schatten.options import SchattenOptions
 
 ROOT = Path(__file__).parents[2]
@@ -182,6 +185,44 @@ def test_counter_counts_reads_and_writes_once():
     assert product == Cost(flops=2 * 2 * 3 * 5, moved=4 * (6 + 15), kernels=3)  # moved: of the zeros
 
 
+def test_our_operations_count_as_the_kernels_of_a_gpu():
+    """Two parts (4, 8) of a fused weight (8, 8): each piece of memory once, though the weight is given twice."""
+    B, m, n = 2, 4, 8
+    weight, average, gradient = (
+        torch.zeros(B * m, n, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)
+    )
+    places = flat([Place.of(part, 1, weight) for part in weight.split(m)])
+    momenta, numbers = torch.zeros(B, m, n, device="meta"), torch.zeros(B, device="meta")
+
+    def advance(out):
+        return lambda: advance_averages(
+            [average] * B, places, [gradient] * B, places, [0.1] * B, [True] * B, numbers, out, numbers
+        )
+
+    for call, moved, kernels in (
+        (advance(None), B * m * n * (4 + 4 + 2), 1),
+        (advance(momenta), B * m * n * (4 + 4 + 2 + 4), 1),
+        (lambda: add_updates([weight] * B, places, [*momenta], numbers, numbers), B * m * n * (2 + 2 + 4), 1),
+        (lambda: inner_products(momenta, momenta.bfloat16()), B * m * n * (4 + 2 + 4 + 2) + 2 * B * 4, 3),
+    ):
+        assert count(call, "meta") == Cost(0, moved, kernels)
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (3, 8, 32)])
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_the_spectral_iteration_counts_as_what_it_consists_of(shape, device):
+    X, rows = torch.ones(shape, dtype=torch.bfloat16, device=device), torch.ones(3, 21, device=device)
+    given = X, rows, rows[:, 0], torch.bfloat16
+    cost, one_by_one = (count(partial(call, *given), device) for call in (spectral_iteration, iterate_in_turns))
+    assert cost.flops == one_by_one.flops == shape[0] * products_of_five_steps(*shape[1:])
+    # A sum of k terms is one operation here, and k products, k - 1 sums, and conversions there.
+    assert 10 < cost.kernels < one_by_one.kernels
+    assert 6 * X.numel() * X.itemsize < cost.moved < one_by_one.moved
+    with FlopCounterMode(display=False) as counter:
+        spectral_iteration(*given)
+    assert counter.get_total_flops() == cost.flops
+
+
 def products_of_five_steps(m, n):
     """Operations of the spectral power in bfloat16, by its steps."""
     gram, square, rectangle = 2 * m * m * n, 2 * m**3, 2 * m * m * n
@@ -204,13 +245,16 @@ def test_operations_of_updates(wide):
 
 
 def test_parts_of_a_step_are_the_step(wide):
-    parts = wide.moments
-    for matrix in wide.matrices:
-        parts += wide.apply(matrix)
+    parts = wide.rest + wide.advance(wide.matrices) + wide.apply(wide.matrices)
     assert parts.flops == 0
-    # The rest are weights and moments: each element's gradient is checked, averaged and applied.
-    assert 10 * 4 * wide.matrix_elements < parts.moved < 40 * 4 * wide.parameters
-    assert parts.kernels > 5 * len(wide.matrices)
+    others = wide.parameters - wide.matrix_elements
+    # Of matrices each gradient is checked, averaged and applied; of other parameters, checked, and given to AdamW.
+    assert parts.moved == pytest.approx(4 * ((1 + 3 + 3) * wide.matrix_elements + (1 + 7) * others), rel=0.05, abs=0)
+    together = (*wide.matrices, *wide.matrices)
+    assert wide.advance(together).kernels == wide.advance(wide.matrices).kernels < 5
+    assert wide.apply(together).kernels == wide.apply(wide.matrices).kernels < 10
+    written = wide.replicated - wide.rest - wide.apply(wide.matrices)  # momenta and directions, in bfloat16 or float32
+    assert written.moved > 10 * 2 * wide.matrix_elements
     one, two = (wide.updates(wide.matrices[:1] * number) for number in (1, 2))
     assert one.kernels < two.kernels < 2 * one.kernels  # a batch shares its products
 
@@ -255,10 +299,13 @@ def test_the_slowest_rank_has_the_largest_share(wide):
         shares = [[] for _ in range(ranks)]
         for matrix in sorted(wide.matrices, key=lambda matrix: -costs[matrix.name]):
             min(shares, key=lambda share: sum(costs[other.name] for other in share)).append(matrix)
-        slowest = max(free.seconds(wide.updates(share)) for share in shares)
-        applied = sum(free.seconds(wide.apply(matrix)) for matrix in wide.matrices)
+        slowest = max(
+            free.seconds(wide.updates(share))
+            + free.seconds(wide.advance([matrix for matrix in wide.matrices if matrix not in share]))
+            for share in shares
+        )
         step = shared(wide, free, INTERVAL, ranks)
-        expected = free.seconds(wide.moments) + slowest + applied
+        expected = free.seconds(wide.rest) + slowest + free.seconds(wide.apply(wide.matrices))
         assert step.optimizer == pytest.approx(expected, rel=1e-9, abs=1e-12)
         assert step.updates == pytest.approx(0, abs=1e-12)
 
@@ -321,13 +368,15 @@ def test_fit_finds_the_machine_that_has_made_the_steps(tiny, wide, plain):
     assert fit(steps, plain) == pytest.approx((0.25, 3.0), rel=1e-6, abs=0)
 
 
-def test_the_machine_is_what_measured_steps_determine_and_predicts_those_that_it_is_not_fitted_to():
+def test_the_machine_is_what_measured_steps_determine_and_the_present_step_is_faster_than_the_measured_one():
     steps = trained()
     assert fit(steps, H100) == pytest.approx((H100.training_efficiency, H100.layer_seconds), rel=0.002, abs=0)
     rows = compare(steps, H100)
     stored = json.loads((ROOT / "benchmarks/scaling/results/scaling_model.json").read_text("utf-8"))["one_gpu"]
     for row, kept in zip(rows, stored, strict=True):
-        assert 0.95 <= row["predicted"] / row["measured"] <= 1.05, row
+        # Muon's steps are those that were measured. Ours have been rebuilt since, and have become faster.
+        least, most = (0.99, 1.01) if "Muon" in row["what"] else (0.85, 0.95)
+        assert least <= row["predicted"] / row["measured"] <= most, row
         assert kept == row | {"predicted": pytest.approx(row["predicted"], rel=1e-9, abs=0)}
     page = (ROOT / "docs/multi_node.md").read_text("utf-8")
     cells = [row[1:3] for row in rows_of(page, "one H100, ms")]
