@@ -150,7 +150,7 @@ def spoiled_trainer(gpt2, training_arguments, token_dataset, caplog):
             trainer.train()
         assert all(parameter.isfinite().all() for parameter in gpt2.parameters())
         return trainer, [
-            record.getMessage() for record in caplog.records if record.name == "hf_schatten.optim.schatten_p"
+            record.getMessage() for record in caplog.records if record.name == "hf_schatten.optim.finite_gradients"
         ]
 
     return train

@@ -7,12 +7,9 @@ all other operations by the bytes that they read and write. The package's own op
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
-from importlib import import_module
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +24,6 @@ from hf_schatten.adaptive.criterion import CRITERIA
 from hf_schatten.distributed.owners import Compute, Delivery, at_parameters, elements
 from hf_schatten.distributed.processes import ALONE
 from hf_schatten.distributed.replicated import Replicated
-from hf_schatten.linalg.many_matrices import weighted_sum
 from hf_schatten.linalg.spectral_power import iterate_in_turns
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import NODES, Matrix
@@ -256,7 +252,7 @@ class Workload:
         self._give_gradients(self.model.parameters())
         gradients = FiniteGradients(self.optimizer.param_groups)
         momenta, optimizer = Momenta(gradients), self.optimizer
-        scaled = optimizer._coupling.start(Delivery([], list), momenta.write, optimizer.direction)
+        scaled = optimizer._coupling.start(Delivery([], list), momenta.write, optimizer._measured_direction)
         return gradients, momenta, partial(optimizer._compute, scaled, gradients)
 
     @staticmethod
@@ -291,7 +287,7 @@ class _Counter(TorchDispatchMode):
         with self:
             if func is _OWN.spectral_iteration.default:
                 # PyTorch's counter sees its products, and not the operation itself, whose formula it knows.
-                return _iterate(*args, **kwargs)
+                return iterate_in_turns(*args, **kwargs)
             decomposed = func.decompose(*args, **kwargs)  # in there, torch leaves that to us
         if decomposed is not NotImplemented:
             return decomposed
@@ -325,31 +321,6 @@ class _Counter(TorchDispatchMode):
         """Bytes of all tensors, without what an expansion repeats."""
         tensors = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type == self._device]
         return sum(min(t.numel() * t.itemsize, t.untyped_storage().nbytes()) for t in tensors)
-
-
-@torch.library.custom_op("hf_schatten_benchmarks::weighted_sum", mutates_args=("out",))
-def _sum_in_one(first: Tensor, others: list[Tensor], weights: Tensor, out: Tensor, diagonal: Tensor | None) -> None:
-    """`weighted_sum` as one operation, the one kernel that it is on a GPU: each matrix is read or written once."""
-    weighted_sum(first, others, weights, out, diagonal)
-
-
-@_sum_in_one.register_fake
-def _(*arguments: object) -> None: ...
-
-
-def _sum(
-    first: Tensor, others: Iterable[Tensor], weights: Tensor, out: Tensor, diagonal: Tensor | None = None
-) -> Tensor:
-    _sum_in_one(first, list(others), weights, out, diagonal)
-    return out
-
-
-def _iterate(*arguments: Any, **options: Any) -> Tensor:
-    """Do what the spectral iteration consists of, with sums in one operation each."""
-    with ExitStack() as patches:
-        for name in ("spectral_power", "symmetric_product"):
-            patches.enter_context(patch.object(import_module(f"hf_schatten.linalg.{name}"), "weighted_sum", _sum))
-        return iterate_in_turns(*arguments, **options)
 
 
 def _passes(places: Sequence[int], changed: Sequence[Tensor], taken: Sequence[Tensor]) -> int:

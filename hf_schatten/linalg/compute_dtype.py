@@ -24,7 +24,7 @@ def chosen_compute_dtype(choice: str, X: Tensor) -> torch.dtype:
     That is bfloat16 also for large X on a CPU that has instructions for it, and for X in bfloat16.
     """
     if choice != "auto":
-        return getattr(torch, choice)  # type: ignore[no-any-return]
+        return getattr(torch, choice)
     default = default_compute_dtype(X)
     fast = CPU_MULTIPLIES_BFLOAT16 and default == torch.float32 and min(X.shape[-2:]) >= _SMALLEST_SIDE
     return torch.bfloat16 if fast or X.dtype == torch.bfloat16 else default

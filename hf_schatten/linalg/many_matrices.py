@@ -119,7 +119,7 @@ def inner_products(A: Tensor, B: Tensor) -> Tensor:
     kernels = kernels_of(A.device)
     dtype = torch.promote_types(A.dtype, torch.float32)
     if kernels is not None and dtype == torch.float32:
-        return kernels.inner_products(A.contiguous(), B.contiguous())  # type: ignore[no-any-return]
+        return kernels.inner_products(A.contiguous(), B.contiguous())
     found = torch.zeros(2, len(A), dtype=dtype, device=A.device)
     for index, rows in _pieces(A):
         a, b = (matrices[index, rows].flatten(1).to(dtype) for matrices in (A, B))
@@ -128,30 +128,31 @@ def inner_products(A: Tensor, B: Tensor) -> Tensor:
     return found
 
 
+@torch.library.custom_op("hf_schatten::weighted_sum", mutates_args=("out", "products"))
 def weighted_sum(
     first: Tensor,
-    others: Sequence[Tensor] | Tensor,
+    others: Tensor,
     weights: Tensor,
     out: Tensor,
     diagonal: Tensor | None = None,
     products: Tensor | None = None,
-) -> Tensor:
-    """Write a sum of matrices with weights, and a multiple of the identity, into ``out`` and return it.
+) -> None:
+    """Write a sum of matrices with weights, and a multiple of the identity, into ``out``.
 
     It is added up in the dtype of the weights and rounded once.
 
     Args:
         first: (B, m, n).
-        others: K more of them, or (K, B, m, n); on an accelerator all are contiguous.
+        others: more of them, (K, B, m, n); contiguous on an accelerator.
         weights: (B, K + 1).
         out: (B, m, n), which may be one of the others.
         diagonal: what the identity is multiplied by, (B,). Default: nothing.
         products: (2, B) zeros, to which ``⟨first, sum⟩`` and ``⟨sum, sum⟩`` are added. Default: not computed.
     """
     kernels = kernels_of(first.device)
-    if kernels is not None and weights.dtype == torch.float32 and (isinstance(others, Tensor) or len(others) == 1):
-        terms = others if isinstance(others, Tensor) else others[0][None]
-        return kernels.weighted_sum(first.contiguous(), terms, weights, out, diagonal, products)  # type: ignore[no-any-return]
+    if kernels is not None and weights.dtype == torch.float32:
+        kernels.weighted_sum(first.contiguous(), others, weights, out, diagonal, products)
+        return
     for index, rows in _pieces(first):
         w = weights[index, :, None, None]
         total = first[index, rows].to(weights.dtype) * w[:, 0]
@@ -164,7 +165,6 @@ def weighted_sum(
             products[0, index] += torch.linalg.vecdot(flat_first, flat_total)
             products[1, index] += torch.linalg.vecdot(flat_total, flat_total)
         out[index, rows].copy_(total)
-    return out
 
 
 def _pieces(matrices: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -210,3 +210,7 @@ def _(*arguments: object) -> None: ...
 @inner_products.register_fake
 def _(A: Tensor, B: Tensor) -> Tensor:
     return A.new_empty(2, len(A), dtype=torch.promote_types(A.dtype, torch.float32))
+
+
+@weighted_sum.register_fake
+def _(*arguments: object) -> None: ...

@@ -25,7 +25,7 @@ class Place(NamedTuple):
         dimensions = list(zip(view.shape, view.stride(), strict=True))
         rows, columns = _merged(dimensions[:row_dimensions]), _merged(dimensions[row_dimensions:])
         sizes, strides = zip(*rows, *columns, strict=True)
-        return cls(sizes, strides, view.storage_offset() - tensor.storage_offset())
+        return cls(sizes, strides, int(view.storage_offset() - tensor.storage_offset()))
 
     def view(self, tensor: Tensor) -> Tensor:
         """Return the matrix in a tensor, with four dimensions."""

@@ -30,7 +30,7 @@ _GRAM_SPACE_SQUARES = 9  # temporaries there
 
 # Bytes of temporaries, more where one matrix needs more. A CPU is fastest with what stays in its cache; an accelerator
 # needs work for all its processors at once.
-WORKSPACE = {"cpu": 8 << 20, "accelerator": 2 << 30}
+WORKSPACE = {"cpu": 8 << 20, "accelerator": 4 << 30}
 
 _LARGEST_WEIGHT = 1e37  # what zero is multiplied by stays finite
 
@@ -144,12 +144,11 @@ def _largest_element(A: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Step(NamedTuple):
-    """Coefficients of one step and the weight of its result, one for each matrix: tensors (B,)."""
+    """Coefficients of one step, one for each matrix: tensors (B,)."""
 
     a: Tensor
     b: Tensor
     c: Tensor
-    w: Tensor
 
     def polynomial(self, gram: Tensor, out: Tensor, norm: Tensor | None = None, over: Tensor | None = None) -> Tensor:
         """Write ``a I + b A + c A²`` of A = gram (B, m, m) into ``out`` and return it.
@@ -160,7 +159,8 @@ class _Step(NamedTuple):
         if norm is None or over is None:
             return symmetric_polynomial(gram, self.a, self.b, self.c, out)
         a, b, c = self.a / over, self.b / norm / over, self.c / norm.square() / over
-        return weighted_sum(gram, [out], torch.stack([b, c], dim=1), out, diagonal=a)
+        weighted_sum(gram, out[None], torch.stack([b, c], dim=1), out, diagonal=a)
+        return out
 
 
 @torch.library.custom_op("hf_schatten::spectral_iteration", mutates_args=())
@@ -224,15 +224,15 @@ def _iterate(
 ) -> None:
     """Write the result for X (B, m, n) into ``out``, contiguous, and its inner products into ``products``."""
     steps = rows.shape[-1] // 4
-    columns = rows.mT.contiguous().unbind()  # 4K + 1 of (B,)
-    a, b, c, w = (columns[k * steps : (k + 1) * steps + k // 3] for k in range(4))
-    chain = [_Step(*step) for step in zip(a, b, c, w[1:], strict=True)]
+    table = rows.mT.contiguous()  # (4K + 1, B)
+    a, b, c, w = table.split([steps, steps, steps, steps + 1])
+    chain = [_Step(*step) for step in zip(*(each.unbind() for each in (a, b, c)), strict=True)]
     direct = _steps_on_iterate(X.shape, steps, compute_dtype)
     tiny = torch.finfo(rows.dtype).tiny
 
     if X.dtype == compute_dtype == torch.bfloat16 and X.is_contiguous():
         # As it is: bfloat16 has the range of float32, in which products are added up.
-        start, largest = X, torch.ones_like(columns[0])
+        start, largest = X, torch.ones_like(w[0])
     else:
         start = torch.empty_like(X, dtype=compute_dtype, memory_format=torch.contiguous_format)
         largest = _largest_element(X, rows.dtype)
@@ -259,16 +259,16 @@ def _iterate(
         latest = iterate
         if k + 1 < steps:
             symmetric_product(iterate, iterate.mT, out=gram)
-    weights = [step.w * scale for step in chain[:direct]]
+    scaled = w * scale
+    rest = []
     if direct < steps:
         norm = None if direct else squared_s8
-        torch.bmm(_sum_in_gram_space(gram, square, chain[direct:], norm), latest, out=iterates[-1])
-        weights.append(scale if direct else scale / divisor)
-    if compute_dtype == rows.dtype:
-        first, weight = start, w[0] * scale / divisor
-    else:  # not the start, where that is in half precision
-        first, weight = X, w[0] * scale / whole
-    finite = torch.stack([weight, *weights], dim=1).clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT)
+        torch.bmm(_sum_in_gram_space(gram, square, chain[direct:], w[direct + 1 :], norm), latest, out=iterates[-1])
+        rest = [scale[None] if direct else (scale / divisor)[None]]
+    # Not the start where that is in half precision.
+    first, over = (start, divisor) if compute_dtype == rows.dtype else (X, whole)
+    weights = torch.cat([scaled[:1] / over, scaled[1 : direct + 1], *rest])  # (terms, B)
+    finite = weights.clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT).mT.contiguous()
     found = torch.zeros_like(products)
     weighted_sum(first, iterates, finite, out, products=found)
     if first is start:
@@ -285,8 +285,10 @@ def _steps_on_iterate(shape: Sequence[int], steps: int, compute_dtype: torch.dty
     return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps)
 
 
-def _sum_in_gram_space(gram: Tensor, spare: Tensor, chain: list[_Step], norm: Tensor | None) -> Tensor:
-    """``Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m).
+def _sum_in_gram_space(
+    gram: Tensor, spare: Tensor, chain: list[_Step], weights: Tensor, norm: Tensor | None
+) -> Tensor:
+    """``Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m) and weights (steps, B).
 
     All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``. With
     ``norm`` (B,), ``X Xᵀ`` is gram / norm, and ``spare`` has gram² already.
@@ -304,5 +306,6 @@ def _sum_in_gram_space(gram: Tensor, spare: Tensor, chain: list[_Step], norm: Te
             symmetric_product(P, found[k - 1], out=found[k])
         if k + 1 < len(chain):
             gram = symmetric_product(symmetric_product(P, gram), P)
-    weights = torch.stack([step.w for step in chain], dim=1)
-    return weighted_sum(found[0], found[1:], weights, torch.empty_like(gram))
+    out = torch.empty_like(gram)
+    weighted_sum(found[0], found[1:], weights.mT.contiguous(), out)
+    return out

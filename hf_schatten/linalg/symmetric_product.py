@@ -22,7 +22,7 @@ def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor
     kernels = kernels_of(A.device) if A.dtype.itemsize < torch.float32.itemsize else None
     if kernels is not None:
         product = A.new_empty(*A.shape[:-1], A.shape[-2]) if out is None else out
-        return kernels.symmetric(A, B.mT if B.mT.is_contiguous() else B, product)  # type: ignore[no-any-return]
+        return kernels.symmetric(A, B.mT if B.mT.is_contiguous() else B, product)
     m = A.shape[-2]
     product = A.new_empty(*A.shape[:-1], m) if out is None else out
     if m < _BLOCKS * _SMALLEST_BLOCK or A.device.type != "cpu" or A.dtype.itemsize < torch.float32.itemsize:
@@ -42,6 +42,7 @@ def symmetric_polynomial(A: Tensor, a: Tensor, b: Tensor, c: Tensor, out: Tensor
         return out
     kernels = kernels_of(A.device) if A.dtype.itemsize < torch.float32.itemsize else None
     if kernels is not None:
-        return kernels.symmetric(A, A, out, (a, b, c))  # type: ignore[no-any-return]
+        return kernels.symmetric(A, A, out, (a, b, c))
     symmetric_product(A, A, out=out)
-    return weighted_sum(A, [out], torch.stack([b, c], dim=1), out, diagonal=a)
+    weighted_sum(A, out[None], torch.stack([b, c], dim=1), out, diagonal=a)
+    return out

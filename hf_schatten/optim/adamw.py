@@ -47,11 +47,12 @@ def _step_on(
     for state in states:
         state[STEP] = state[STEP].to(device)  # a loaded one may be elsewhere
     # Half-precision parameters are updated through an fp32 copy, since their state is fp32.
-    masters = [local(parameter).to(state_dtype(parameter)) for parameter in parameters]
+    weights = [local(parameter) for parameter in parameters]
+    masters = _in_dtype_of_state(weights)
     beta1, beta2 = group["betas"]
     adamw(
         masters,
-        [local(parameter.grad).to(state_dtype(parameter)) for parameter in parameters],  # type: ignore[arg-type]
+        _in_dtype_of_state([local(parameter.grad) for parameter in parameters]),  # type: ignore[arg-type]
         [local(state[AVERAGE]) for state in states],
         [local(state[SQUARES]) for state in states],
         [],
@@ -67,6 +68,19 @@ def _step_on(
         eps=group["eps"],
         maximize=False,
     )
-    copied = [pair for pair in zip(map(local, parameters), masters, strict=True) if pair[0].dtype != pair[1].dtype]
+    copied = [index for index, weight in enumerate(weights) if weight is not masters[index]]
     if copied:
-        torch._foreach_copy_(*map(list, zip(*copied, strict=True)))
+        torch._foreach_copy_([weights[index] for index in copied], [masters[index] for index in copied])
+
+
+def _in_dtype_of_state(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return tensors in the dtype of their state: themselves, or copies that are made together."""
+    other = [tensor for tensor in tensors if tensor.dtype != state_dtype(tensor)]
+    if not other:
+        return list(tensors)
+    buffer = torch.empty(sum(tensor.numel() for tensor in other), dtype=torch.float32, device=other[0].device)
+    pieces = buffer.split([tensor.numel() for tensor in other])
+    copies = [piece if t.ndim == 1 else piece.view(t.shape) for piece, t in zip(pieces, other, strict=True)]
+    torch._foreach_copy_(copies, other)
+    copy_of = dict(zip(map(id, other), copies, strict=True))
+    return [copy_of.get(id(tensor), tensor) for tensor in tensors]

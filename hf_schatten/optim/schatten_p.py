@@ -155,25 +155,28 @@ class SchattenP(Optimizer):
         Returns:
             (B, m, n) U Σ^{1/p} Vᵀ of each momentum, or what another target makes of Σ.
         """
-        return self._own_direction(momenta, p)[0]
+        return self._direction_of_target(momenta, p)[0]
 
-    def _own_direction(self, momenta: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    def _direction_of_target(self, momenta: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         dtype = chosen_compute_dtype(self.options.compute_dtype, momenta)
         return self.target.direction(momenta, p, self.options.ns_steps, dtype)
 
+    @property
+    def _directs_otherwise(self) -> bool:
+        """Whether another function stands in the place of :meth:`direction`."""
+        return getattr(self.direction, "__func__", None) is not SchattenP.direction
+
     def _measured_direction(self, momenta: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the direction O and the inner products ``⟨M, O⟩`` and ``⟨O, O⟩``, (2, B)."""
-        if type(self).direction is SchattenP.direction:
-            return self._own_direction(momenta, p)
-        found = self.direction(momenta, p)
-        return found, inner_products(momenta, found)
+        if self._directs_otherwise:
+            return (found := self.direction(momenta, p)), inner_products(momenta, found)
+        return self._direction_of_target(momenta, p)
 
     def _momenta_dtype(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype of stacked momenta of a shape, given that of the averages."""
-        own = type(self).direction is SchattenP.direction and self.target.takes_half_precision
-        like = torch.empty(0, *shape, dtype=dtype, device=device)
-        products = chosen_compute_dtype(self.options.compute_dtype, like)
-        return products if own and products == torch.bfloat16 else dtype
+        half = self.target.takes_half_precision and not self._directs_otherwise
+        products = chosen_compute_dtype(self.options.compute_dtype, torch.empty(0, *shape, dtype=dtype, device=device))
+        return products if half and products == torch.bfloat16 else dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
