@@ -178,6 +178,7 @@ class SchattenP(Optimizer):
         products = chosen_compute_dtype(self.options.compute_dtype, torch.empty(0, *shape, dtype=dtype, device=device))
         return products if half and products == torch.bfloat16 else dtype
 
+    @torch.compiler.disable  # in a training step that is compiled, it runs as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step; a closure re-evaluates the model and returns the loss, as in ``torch.optim``.
