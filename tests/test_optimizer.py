@@ -482,3 +482,25 @@ def test_a_target_that_the_step_rule_cannot_measure_is_refused():
         SchattenP([nn.Parameter(torch.zeros(4, 4))], p=2, target="top_k:2", step_rule="ball")
     with pytest.raises(hf_schatten.OptionError, match=r"p=adaptive .* set p to a number"):
         hf_schatten.create_schatten_optimizer(nn.Linear(4, 4), target=squared)
+
+
+@pytest.mark.parametrize("kind", ["gradient contiguous", "both channels last", "slice of a larger tensor"])
+def test_strides_of_gradient_and_weight_do_not_matter(kind):
+    torch.manual_seed(0)
+    shape = (6, 4) if kind.startswith("slice") else (6, 4, 3, 2)
+    initial, gradient = torch.randn(shape), torch.randn(shape)
+    plain = nn.Parameter(initial.clone())
+    plain.grad = gradient.clone()
+    if kind.startswith("slice"):
+        other = nn.Parameter(torch.zeros(6, 9)[:, 2:6].copy_(initial))
+        other.grad = gradient.clone()
+    else:
+        other = nn.Parameter(initial.clone(memory_format=torch.channels_last))
+        last = torch.channels_last if kind == "both channels last" else torch.contiguous_format
+        other.grad = gradient.clone(memory_format=last)
+    for W in (plain, other):
+        optimizer = SchattenP([W], lr=0.1, p=3.0)
+        for _ in range(2):
+            optimizer.step()
+    torch.testing.assert_close(other.detach(), plain.detach(), atol=1e-6, rtol=1e-5)
+    assert not torch.equal(plain.detach(), initial)

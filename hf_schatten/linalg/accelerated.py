@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+from hf_schatten.linalg.place import Place
+
 logger = logging.getLogger(__name__)
 
 _OLDEST = 8  # major compute capability with products of bfloat16
@@ -25,7 +27,7 @@ def kernels_of(device: torch.device) -> ModuleType | None:
     try:
         from hf_schatten.linalg import triton_kernels  # noqa: PLC0415 - slow to import, and missing on a CPU
 
-        triton_kernels.check(device)
+        check(triton_kernels, device)
     except Exception as error:
         logger.warning(
             "The Triton kernels do not run on %s (%s: %s): updates are computed by torch's operations, which is "
@@ -36,3 +38,38 @@ def kernels_of(device: torch.device) -> ModuleType | None:
         )
         return None
     return triton_kernels
+
+
+def check(kernels: ModuleType, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
+    """Compile every kernel and compare it with torch on small matrices, of a dtype where they are in half precision.
+
+    Raises:
+        RuntimeError: when a result is wrong; whatever Triton raises when it cannot compile.
+    """
+    X = torch.linspace(-1, 1, 3 * 96 * 200, device=device).mul(7).sin().div(9).view(3, 96, 200)
+    half, numbers = X.to(dtype), torch.linspace(0.1, 0.4, 3, device=device)
+    gram = kernels.symmetric(half, half, half.new_empty(3, 96, 96))
+    exact = half.float() @ half.float().mT
+    square = kernels.symmetric(gram, gram, torch.empty_like(gram), (numbers, numbers, numbers))
+    A = gram.float()
+    polynomial = numbers[:, None, None] * (torch.eye(96, device=device) + A + A @ A)
+    total = kernels.weighted_sum(X, half[None], numbers[:, None].expand(3, 2).contiguous(), torch.empty_like(X))
+    products = kernels.inner_products(half, half)
+    average, weights, slot = X.clone(), X.clone(), torch.empty_like(half)
+    places = [Place((1, 96, 1, 200), (0, 200, 0, 1), index * 96 * 200) for index in range(3)]
+    ones = torch.ones(3, dtype=torch.float64, device=device)
+    kernels.advance_averages([average] * 3, places, [half] * 3, places, [0.5] * 3, [True] * 3, ones, slot, 2 * ones)
+    kernels.add_updates([weights] * 3, places, list(half), numbers.double(), 0 * ones)
+    mean = torch.lerp(X, half.float(), 0.5)
+    pairs = {
+        "symmetric product": (gram, exact),
+        "symmetric polynomial": (square, polynomial),
+        "weighted sum": (total, numbers[:, None, None] * (X + half)),
+        "inner products": (products, half.float().square().sum((1, 2)).expand(2, 3)),
+        "moving average": (average, mean),
+        "look-ahead": (slot, torch.lerp(mean, half.float(), 0.5) / 2),
+        "update": (weights, X - numbers[:, None, None] * half),
+    }
+    for name, (found, expected) in pairs.items():
+        if not torch.allclose(found.float(), expected.float(), atol=0.02 * float(expected.abs().max()), rtol=0.02):
+            raise RuntimeError(f"the {name} of a Triton kernel is not that of torch")

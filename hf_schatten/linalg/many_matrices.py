@@ -55,7 +55,8 @@ def advance_averages(
     for index, (average, place, gradient, gradient_place) in enumerate(
         zip(averages, at, gradients, gradients_at, strict=True)
     ):
-        mean, new, rate = place.view(average), gradient_place.view(gradient), rates[index]
+        mean, rate = place.view(average), rates[index]
+        new = gradient_place.view(gradient).reshape(place.sizes)
         if kept is None:
             new = torch.where(keep[index] > 0, new.to(mean.dtype), mean)
         elif not kept[index]:

@@ -319,38 +319,3 @@ def _table(tensors: Sequence[Tensor], places: Sequence[Place], device: torch.dev
         address = tensor.data_ptr() + place.offset * tensor.itemsize
         rows.append([address, *place.shape, inner_rows, s0, s1, inner_columns, s2, s3])
     return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)
-
-
-def check(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Compile every kernel and compare it with torch on small matrices, of a dtype where they are in half precision.
-
-    Raises:
-        RuntimeError: when a result is wrong; whatever Triton raises when it cannot compile.
-    """
-    X = torch.linspace(-1, 1, 3 * 96 * 200, device=device).mul(7).sin().div(9).view(3, 96, 200)
-    half, numbers = X.to(dtype), torch.linspace(0.1, 0.4, 3, device=device)
-    gram = symmetric(half, half, half.new_empty(3, 96, 96))
-    exact = half.float() @ half.float().mT
-    square = symmetric(gram, gram, torch.empty_like(gram), (numbers, numbers, numbers))
-    A = gram.float()
-    polynomial = numbers[:, None, None] * (torch.eye(96, device=device) + A + A @ A)
-    total = weighted_sum(X, half[None], numbers[:, None].expand(3, 2).contiguous(), torch.empty_like(X))
-    products = inner_products(half, half)
-    average, weights, slot = X.clone(), X.clone(), torch.empty_like(half)
-    places = [Place((1, 96, 1, 200), (0, 200, 0, 1), index * 96 * 200) for index in range(3)]
-    ones = torch.ones(3, dtype=torch.float64, device=device)
-    advance_averages([average] * 3, places, [half] * 3, places, [0.5] * 3, [True] * 3, ones, slot, 2 * ones)
-    add_updates([weights] * 3, places, list(half), numbers.double(), 0 * ones)
-    mean = torch.lerp(X, half.float(), 0.5)
-    pairs = {
-        "symmetric product": (gram, exact),
-        "symmetric polynomial": (square, polynomial),
-        "weighted sum": (total, numbers[:, None, None] * (X + half)),
-        "inner products": (products, half.float().square().sum((1, 2)).expand(2, 3)),
-        "moving average": (average, mean),
-        "look-ahead": (slot, torch.lerp(mean, half.float(), 0.5) / 2),
-        "update": (weights, X - numbers[:, None, None] * half),
-    }
-    for name, (found, expected) in pairs.items():
-        if not torch.allclose(found.float(), expected.float(), atol=0.02 * float(expected.abs().max()), rtol=0.02):
-            raise RuntimeError(f"the {name} of a Triton kernel is not that of torch")

@@ -61,14 +61,6 @@ class FiniteGradients:
         """Return the same of B parameters of one device, (B,)."""
         return torch.stack([self._keep[parameter] for parameter in parameters])
 
-    def whole(self, parameter: Tensor) -> Tensor:
-        """Return the gradient in the strides of its parameter, whether it is finite or not."""
-        gradient = parameter.grad
-        assert gradient is not None
-        if gradient.stride() == parameter.stride():
-            return gradient
-        return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-
     def gradient(self, parameter: Tensor, dtype: torch.dtype, otherwise: Tensor | float) -> Tensor:
         """Return what this process has of a gradient, or something else where it is not finite.
 

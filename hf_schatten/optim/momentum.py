@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_schatten.distributed.sharded import is_sharded, local
 from hf_schatten.linalg.many_matrices import advance_averages
-from hf_schatten.linalg.place import flat
+from hf_schatten.linalg.place import Place, flat
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import MOMENTUM, SKIPPED, STEP, Group, Matrix, State, bias_corrections, by_device
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
@@ -72,17 +72,25 @@ class Momenta:
         return look_ahead(momentum, self._gradients.gradient(matrix.parameter, momentum.dtype, momentum), matrix.group)
 
     def _advance(self, matrices: Sequence[Matrix], out: Tensor | None, divisors: Tensor | None) -> None:
+        gradients = [matrix.parameter.grad for matrix in matrices]
         advance_averages(
             [matrix.state[MOMENTUM] for matrix in matrices],
             flat([matrix.momentum_place for matrix in matrices]),
-            [self._gradients.whole(matrix.parameter) for matrix in matrices],
-            flat([matrix.place for matrix in matrices]),
+            gradients,
+            flat([_place_of(gradient, matrix) for gradient, matrix in zip(gradients, matrices, strict=True)]),
             [1 - matrix.group["momentum"] for matrix in matrices],
             [matrix.group["nesterov"] for matrix in matrices],
             self._gradients.keeps([matrix.parameter for matrix in matrices]),
             out,
             divisors,
         )
+
+
+def _place_of(gradient: Tensor | None, matrix: Matrix) -> Place:
+    """Return where the matrix lies in a gradient, whose strides are nearly always its parameter's."""
+    assert gradient is not None
+    same = gradient.stride() == matrix.parameter.stride()
+    return matrix.place if same else matrix.layout.place(gradient, matrix.index)
 
 
 def look_ahead(momentum: Tensor, gradient: Tensor, group: Group) -> Tensor:

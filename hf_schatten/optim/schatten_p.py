@@ -168,9 +168,9 @@ class SchattenP(Optimizer):
 
     def _measured_direction(self, momenta: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Return the direction O and the inner products ``⟨M, O⟩`` and ``⟨O, O⟩``, (2, B)."""
-        if self._directs_otherwise:
-            return (found := self.direction(momenta, p)), inner_products(momenta, found)
-        return self._direction_of_target(momenta, p)
+        if not self._directs_otherwise:
+            return self._direction_of_target(momenta, p)
+        return (found := self.direction(momenta, p)), inner_products(momenta, found)
 
     def _momenta_dtype(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.dtype:
         """Return the dtype of stacked momenta of a shape, given that of the averages."""
@@ -191,8 +191,7 @@ class SchattenP(Optimizer):
         self.create_state()
         if self.policy is not None:
             self.policy.before_update(self)
-        gradients = FiniteGradients(self.param_groups)
-        momenta = Momenta(gradients)
+        momenta = Momenta(gradients := FiniteGradients(self.param_groups))
         for group in self.param_groups:
             parameters = gradients.of(group["params"])
             if group["spectral"]:
@@ -347,5 +346,5 @@ def _apply(delivered: Delivered, gradients: FiniteGradients) -> None:
     items, weights, places, updates, factors = delivered
     rates = [(item.learning_rate, item.learning_rate * item.group["weight_decay"]) for item in items]
     rate, decay = torch.tensor(rates, dtype=torch.float64).to(factors.device, non_blocking=True).unbind(1)
-    keep = gradients.keeps([item.parameter for item in items])
-    add_updates([local(tensor) for tensor in weights], flat(places), updates, factors * rate, decay * keep)
+    kept = decay * gradients.keeps([item.parameter for item in items])
+    add_updates(list(map(local, weights)), flat(places), updates, factors * rate, kept)

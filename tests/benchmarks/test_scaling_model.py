@@ -41,7 +41,8 @@ from benchmarks.scaling.scaling_workload import PLANS, Plan, Workload, count
 from hf_schatten import create_schatten_optimizer
 from hf_schatten.distributed.processes import Peers
 from hf_schatten.distributed.replicated import _ALL_GATHER
-from hf_schatten.linalg.place import Place, add_updates, advance_averages, flat, inner_products
+from hf_schatten.linalg.many_matrices import add_updates, advance_averages, inner_products
+from hf_schatten.linalg.place import Place, flat
 from hf_schatten.linalg.spectral_power import iterate_in_turns, spectral_iteration
 from hf_schatten.options import SchattenOptions
 

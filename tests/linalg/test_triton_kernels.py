@@ -12,7 +12,7 @@ import os
 import pytest
 import torch
 
-from hf_schatten.linalg import many_matrices
+from hf_schatten.linalg import accelerated, many_matrices
 from hf_schatten.linalg.place import Place, flat
 from hf_schatten.linalg.spectral_power import spectral_power, spectral_power_svd
 
@@ -36,13 +36,13 @@ def interpreted(kernels, monkeypatch):
 
 
 def test_the_check_before_the_first_use_passes(kernels):
-    kernels.check(torch.device("cpu"), torch.float16)
+    accelerated.check(kernels, torch.device("cpu"), torch.float16)
 
 
 def test_the_check_finds_a_wrong_kernel(kernels, monkeypatch):
     monkeypatch.setattr(kernels, "inner_products", lambda A, B: torch.zeros(2, len(A)))
     with pytest.raises(RuntimeError, match="inner products"):
-        kernels.check(torch.device("cpu"), torch.float16)
+        accelerated.check(kernels, torch.device("cpu"), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
