@@ -504,3 +504,18 @@ def test_strides_of_gradient_and_weight_do_not_matter(kind):
             optimizer.step()
     torch.testing.assert_close(other.detach(), plain.detach(), atol=1e-6, rtol=1e-5)
     assert not torch.equal(plain.detach(), initial)
+
+
+def test_adamw_is_torchs_in_every_bit():
+    torch.manual_seed(0)
+    starts = [torch.randn(shape) for shape in [(7,), (300, 50), (33, 3), (1000,)]]
+    ours, theirs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
+    settings = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+    optimizers = SchattenP([{"params": ours, "spectral": False}], **settings), torch.optim.AdamW(theirs, **settings)
+    for _ in range(20):
+        for own, other in zip(ours, theirs, strict=True):
+            own.grad = torch.randn_like(own)
+            other.grad = own.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(own, other) for own, other in zip(ours, theirs, strict=True))

@@ -20,21 +20,18 @@ def text_of(counter):
 # The promise
 
 
-# Not kept yet: 448, 337, 675 and 811 operations. The message names them.
 @pytest.mark.parametrize(("model", "dtype"), script.COUNTED)
 def test_a_step_is_few_operations(model, dtype):
     counter = script.count_step(script.model_of(script.MODELS[model](), "meta", dtype))
     assert counter.names.total() <= MOST_OPERATIONS, text_of(counter)
 
 
-# Not kept yet: 1.58 of the Llama of 554 M, and 1.52 of that of 8 B.
 @pytest.mark.parametrize("model", [model for model, dtype in script.COUNTED if dtype == "float32"])
 def test_a_step_moves_few_bytes_outside_the_iteration(model):
     counter = script.count_step(script.model_of(script.MODELS[model](), "meta"))
     assert counter.numbers()["passes"] <= MOST_PASSES, text_of(counter)
 
 
-# Not kept yet: there is a view of each matrix' p.
 def test_twice_as_many_layers_are_as_many_operations():
     """Of the matrices: no other parameter, be it embedding, bias or norm, has a gradient."""
     few, many = (
