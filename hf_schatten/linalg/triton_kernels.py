@@ -7,7 +7,9 @@ found through tables of addresses, so that one launch serves all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import triton
@@ -15,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_schatten.linalg.place import Place
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TILE = 64  # side of the squares in which matrices are read and written
 _BLOCK = 4096  # elements of what has no rows
@@ -24,6 +28,17 @@ _DTYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+
+
+def _launched_where_it_lies(function: Function) -> Function:
+    """Launch on the device of the first argument: Triton takes the current one, which may be another."""
+
+    @functools.wraps(function)
+    def launch(first: Any, *others: Any, **options: Any) -> Any:
+        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
+            return function(first, *others, **options)
+
+    return cast(Function, launch)
 
 
 @triton.jit
@@ -70,6 +85,7 @@ def _symmetric_kernel(
         tl.store(mirrored, tl.trans(result), mask=(columns[:, None] < m) & (rows[None, :] < m))
 
 
+@_launched_where_it_lies
 def symmetric(
     X: Tensor,
     Y: Tensor,
@@ -137,6 +153,7 @@ def _store_products(partial, first, second):
     tl.store(at + tl.num_programs(1).to(tl.int64) * blocks, second)
 
 
+@_launched_where_it_lies
 def weighted_sum(
     first: Tensor,
     others: Tensor,
@@ -172,6 +189,7 @@ def _inner_products_kernel(A, B, partial, size, BLOCK: tl.constexpr):
     _store_products(partial, tl.sum(a * b), tl.sum(b * b))
 
 
+@_launched_where_it_lies
 def inner_products(A: Tensor, B: Tensor) -> Tensor:
     """Return ``⟨A, B⟩`` and ``⟨B, B⟩`` of contiguous (B, m, n), as (2, B) float32; in the same order every time."""
     count, m, n = A.shape
@@ -238,6 +256,7 @@ def _advance_kernel(
             tl.store(slot + j[:, None] * rows + i[None, :], tl.trans(found), mask=transposed)
 
 
+@_launched_where_it_lies
 def advance_averages(
     averages: Sequence[Tensor],
     places: Sequence[Place],
@@ -292,6 +311,7 @@ def _add_kernel(
     tl.store(at, (W * (1 - decay) - update.to(WORK) * factor).to(WEIGHT), mask=inside)
 
 
+@_launched_where_it_lies
 def add_updates(
     weights: Sequence[Tensor], places: Sequence[Place], updates: Sequence[Tensor], factors: Tensor, decays: Tensor
 ) -> None:
