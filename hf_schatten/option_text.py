@@ -62,7 +62,7 @@ class OptionError(ValueError):
 
 
 def refuse_unknown(name: str, known: Collection[str]) -> NoReturn:
-    """Raise for a name that is no option, saying where it belongs, what has replaced it, or what it resembles.
+    """Raise for a name that is not an option, saying where it belongs, what has replaced it, or what it resembles.
 
     Raises:
         OptionError: always.
@@ -70,8 +70,8 @@ def refuse_unknown(name: str, known: Collection[str]) -> NoReturn:
     for names, argument, flags in _OF_THE_CALLER:
         if name in names:
             raise OptionError(
-                f"{name!r} is no option of schatten_p: set {flags} of TrainingArguments, or the argument {argument} "
-                "of create_schatten_optimizer."
+                f"{name!r} is not an option of schatten_p: set {flags} of TrainingArguments, or the argument "
+                f"{argument} of create_schatten_optimizer."
             )
     if name in _REMOVED:
         raise OptionError(f"The option {name!r} {_REMOVED[name]}.")
@@ -107,7 +107,7 @@ def read_pairs(text: str, known: Collection[str]) -> dict[str, str]:
         name, separator, value = pair.partition("=")
         if not (name and separator and value):
             raise OptionError(
-                f"optim_args has {pair!r}, which is no name=value pair; write for example "
+                f"optim_args has {pair!r}, which is not a name=value pair; write for example "
                 "optim_args='p=adaptive,p_interval=100', and join several patterns by ';'."
             )
         if name in values:
@@ -193,7 +193,7 @@ def parse_override(entry: str) -> tuple[str, float]:
     """
     pattern, separator, p = entry.rpartition(":")
     if not (pattern and separator):
-        raise OptionError(f"p_overrides has {entry!r}, which is no pattern:p; write for example *.c_proj:inf.")
+        raise OptionError(f"p_overrides has {entry!r}, which is not pattern:p; write for example *.c_proj:inf.")
     return pattern, parse_value("p_overrides", p, "float")
 
 

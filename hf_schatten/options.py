@@ -325,7 +325,7 @@ class SchattenOptions:
             return cls.from_mapping(defaults | dict(values))
         if not isinstance(options, cls):
             raise OptionError(
-                f"options={options!r} is no SchattenOptions; is it the learning rate? Write lr={options!r}."
+                f"options={options!r} is not a SchattenOptions; is it the learning rate? Write lr={options!r}."
             )
         if values:
             raise OptionError(f"{', '.join(values)} and options are both given: put all of them into options.")

@@ -127,5 +127,5 @@ def test_p_init_may_come_and_go_and_its_source_is_not_needed_again(first, tmp_pa
     own = {"own": tmp_path / "begun" / "checkpoint-3"}
     learned = resumed((trainer_class, own), "own", ADAPTIVE, tmp_path).learned_p()
     assert resumed((trainer_class, own), "own", begun, tmp_path).learned_p() == learned
-    with pytest.raises(CheckpointError, match=r"is no folder.*leave p_init out there"):
+    with pytest.raises(CheckpointError, match=r"is not a folder.*leave p_init out there"):
         resumed((trainer_class, own), "own", f"{ADAPTIVE},p_init={tmp_path / 'gone'}", tmp_path)

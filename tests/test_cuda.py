@@ -104,13 +104,13 @@ def test_products_are_in_bfloat16_by_default():
     torch.manual_seed(0)
     gradient = torch.randn(64, 64, device=DEVICE)
     weights = {}
-    for dtype in (None, torch.bfloat16, torch.float32):
+    for dtype in ("auto", "bfloat16", "float32"):
         weights[dtype] = nn.Parameter(torch.zeros(64, 64, device=DEVICE))
         optimizer = SchattenP([weights[dtype]], p=math.inf, compute_dtype=dtype)
         weights[dtype].grad = gradient.clone()
         optimizer.step()
-    assert torch.equal(weights[None], weights[torch.bfloat16])
-    assert not torch.equal(weights[None], weights[torch.float32])
+    assert torch.equal(weights["auto"], weights["bfloat16"])
+    assert not torch.equal(weights["auto"], weights["float32"])
 
 
 @pytest.mark.parametrize("criterion", ["kronecker", "holder", "alignment"])

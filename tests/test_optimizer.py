@@ -337,7 +337,7 @@ def test_a_closure_is_called_with_gradients_enabled():
 
 def test_a_spectral_group_refuses_a_vector_by_name():
     pairs = [("w", nn.Parameter(torch.ones(2, 2))), ("b", nn.Parameter(torch.ones(2)))]
-    with pytest.raises(ValueError, match=r"'b' of shape \(2,\) is no matrix.*create_schatten_optimizer"):
+    with pytest.raises(ValueError, match=r"'b' of shape \(2,\) is not a matrix.*create_schatten_optimizer"):
         SchattenP(pairs)
 
 

@@ -107,7 +107,7 @@ def test_options_are_given_whole_or_one_by_one():
     assert SchattenOptions.given(None, {"p": 2}, p=math.inf).p == 2
     with pytest.raises(OptionError, match="p, nesterov and options are both given: put all of them into options"):
         SchattenOptions.given(whole, {"p": 4, "nesterov": True})
-    with pytest.raises(OptionError, match=r"options=0\.001 is no SchattenOptions; .* Write lr=0\.001"):
+    with pytest.raises(OptionError, match=r"options=0\.001 is not a SchattenOptions; .* Write lr=0\.001"):
         SchattenOptions.given(0.001, {})
     with pytest.raises(OptionError, match="Did you mean 'p_interval'"):
         SchattenOptions.given(None, {"p_intervall": 4})
@@ -162,7 +162,10 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
             "p_intervall=50",
             "Unknown option 'p_intervall'. Did you mean 'p_interval'\\? The options are: compute_dtype, ",
         ),
-        ("lr=1e-3", "'lr' is no option of schatten_p: set --learning_rate of TrainingArguments, or the argument lr"),
+        (
+            "lr=1e-3",
+            "'lr' is not an option of schatten_p: set --learning_rate of TrainingArguments, or the argument",
+        ),
         ("learning_rate=1e-3", "set --learning_rate of TrainingArguments"),
         ("weight_decay=0.1", "set --weight_decay of TrainingArguments"),
         ("p=inf,betas=0.9", "set --adam_beta1 and --adam_beta2 of TrainingArguments, or the argument betas of"),
@@ -175,8 +178,8 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("exclude=*.gate;*.mlp.*; p = 4", "separate options by commas, as before 'p'"),
         ("nesterov=false p_interval=5", "'nesterov=false p_interval=5': separate options by commas"),
         ("zzz=1", "Unknown option 'zzz'. The options are: "),
-        ("p_interval", "'p_interval', which is no name=value pair"),
-        ("p_interval=", "'p_interval=', which is no name=value pair"),
+        ("p_interval", "'p_interval', which is not a name=value pair"),
+        ("p_interval=", "'p_interval=', which is not a name=value pair"),
         ("p=2,p=3", "names 'p' twice"),
         ("p_interval=often", "p_interval='often' is not allowed: it takes a whole number"),
         ("p_interval=2.5", "p_interval='2.5' is not allowed: it takes a whole number"),
@@ -198,7 +201,10 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("report=loud", "report='loud' is not allowed: one of full, summary, none"),
         ("criterion=best", "criterion='best' is not allowed: one of kronecker, holder, alignment, decrease"),
         ("p_estimator=guess", "p_estimator='guess' is not allowed: one of exact, "),
-        ("p_overrides=*.q_proj", "p_overrides has '\\*.q_proj', which is no pattern:p; write for example"),
+        (
+            "p_overrides=*.q_proj",
+            "p_overrides has '\\*.q_proj', which is not pattern:p; write for example",
+        ),
         ("p_overrides=*.q_proj:two", "p_overrides='two' is not allowed: it takes a number"),
         ("p_overrides=*.q_proj:0.5", "p_overrides: \\*.q_proj=0.5 is not allowed: p is at least 1"),
         ("p_overrides=*.c_proj:inf,*.q_proj:2", "join several patterns by ';'"),

@@ -94,7 +94,7 @@ def test_a_checkpoint_of_another_model_is_refused(checkpoint):
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(CheckpointError, match=r"nothing' is no folder: give that of a checkpoint"):
+    with pytest.raises(CheckpointError, match=r"nothing' is not a folder: give that of a checkpoint"):
         create_schatten_optimizer(gpt2_of(1), p_init=str(tmp_path / "nothing"), verbose=False)
 
 

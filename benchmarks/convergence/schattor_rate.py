@@ -20,7 +20,7 @@ For a horizon of T steps, with weight α of the newest gradient (1 - momentum) a
 
 Source: B. Ma, J. Zhang and C. He 2026, "Schattor: Schatten-family methods for deep learning optimization", theorems 1
 and 2, which promise the classical optimal rate whatever the size. The constants of α and η, and the bounds that the
-last column refers to, are derived anew along its lemmas 5 to 10, for single samples and the bias-corrected momentum of
+last column refers to, are derived here along its lemmas 5 to 10, for single samples and the bias-corrected momentum of
 `hf_schatten.SchattenP`, with which everything is computed; they need not be the paper's. The paper assumes exact
 oracles, these take five Newton–Schulz steps.
 

@@ -80,7 +80,7 @@ def _load(checkpoint: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if not (checkpoint / "config.json").is_file():
         newest = max(checkpoint.glob("checkpoint-*/config.json"), key=lambda path: path.stat().st_mtime, default=None)
         hint = f" Did you mean {newest.parent}?" if newest else " Give a folder that Trainer saved a model in."
-        raise GeometryError(f"{checkpoint} is no checkpoint: it has no config.json.{hint}")
+        raise GeometryError(f"{checkpoint} is not a checkpoint: it has no config.json.{hint}")
     try:
         model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
     except (OSError, ValueError, SafetensorError) as error:

@@ -31,7 +31,7 @@ class OrderedFit(MultiscaleFit):
         Args:
             curves: Curves (2K, D).
             strictness: Factor of the penalty between neighbours, shape (S - 1,).
-            iterations: Largest number of times that the violated points are determined anew.
+            iterations: Largest number of times that the violated points are determined again.
 
         Returns:
             Weights, shape (S, K + 1).

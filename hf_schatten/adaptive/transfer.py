@@ -36,8 +36,8 @@ class Transfer:
         source = str(options.p_init)
         if not Path(source).is_dir():
             raise CheckpointError(
-                f"p_init={source!r} is no folder: give that of a checkpoint, or a number. A run that is resumed has "
-                "its own p: leave p_init out there."
+                f"p_init={source!r} is not a folder: give that of a checkpoint, or a number. A run that is resumed "
+                "has its own p: leave p_init out there."
             )
         learned = load(source)
         matched = {name: learned[name] for name in names if name in learned}

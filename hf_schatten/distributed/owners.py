@@ -35,6 +35,11 @@ class Computed(NamedTuple):
     directions: Tensor  # (B, m, n)
     factors: Tensor  # (B,)
 
+    def scaled(self) -> Iterator[tuple[Item, Tensor]]:
+        """Yield each item with its update (m, n), in the dtype of the factors: it is rounded where it goes to."""
+        for item, direction, factor in zip(*self, strict=True):
+            yield item, direction.to(factor.dtype).mul(factor)
+
 
 class Delivered(NamedTuple):
     """Updates where their weights are: ``factors`` times ``updates``."""

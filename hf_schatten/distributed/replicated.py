@@ -66,9 +66,9 @@ class Replicated(Delivery):
         own = current[self.peers.rank] if self.peers.rank < self.peers.size else []
         sent = like.new_zeros(max(map(elements, current)) if fits(current) else elements(own))
         slots = {id(item): slot for item, slot in _slots(sent, own)}
-        for items, directions, factors in computed:
-            for item, direction, factor in zip(items, directions, factors, strict=True):
-                slots[id(item)].copy_(direction).mul_(factor)
+        for each in computed:
+            for item, update in each.scaled():
+                slots[id(item)].copy_(update)
         return sent
 
     def _transfers(self, current: Round, sent: Tensor) -> Iterator[_Transfer]:

@@ -126,11 +126,7 @@ class Sharded(Delivery):
                     average = item.of_expert(whole_of[id(item)])
                     item.stored(slot).copy_(average / divisor.to(average.dtype))
 
-            updates = {
-                id(item): direction.float() * factor
-                for items, directions, factors in compute(work, write)
-                for item, direction, factor in zip(items, directions, factors, strict=True)
-            }
+            updates = {id(item): update for each in compute(work, write) for item, update in each.scaled()}
             joined = [
                 _joined(slab.items, updates, torch.empty_like(whole)) for slab, whole in zip(mine, wholes, strict=True)
             ]

@@ -268,7 +268,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         message = f"{path} is missing, so the checkpoint is incomplete: resume from an earlier one."
         raise CheckpointError(message) from error
     except ValueError as error:
-        raise CheckpointError(f"{path} is no valid JSON ({error}): resume from an earlier checkpoint.") from error
+        raise CheckpointError(f"{path} is not valid JSON ({error}): resume from an earlier checkpoint.") from error
     found = config.get("format_version") if isinstance(config, dict) else None
     if found not in _READ_VERSIONS:
         raise CheckpointError(
@@ -307,4 +307,4 @@ def _learned_p_of_torch_file(path: Path) -> dict[str, float]:
         named = (pair for group in groups for pair in zip(group["param_names"], group["params"], strict=True))
         return _p_by_matrix({name: states[index] for name, index in named if index in states}, groups)
     except Exception as error:  # whatever torch raises on a truncated or foreign file
-        raise CheckpointError(f"{path} is no state of SchattenP ({error}).") from error
+        raise CheckpointError(f"{path} is not a state of SchattenP ({error}).") from error

@@ -17,7 +17,7 @@ from hf_schatten.linalg.accelerated import kernels_of
 from hf_schatten.linalg.place import Place, unflattened
 
 # Elements of a block on a CPU: a few of them in float32 fit into the cache of a core. Fresh memory costs more there
-# than arithmetic does: a temporary of the size of a whole stack doubles the time of a step.
+# than arithmetic does, so that temporaries are of this size and not of a stack's.
 BLOCK = 1 << 18
 
 
@@ -98,7 +98,7 @@ def add_updates(
         matrix = place.view(tensor)
         rows, columns = place.shape
         change = update if rows <= columns else update.mT.contiguous()
-        change = change.view(place.sizes) if on_cpu else change.reshape(place.sizes)
+        change = change.view(place.sizes)
         dtype = torch.promote_types(matrix.dtype, torch.float32)
         for part in _blocks(matrix):
             piece = matrix[:, part]

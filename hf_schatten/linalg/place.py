@@ -51,7 +51,10 @@ def _merged(dimensions: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         else:
             merged.append((size, stride))
     if len(merged) > 2:
-        raise ValueError(f"a matrix with sizes and strides {list(dimensions)} is no matrix: make it contiguous")
+        raise ValueError(
+            f"rows or columns with the sizes and strides {list(dimensions)} take more than two strides: make the "
+            "tensor contiguous"
+        )
     return [(1, 1)] * (2 - len(merged)) + merged
 
 

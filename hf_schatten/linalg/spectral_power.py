@@ -18,7 +18,11 @@ from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT, exponent_of
 from hf_schatten.linalg.coefficient_table import Coefficients, interpolate
 from hf_schatten.linalg.compute_dtype import default_compute_dtype
 from hf_schatten.linalg.many_matrices import weighted_sum
-from hf_schatten.linalg.symmetric_product import symmetric_polynomial, symmetric_product
+from hf_schatten.linalg.symmetric_product import (
+    combined_with_square,
+    symmetric_polynomial,
+    symmetric_product,
+)
 
 # The Schatten-8 norm bounds σ_max, but for the rounding of half precision; beyond 1 the polynomials explode.
 _SAFETY = 1.01
@@ -150,17 +154,13 @@ class _Step(NamedTuple):
     b: Tensor
     c: Tensor
 
-    def polynomial(self, gram: Tensor, out: Tensor, norm: Tensor | None = None, over: Tensor | None = None) -> Tensor:
-        """Write ``a I + b A + c A²`` of A = gram (B, m, m) into ``out`` and return it.
+    def polynomial(self, gram: Tensor, out: Tensor) -> Tensor:
+        """Write ``a I + b A + c A²`` of A = gram (B, m, m) into ``out`` and return it."""
+        return symmetric_polynomial(gram, *self, out)
 
-        With ``norm`` (B,), ``out`` has the square of the gram already, and A is gram / norm; the polynomial is divided
-        by ``over`` (B,).
-        """
-        if norm is None or over is None:
-            return symmetric_polynomial(gram, self.a, self.b, self.c, out)
-        a, b, c = self.a / over, self.b / norm / over, self.c / norm.square() / over
-        weighted_sum(gram, out[None], torch.stack([b, c], dim=1), out, diagonal=a)
-        return out
+    def first_polynomial(self, gram: Tensor, square: Tensor, norm: Tensor, over: Tensor | float) -> Tensor:
+        """The same of A = gram / norm, divided by ``over``, in the place of gram²; norm and ``over`` are (B,)."""
+        return combined_with_square(gram, square, self.a / over, self.b / norm / over, self.c / norm.square() / over)
 
 
 @torch.library.custom_op("hf_schatten::spectral_iteration", mutates_args=())
@@ -254,7 +254,7 @@ def _iterate(
     iterates = torch.empty(direct + (direct < steps), *X.shape, dtype=compute_dtype, device=X.device)
     latest = start
     for k, (step, iterate) in enumerate(zip(chain[:direct], iterates, strict=False)):
-        P = step.polynomial(gram, square) if k else step.polynomial(gram, square, squared_s8, divisor)
+        P = step.polynomial(gram, square) if k else step.first_polynomial(gram, square, squared_s8, divisor)
         torch.bmm(P, latest, out=iterate)
         latest = iterate
         if k + 1 < steps:
@@ -296,7 +296,7 @@ def _sum_in_gram_space(
     found = gram.new_empty(len(chain), *gram.shape)
     for k, step in enumerate(chain):
         if norm is not None and k == 0:
-            P = step.polynomial(gram, spare, norm, torch.ones_like(norm))
+            P = step.first_polynomial(gram, spare, norm, 1.0)
             gram.div_(norm[:, None, None])
         else:
             P = step.polynomial(gram, spare)

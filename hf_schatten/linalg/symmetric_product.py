@@ -43,6 +43,10 @@ def symmetric_polynomial(A: Tensor, a: Tensor, b: Tensor, c: Tensor, out: Tensor
     kernels = kernels_of(A.device) if A.dtype.itemsize < torch.float32.itemsize else None
     if kernels is not None:
         return kernels.symmetric(A, A, out, (a, b, c))
-    symmetric_product(A, A, out=out)
-    weighted_sum(A, out[None], torch.stack([b, c], dim=1), out, diagonal=a)
-    return out
+    return combined_with_square(A, symmetric_product(A, A, out=out), a, b, c)
+
+
+def combined_with_square(A: Tensor, square: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """Write ``a I + b A + c A²`` of A (B, m, m), whose square is known, in its place and return it."""
+    weighted_sum(A, square[None], torch.stack([b, c], dim=1), square, diagonal=a)
+    return square

@@ -87,8 +87,8 @@ class Layout:
         """
         if not 2 <= len(shape) <= 4:
             raise ValueError(
-                f"Parameter {name!r} of shape {tuple(shape)} is no matrix. Put it into a group with spectral=False, "
-                "or let hf_schatten.create_schatten_optimizer(model) make the groups."
+                f"Parameter {name!r} of shape {tuple(shape)} is not a matrix. Put it into a group with "
+                "spectral=False, or let hf_schatten.create_schatten_optimizer(model) make the groups."
             )
         outputs = shape[0] if len(shape) == 4 else shape[-1 if self.transposed else -2]
         total = self.blocks * sum(size for _, size in self.parts)

@@ -79,8 +79,8 @@ class SchattenP(Optimizer):
 
     Raises:
         OptionError: when an option is out of range, or options exclude each other.
-        ValueError: when a group marked ``spectral`` holds a parameter that is no matrix, or a function given as target
-            cannot be fitted.
+        ValueError: when a group marked ``spectral`` holds a parameter that is not a matrix, or a function given as
+            target cannot be fitted.
     """
 
     policy: Policy | None = None

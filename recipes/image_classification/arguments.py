@@ -105,7 +105,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataTrainingAr
     """Read flags, or a .yaml/.json file given first and flags that override it.
 
     Raises:
-        InputError: A key or flag is unknown, or the file is no mapping.
+        InputError: A key or flag is unknown, or the file is not a mapping.
     """
     model_args, data_args, training_args = parse(
         argv, [ModelArguments, DataTrainingArguments, TrainingArguments], SCRIPT_DEFAULTS

@@ -23,14 +23,14 @@ class AnswerCheck:
         max_new_tokens: Most tokens of an answer.
 
     Raises:
-        InputError: The pattern is no regular expression.
+        InputError: The pattern is not a regular expression.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, pattern: str, max_new_tokens: int) -> None:
         try:
             self._expression = re.compile(pattern)
         except re.error as error:
-            raise InputError(f"--answer_pattern {pattern!r} is no regular expression: {error}.") from error
+            raise InputError(f"--answer_pattern {pattern!r} is not a regular expression: {error}.") from error
         self._tokenizer, self._pattern = tokenizer, pattern
         self._metric = load_metric("answer_match")
         self._generation = GenerationConfig(

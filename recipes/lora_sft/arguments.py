@@ -95,7 +95,7 @@ class DataTrainingArguments:
         metadata={"help": "Regular expression of the final answer that is compared; GSM8K's by default."},
     )
     preprocessing_num_workers: int | None = field(default=None, metadata={"help": "Processes for tokenizing."})
-    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize anew, whatever is cached."})
+    overwrite_cache: bool = field(default=False, metadata={"help": "Tokenize again, whatever is cached."})
 
     def __post_init__(self) -> None:
         require_one_text(self.dataset_name, self.train_file, self.validation_file)
@@ -135,7 +135,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[ModelArguments, DataTrainingAr
     """Read flags, or a .yaml/.json file given first and flags that override it.
 
     Raises:
-        InputError: A key or flag is unknown, or the file is no mapping.
+        InputError: A key or flag is unknown, or the file is not a mapping.
     """
     model_args, data_args, training_args = parse(
         argv, [ModelArguments, DataTrainingArguments, TrainingArguments], SCRIPT_DEFAULTS

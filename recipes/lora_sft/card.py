@@ -39,9 +39,8 @@ class AdapterTrainer(LanguageModelTrainer):
 
     script = "recipes/lora_sft/lora_sft.py"
     intended_use = (
-        "Research on optimizers: the adapters show what a run with this optimizer gives. They change what the base "
-        "model writes towards the data below, and need that model; what is said of its use and its faults holds for "
-        "both."
+        "For research on optimizers. The adapters are the result of one run with this optimizer. They make the base "
+        "model write more like the data below, and need that model; its own limits on use hold for both."
     )
     quantities: ClassVar[Mapping[str, str]] = {
         **LanguageModelTrainer.quantities,

@@ -39,7 +39,7 @@ def make_examples(
         template: What the model reads of a prompt; contains `{prompt}`.
         block_size: Most tokens of an example.
         num_workers: Processes to use; None for this one only.
-        overwrite_cache: Compute anew even where `datasets` has a cached result.
+        overwrite_cache: Compute again even where `datasets` has a cached result.
 
     Returns:
         The same splits with the columns `input_ids`, `labels`, which are `IGNORED` over the prompt, and `completion`.

@@ -66,7 +66,7 @@ def make_blocks(
         tokenizer: Must have an `eos_token`.
         block_size: Tokens in a block.
         num_workers: Processes to use; None for this one only.
-        overwrite_cache: Compute anew even where `datasets` has a cached result.
+        overwrite_cache: Compute again even where `datasets` has a cached result.
 
     Returns:
         The same splits with one column, `input_ids`, of shape (blocks, block_size).

@@ -34,7 +34,7 @@ def parse(argv: Sequence[str], kinds: Sequence[type], defaults: Mapping[str, Any
         An instance of each of `kinds`.
 
     Raises:
-        InputError: A key or flag is unknown, or the file is no mapping.
+        InputError: A key or flag is unknown, or the file is not a mapping.
     """
     parser = HfArgumentParser(list(kinds))  # type: ignore[arg-type]
     parser.set_defaults(**defaults)
@@ -68,7 +68,7 @@ def read_config(path: Path) -> dict[str, object]:
 
 
 def reject_unknown(names: Iterable[str], known: set[str], where: str) -> None:
-    """Raise an InputError for the first name that is no option, with the nearest one that is."""
+    """Raise an InputError for the first name that is not an option, with the nearest one that is."""
     for name in names:
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1)

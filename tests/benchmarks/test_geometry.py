@@ -144,7 +144,7 @@ def test_a_bad_path_is_named_with_the_fix(checkpoint, tmp_path):
             geometry.main([*arguments, "--output", str(tmp_path / "none")])
         return str(stopped.value)
 
-    assert "missing is no checkpoint: it has no config.json. Give a folder" in message(str(tmp_path / "missing"))
+    assert "missing is not a checkpoint: it has no config.json. Give a folder" in message(str(tmp_path / "missing"))
     assert f"Did you mean {checkpoint}?" in message(str(checkpoint.parent))
     assert "cannot be read as UTF-8 text" in message(str(checkpoint), "--data", str(tmp_path / "absent.txt"))
     (tmp_path / "short.txt").write_text("one word")

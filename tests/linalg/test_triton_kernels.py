@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +36,23 @@ def interpreted(kernels, monkeypatch):
     """Compute with the kernels, though there is no GPU."""
     for module in ("many_matrices", "symmetric_product"):
         monkeypatch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: kernels)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_a_gpu_that_is_not_here(capability):
+    """An A100 and an H100; of shared memory an A100 has 163 KiB for a block."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    run = subprocess.run(
+        [sys.executable, str(script), str(capability)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    rows = [line.split() for line in run.stdout.splitlines()]
+    assert len(rows) == 9
+    for name, shared, size, wgmma in rows:
+        assert int(shared) <= 163 << 10
+        assert int(size) > 0
+        assert (wgmma == "wgmma") == (name == "_symmetric_kernel" and capability == 90), name
 
 
 def test_the_check_before_the_first_use_passes(kernels):

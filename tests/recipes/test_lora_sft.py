@@ -299,7 +299,7 @@ def test_the_share_of_right_answers(tokenizer, make_trainer, monkeypatch):
 
 
 def test_bad_patterns(tokenizer):
-    with pytest.raises(InputError, match=r"--answer_pattern '\(' is no regular expression"):
+    with pytest.raises(InputError, match=r"--answer_pattern '\(' is not a regular expression"):
         answers.AnswerCheck(tokenizer, "(", 4)
     with pytest.raises(InputError, match="finds no answer in the completion 'seven'"):
         answers.AnswerCheck(tokenizer, PATTERN, 4).require_answers(Dataset.from_dict({"completion": ["seven"]}))
