@@ -25,10 +25,10 @@ from hf_schatten.distributed.owners import Compute, Delivery, at_parameters, ele
 from hf_schatten.distributed.processes import ALONE
 from hf_schatten.distributed.replicated import Replicated
 from hf_schatten.linalg.spectral_power import iterate_in_turns
+from hf_schatten.optim.apply import apply_updates
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import NODES, Matrix
 from hf_schatten.optim.momentum import Momenta
-from hf_schatten.optim.schatten_p import _apply
 from hf_schatten.optim.stack import Stack, stacks_of
 from hf_schatten.options import CriterionName
 
@@ -161,7 +161,7 @@ class Workload:
         def deliver_all() -> None:
             momenta.advance(delivery.elsewhere)
             for delivered in delivery.deliver(compute, momenta):
-                _apply(delivered, gradients)
+                apply_updates(delivered, gradients)
 
         return self.replicated - count(deliver_all, self.device)
 
@@ -243,7 +243,7 @@ class Workload:
         updates = [torch.zeros(m.wide_shape, dtype=m.parameter.dtype, device=self.device) for m in matrices]
 
         def apply() -> None:
-            _apply(at_parameters(matrices, updates, torch.ones(len(matrices), device=self.device)), gradients)
+            apply_updates(at_parameters(matrices, updates, torch.ones(len(matrices), device=self.device)), gradients)
 
         return apply
 

@@ -10,7 +10,7 @@ from torch.optim.adamw import adamw
 
 from hf_schatten.distributed.sharded import local
 from hf_schatten.optim.finite_gradients import FiniteGradients
-from hf_schatten.optim.matrix import STEP, Group, State, by_device, state_dtype
+from hf_schatten.optim.matrix import STEP, Group, State, by_device, counter, state_dtype
 
 AVERAGE, SQUARES = "exp_avg", "exp_avg_sq"  # as torch.optim.AdamW names them
 
@@ -21,8 +21,11 @@ _FUSED = frozenset({"cuda", "xpu", "meta"})
 def new_adamw_state(parameter: Tensor) -> State:
     """Return the state of a parameter that has taken no step."""
     average = torch.zeros_like(parameter, dtype=state_dtype(parameter))
-    step = torch.zeros((), device=parameter.device)  # where a fused kernel counts
-    return {STEP: step, AVERAGE: average, SQUARES: torch.zeros_like(average)}
+    return {
+        STEP: counter(parameter.device),
+        AVERAGE: average,
+        SQUARES: torch.zeros_like(average),
+    }  # a fused kernel counts there
 
 
 def adamw_step(
@@ -63,10 +66,10 @@ def _step_on(
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
+        lr=group["lr"] if fused else float(group["lr"]),
         weight_decay=group["weight_decay"],
         eps=group["eps"],
-        maximize=False,
+        maximize=group["maximize"],
     )
     copied = [index for index, weight in enumerate(weights) if weight is not masters[index]]
     if copied:

@@ -119,7 +119,7 @@ class Matrix:
     @property
     def learning_rate(self) -> float:
         """The present learning rate of the matrix."""
-        return float(self.group["lr"]) * self.group["lr_ratio"]
+        return learning_rate(self.group)
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return this matrix, (r, c) as stored, of a tensor of the parameter's shape."""
@@ -157,6 +157,11 @@ def named_parameters(group: Group) -> Iterator[tuple[str, Tensor]]:
     yield from zip(names, group["params"], strict=True)
 
 
+def learning_rate(group: Group) -> float:
+    """Return the present learning rate of the matrices of a group."""
+    return float(group["lr"]) * group["lr_ratio"]
+
+
 def layout_of(group: Mapping[str, Any]) -> Layout:
     """Return how the parameters of a spectral group are read as matrices."""
     return Layout(group["transposed"], group["parts"], group["blocks"])
@@ -178,6 +183,11 @@ def initial_p(group: Group, name: str, count: int) -> list[float]:
 def state_dtype(parameter: Tensor) -> torch.dtype:
     """Return the dtype of a parameter's moments: at least fp32."""
     return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+
+
+def counter(device: torch.device | str) -> Tensor:
+    """Return a zero that counts steps, exactly up to 16 million, whatever the default dtype and device are."""
+    return torch.zeros((), dtype=torch.float32, device=device)
 
 
 def by_device(parameters: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:

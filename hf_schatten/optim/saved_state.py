@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schatten.optim.matrix import PER_MATRIX
+from hf_schatten.optim.matrix import PER_MATRIX, STEP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,10 @@ def groups_to_load(
     else:
         return saved  # which torch refuses
     kept = {*_STRUCTURE, *own} - {*SCHEDULED}
-    return [old | {key: new[key] for key in kept if key in new} for new, old in zip(present, then, strict=True)]
+    # What an older version did not save is the present group's.
+    return [
+        {**new, **old} | {key: new[key] for key in kept if key in new} for new, old in zip(present, then, strict=True)
+    ]
 
 
 def restore_dtypes(
@@ -178,10 +181,12 @@ def restore_dtypes(
     """Give loaded state the dtypes in which it was saved, which torch casts to the parameters'."""
     ids, parameters = ((each for group in of for each in group["params"]) for of in (saved_groups, groups))
     for number, parameter in zip(ids, parameters, strict=True):
+        state = states.get(parameter, {})
         for key, value in saved.get(number, {}).items():
-            loaded = states[parameter][key]
-            if isinstance(value, Tensor) and loaded.dtype != value.dtype:
-                states[parameter][key] = value.to(device=loaded.device, copy=True)
+            if isinstance(value, Tensor) and state[key].dtype != value.dtype:
+                state[key] = value.to(device=state[key].device, copy=True)
+        if STEP in state:  # which torch shares with what is loaded, and which may be a number
+            state[STEP] = torch.as_tensor(state[STEP]).to(torch.float32, copy=True)
 
 
 def _numbers(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

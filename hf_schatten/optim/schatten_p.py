@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from hf_schatten.distributed.owners import Computed, Delivered, Write
-from hf_schatten.distributed.sharded import local
+from hf_schatten.distributed.owners import Computed, Write
 from hf_schatten.linalg.compute_dtype import chosen_compute_dtype
-from hf_schatten.linalg.many_matrices import add_updates, inner_products
-from hf_schatten.linalg.place import flat
+from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.linalg.targets import target_of
 from hf_schatten.matrices.layout import matrix_name
 from hf_schatten.optim.adamw import adamw_step
+from hf_schatten.optim.apply import apply_updates
 from hf_schatten.optim.coupling import ScaledUpdates, coupling_of
 from hf_schatten.optim.finite_gradients import FiniteGradients, warn_of_skipped
-from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, initial_p, layout_of, named_parameters
+from hf_schatten.optim.groups import Groups
+from hf_schatten.optim.matrix import SKIPPED, STEP, Matrix, layout_of, named_parameters
 from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.plan import Planner
 from hf_schatten.optim.policy import Policy
@@ -35,7 +35,6 @@ from hf_schatten.optim.saved_state import (
 )
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.state import expected_state, new_state, require_matrix
-from hf_schatten.option_text import OptionError
 from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -70,6 +69,7 @@ class SchattenP(Optimizer):
         weight_decay: decoupled weight decay λ of every group. Default 0.1.
         betas: AdamW's decays, the second of them the preconditioner's too. Default (0.9, 0.999).
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
+        maximize: go uphill. Default False.
         **fields: of :class:`hf_schatten.SchattenOptions`, in place of ``options``; p is ``inf`` unless given.
 
     Attributes:
@@ -95,20 +95,21 @@ class SchattenP(Optimizer):
         weight_decay: float = 0.1,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
+        maximize: bool = False,
         **fields: Any,
     ) -> None:
         self.options = SchattenOptions.given(options, fields, p=math.inf)
         self._keeps_options = options is not None  # when a state is loaded
         self.target = target_of(self.options.target)
         self.target.accuracy(self.options.ns_steps)  # fits it now, where a bad function can still be refused
-        self._coupling = coupling_of(self.options)
-        self._planner = Planner(self.options.share_work, self._options_of_group, self._momenta_dtype)
+        self._begin()
         defaults = {
             "spectral": True,
             "transposed": False,
             "parts": (),
             "blocks": 1,
             "lr": lr,
+            "maximize": maximize,
             "p": self.options.initial_p,
             "p_by_parameter": {},
             "momentum": self.options.momentum,
@@ -131,15 +132,8 @@ class SchattenP(Optimizer):
                 or do not go with those of the optimizer.
         """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        if not group["spectral"]:
-            return
         try:
-            self._require_one_oracle(group)
-            for name, parameter in named_parameters(group):
-                layout_of(group).check(name, parameter.shape)
-                for p in set(initial_p(group, name, len(layout_of(group).part_names(parameter.shape)))):
-                    self._options_of_group(group, p)
+            self._groups.check(len(self.param_groups) - 1, self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -188,6 +182,7 @@ class SchattenP(Optimizer):
             ValueError: when a function of coupling weights returns one that is not above 0.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
+        self._check_groups()
         self.create_state()
         if self.policy is not None:
             self.policy.before_update(self)
@@ -204,13 +199,30 @@ class SchattenP(Optimizer):
                 self._compute, self._coupling.start(delivery, momenta.write, self._measured_direction), gradients
             )
             for delivered in delivery.deliver(compute, momenta):
-                _apply(delivered, gradients)
+                apply_updates(delivered, gradients)
         if self.policy is not None:
             self.policy.after_update(self)
         self._calls += 1
         if self._calls % _REPORT_INTERVAL == 0:
             self.report_skipped()
         return loss
+
+    def _check_groups(self) -> None:
+        """Check values that were edited since the last step, and give matrices the p that a group was given.
+
+        Raises:
+            OptionError: when a value is not allowed.
+        """
+        for number, group in enumerate(self.param_groups):
+            if self._groups.check(number, group, self.state, self._managed):
+                for matrix in self.matrices():
+                    if matrix.group is group and matrix.state:
+                        matrix.p.fill_(matrix.first_p)
+
+    @property
+    def _managed(self) -> Collection[str]:
+        """The names of the matrices whose p a policy changes."""
+        return self.policy.matrices if self.policy else ()
 
     def _compute(
         self, scaled: ScaledUpdates, gradients: FiniteGradients, work: Sequence[Stack], write: Write
@@ -275,6 +287,7 @@ class SchattenP(Optimizer):
         groups = groups_to_load(state_dict, self.param_groups, expected_state(self.param_groups), own)
         super().load_state_dict(state_dict | {"param_groups": groups})
         restore_dtypes(state_dict["state"], groups, self.state, self.param_groups)
+        self._groups.forget()
         if self._keeps_options:
             self._honour_options(state_dict.get(OPTIONS))
         if self.policy is not None:
@@ -283,9 +296,8 @@ class SchattenP(Optimizer):
     def _honour_options(self, saved_options: Mapping[str, Any] | None) -> None:
         """Make a loaded state one of the present options."""
         changed = say_changed_options(saved_options, self.options) if saved_options else frozenset()
-        managed = self.policy.matrices if self.policy else ()
         for matrix in self.matrices():
-            if matrix.state and matrix.name not in managed:
+            if matrix.state and matrix.name not in self._managed:
                 matrix.p.fill_(matrix.first_p)
             if matrix.state and "criterion" in changed:  # whose statistics are of another kind
                 matrix.statistics.zero_()
@@ -318,33 +330,17 @@ class SchattenP(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: not the policy, whose hooks belong to the model, nor the plan."""
-        own = ("options", "target", "_coupling", "_keeps_options")
+        own = ("options", "target", "_keeps_options")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what :meth:`__getstate__` keeps; a copy plans for itself, since its parameters are others."""
         super().__setstate__(state)
         if "_planner" not in self.__dict__:
-            self._planner = Planner(self.options.share_work, self._options_of_group, self._momenta_dtype)
+            self._begin()
 
-    def _require_one_oracle(self, group: Group) -> None:
-        if self.options.coupling_order is not None and group["step_rule"] != self.options.step_rule:
-            raise OptionError(
-                f"step_rule={group['step_rule']!r} of a group is not allowed: coupled updates have one oracle, and "
-                f"the optimizer's is {self.options.step_rule!r}. Give all groups the same."
-            )
-
-    def _options_of_group(self, group: Group, p: float = math.inf) -> SchattenOptions:
-        """Return the options of a group, which are checked as all options are."""
-        own = {name: group[name] for name in ("momentum", "nesterov", "step_rule", "scale", "precondition")}
-        shared = {name: getattr(self.options, name) for name in ("coupling_order", "coupling_weights", "target")}
-        return SchattenOptions(p=p, schatten_lr_ratio=group["lr_ratio"], **own, **shared)
-
-
-def _apply(delivered: Delivered, gradients: FiniteGradients) -> None:
-    """Decay weights and add their updates: the one place where matrices' weights are written."""
-    items, weights, places, updates, factors = delivered
-    rates = [(item.learning_rate, item.learning_rate * item.group["weight_decay"]) for item in items]
-    rate, decay = torch.tensor(rates, dtype=torch.float64).to(factors.device, non_blocking=True).unbind(1)
-    kept = decay * gradients.keeps([item.parameter for item in items])
-    add_updates(list(map(local, weights)), flat(places), updates, factors * rate, kept)
+    def _begin(self) -> None:
+        """Make what is not kept in a copy or a pickle."""
+        self._groups = Groups(self.options)
+        self._coupling = coupling_of(self.options)
+        self._planner = Planner(self.options.share_work, self._groups.options_of, self._momenta_dtype)

@@ -11,7 +11,7 @@ from hf_schatten.distributed.sharded import is_sharded, shards_of
 from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.optim import matrix as of_matrix
 from hf_schatten.optim.adamw import new_adamw_state
-from hf_schatten.optim.matrix import Group, State, initial_p, layout_of, named_parameters, state_dtype
+from hf_schatten.optim.matrix import Group, State, counter, initial_p, layout_of, named_parameters, state_dtype
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
 
 
@@ -26,7 +26,7 @@ def new_state(name: str, parameter: Tensor, group: Group) -> State:
         return torch.zeros(shape, dtype=torch.float64, device=parameter.device)
 
     return {
-        of_matrix.STEP: torch.tensor(0.0),  # on the host, as in torch.optim: reading it synchronises nothing
+        of_matrix.STEP: counter("cpu"),  # on the host, as in torch.optim: reading it synchronises nothing
         of_matrix.SKIPPED: zeros(),
         of_matrix.MOMENTUM: average,
         **PRECONDITIONERS[group["precondition"]].new_state(average),
