@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import fields
 from numbers import Real
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_schatten.matrices.layout import matrix_name
-from hf_schatten.optim.matrix import Group, initial_p, layout_of, named_parameters
+from hf_schatten.optim.matrix import Group, Matrix, initial_p, layout_of, named_parameters
 from hf_schatten.option_text import OptionError
 from hf_schatten.options import SchattenOptions
 
@@ -33,6 +33,30 @@ class Groups:
     def __init__(self, options: SchattenOptions) -> None:
         self._options = options
         self._allowed: dict[int, list[Any]] = {}  # values that passed, by the number of their group
+
+    def check_edited(
+        self,
+        groups: Sequence[Group],
+        states: Container[Tensor],
+        matrices: Callable[[], Iterable[Matrix]],
+        managed: Collection[str],
+    ) -> None:
+        """Check groups before a step, and give the matrices of a group that was given another first p this p.
+
+        Args:
+            groups: of the optimizer.
+            states: parameters that have taken a step.
+            matrices: yields its matrices.
+            managed: names of the matrices whose p a policy changes.
+
+        Raises:
+            OptionError: as :meth:`check`.
+        """
+        for number, group in enumerate(groups):
+            if self.check(number, group, states, managed):
+                for matrix in matrices():
+                    if matrix.group is group and matrix.state:
+                        matrix.p.fill_(matrix.first_p)
 
     def check(self, number: int, group: Group, started: Container[Tensor] = (), managed: Collection[str] = ()) -> bool:
         """Return whether the first p of a group has been edited since the last check.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schatten.optim.matrix import PER_MATRIX, STEP
+from hf_schatten.optim.matrix import PER_MATRIX, STEP, Matrix
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -134,6 +134,22 @@ def say_changed_options(saved: Mapping[str, Any], present: SchattenOptions) -> f
             ", ".join(f"{name} {saved.get(name)!r} -> {value!r}" for name, value in changed.items()),
         )
     return frozenset(changed)
+
+
+def honour_options(
+    options: SchattenOptions,
+    saved_options: Mapping[str, Any] | None,
+    matrices: Iterable[Matrix],
+    managed: Collection[str],
+) -> None:
+    """Make a loaded state one of the present options: p where no policy manages it, and the criterion's statistics."""
+    changed = say_changed_options(saved_options, options) if saved_options else frozenset()
+    for matrix in matrices:
+        if matrix.state and matrix.name not in managed:
+            matrix.p.fill_(matrix.first_p)
+        if matrix.state and "criterion" in changed:  # whose statistics are of another kind
+            matrix.statistics.zero_()
+            matrix.statistics_weight.zero_()
 
 
 def groups_to_load(

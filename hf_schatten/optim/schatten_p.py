@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -29,9 +29,9 @@ from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.saved_state import (
     OPTIONS,
     groups_to_load,
+    honour_options,
     require_own_state,
     restore_dtypes,
-    say_changed_options,
 )
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.state import expected_state, new_state, require_matrix
@@ -182,7 +182,7 @@ class SchattenP(Optimizer):
             ValueError: when a function of coupling weights returns one that is not above 0.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self._check_groups()
+        self._groups.check_edited(self.param_groups, self.state, self.matrices, self._managed)
         self.create_state()
         if self.policy is not None:
             self.policy.before_update(self)
@@ -206,18 +206,6 @@ class SchattenP(Optimizer):
         if self._calls % _REPORT_INTERVAL == 0:
             self.report_skipped()
         return loss
-
-    def _check_groups(self) -> None:
-        """Check values that were edited since the last step, and give matrices the p that a group was given.
-
-        Raises:
-            OptionError: when a value is not allowed.
-        """
-        for number, group in enumerate(self.param_groups):
-            if self._groups.check(number, group, self.state, self._managed):
-                for matrix in self.matrices():
-                    if matrix.group is group and matrix.state:
-                        matrix.p.fill_(matrix.first_p)
 
     @property
     def _managed(self) -> Collection[str]:
@@ -289,19 +277,9 @@ class SchattenP(Optimizer):
         restore_dtypes(state_dict["state"], groups, self.state, self.param_groups)
         self._groups.forget()
         if self._keeps_options:
-            self._honour_options(state_dict.get(OPTIONS))
+            honour_options(self.options, state_dict.get(OPTIONS), self.matrices(), self._managed)
         if self.policy is not None:
             self.policy.after_load(self)
-
-    def _honour_options(self, saved_options: Mapping[str, Any] | None) -> None:
-        """Make a loaded state one of the present options."""
-        changed = say_changed_options(saved_options, self.options) if saved_options else frozenset()
-        for matrix in self.matrices():
-            if matrix.state and matrix.name not in self._managed:
-                matrix.p.fill_(matrix.first_p)
-            if matrix.state and "criterion" in changed:  # whose statistics are of another kind
-                matrix.statistics.zero_()
-                matrix.statistics_weight.zero_()
 
     def follow(self, policy: Policy) -> None:
         """Let this policy change p from now on."""
