@@ -23,7 +23,7 @@ from hf_schatten.adaptive.measurement import (
 )
 from hf_schatten.adaptive.probe import Probe
 from hf_schatten.adaptive.update_sizes import UpdateSizes
-from hf_schatten.distributed.processes import mean_over_processes, process_count
+from hf_schatten.distributed.processes import mean_over_processes
 from hf_schatten.distributed.sharded import local
 from hf_schatten.exponent import exponent_of, p_of
 from hf_schatten.optim.matrix import Matrix
@@ -106,7 +106,7 @@ class Adaptation(Policy):
         Args:
             optimizer: has the state of every matrix, and the step's gradients.
         """
-        due, alone = self._probe.armed, process_count() == 1
+        due, alone = self._probe.armed, optimizer.alone
         self._observing = due
         if due:
             self._sizes.begin(optimizer.matrices())
@@ -127,7 +127,7 @@ class Adaptation(Policy):
         """Sample the forwards of the next step if that step is due."""
         if self._observing:
             self._observing = False
-            self.updates = self._sizes.end(list(optimizer.matrices()))
+            self.updates = self._sizes.end(list(optimizer.matrices()), optimizer.alone)
         self._prepare(optimizer)
 
     def after_load(self, optimizer: Optimized) -> None:
@@ -208,7 +208,7 @@ class Adaptation(Policy):
         measured = measured or self._of_nothing(optimizer, matrices)
         curves = CRITERIA[self._options.criterion].curves  # the others are zero, and need not travel
         used, known = measured.statistics[:, :curves], measured.valid[:, :curves]
-        means, found = mean_over_processes(used.flatten(0, 1), known.flatten())
+        means, found = mean_over_processes(used.flatten(0, 1), known.flatten(), alone=optimizer.alone)
         used, valid = means.view_as(used), found.view_as(known).all(dim=1)
         statistics = torch.cat([used, torch.zeros_like(measured.statistics[:, curves:])], dim=1)
         statistics = torch.where(valid[:, None, None], statistics, 0.0)  # NaN would pass through a rate of zero

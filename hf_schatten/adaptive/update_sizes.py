@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from hf_schatten.distributed.processes import mean_over_processes, process_count
+from hf_schatten.distributed.processes import mean_over_processes
 from hf_schatten.distributed.sharded import local, on_owners
 from hf_schatten.optim.matrix import Matrix, state_dtype
 
@@ -40,15 +40,16 @@ class UpdateSizes:
             stable_rank = (frobenius / _spectral_norm(whole)).square()
             self._updates[matrix.name] = stable_rank[0], frobenius[0] * factor * matrix.learning_rate
 
-    def end(self, matrices: Sequence[Matrix]) -> dict[str, tuple[Tensor, Tensor]]:
+    def end(self, matrices: Sequence[Matrix], alone: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """Return stable rank ‖ΔW‖²_F / ‖ΔW‖²₂ and relative size ‖ΔW‖_F / ‖W‖_F, scalars, by the matrix' name.
 
         Those of matrices that no process has updated are missing. Every process must call it.
 
         Args:
             matrices: in the same order on every process.
+            alone: whether this process trains for itself.
         """
-        if process_count() == 1:
+        if alone:
             return {name: (rank, size / self._norms[name]) for name, (rank, size) in self._updates.items()}
         columns = (
             {name: rank for name, (rank, _) in self._updates.items()},

@@ -38,16 +38,16 @@ def is_main_process() -> bool:
     return process_rank() == 0
 
 
-def mean_over_processes(values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+def mean_over_processes(values: Tensor, valid: Tensor, *, alone: bool = False) -> tuple[Tensor, Tensor]:
     """Average rows (L, …) over the processes that have them, by one fused reduction; every process must call it.
 
     ``valid`` (L,) bool says which rows this process has. Returned are the means, zero where no process has the row,
-    and (L,) bool, whether any has.
+    and (L,) bool, whether any has. A process that trains ``alone`` averages over itself.
     """
     flat = values.flatten(1)
     mask = valid.unsqueeze(1)
     packed = torch.cat([torch.where(mask, flat, 0.0), mask.to(flat.dtype)], dim=1)
-    packed = sum_over_processes(packed)
+    packed = packed if alone else sum_over_processes(packed)
     count = packed[:, -1:]
     means = packed[:, :-1] / count.clamp_min(1.0)
     return means.view_as(values), count.squeeze(1) > 0

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_schatten.distributed.agreement import naming_the_missing
 from hf_schatten.distributed.owners import (
     BUFFER,
     Compute,
@@ -115,7 +116,8 @@ def _broadcasts(current: Round, sent: Tensor, peers: Peers) -> Iterator[_Transfe
 
 
 def _arrived(work: Any, current: Round, buffers: Sequence[Tensor]) -> list[tuple[Any, Tensor]]:
-    work.wait()
+    with naming_the_missing("the present one"):
+        work.wait()
     return [pair for items, buffer in zip(current, buffers, strict=True) for pair in _slots(buffer, items)]
 
 

@@ -47,29 +47,34 @@ class Planner:
         states: Mapping[Tensor, State],
         matrices: Callable[[], Iterable[Matrix]],
         gradients: FiniteGradients,
+        alone: bool,
     ) -> list[Delivery]:
         """Return how the updates of all matrices with a gradient reach their weights.
 
-        All processes call it together for the first time. ``matrices`` yields those without a gradient too.
+        Unless it trains ``alone``, a process calls it together with all others, at least when the plan changes.
+        ``matrices`` yields those without a gradient too.
         """
-        key = [
-            (
-                *(group[rule] for rule in _RULES),
-                [(id(each), id(states[each]), each.stride()) for each in gradients.of(group["params"])],
-            )
-            for group in groups
-        ]
+        key = (
+            alone,
+            [
+                (
+                    *(group[rule] for rule in _RULES),
+                    [(id(each), id(states[each]), each.stride()) for each in gradients.of(group["params"])],
+                )
+                for group in groups
+            ],
+        )
         if key != self._key:
-            self._key, self._deliveries = key, self._planned(list(matrices()), gradients)
+            self._key, self._deliveries = key, self._planned(list(matrices()), gradients, alone)
         return self._deliveries
 
-    def _planned(self, matrices: list[Matrix], gradients: FiniteGradients) -> list[Delivery]:
+    def _planned(self, matrices: list[Matrix], gradients: FiniteGradients, alone: bool) -> list[Delivery]:
         whole = [matrix for matrix in matrices if not is_sharded(matrix.parameter)]
         updated = [matrix for matrix in whole if matrix.parameter in gradients]
         sharded = [matrix for matrix in matrices if is_sharded(matrix.parameter) and matrix.parameter in gradients]
         deliveries: list[Delivery] = []
         if updated:
-            peers = self._peers(whole)
+            peers = ALONE if alone else self._peers(whole)
             deliveries.append((Delivery if peers.size == 1 else Replicated)(updated, self._stacks, peers))
         if sharded:
             deliveries.append(Sharded(sharded, self._stacks))

@@ -13,6 +13,10 @@ from hf_schatten.optim.matrix import Matrix
 class Optimized(Protocol):
     """What a policy sees of an optimizer."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether this process trains for itself, so that nothing is averaged over processes."""
+
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from hf_schatten.distributed.agreement import Agreement
 from hf_schatten.distributed.owners import Computed, Write
+from hf_schatten.distributed.processes import process_count
 from hf_schatten.linalg.compute_dtype import chosen_compute_dtype
 from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.linalg.targets import target_of
@@ -179,11 +181,14 @@ class SchattenP(Optimizer):
 
         Raises:
             UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
+            RuntimeError: when other processes, with which this one steps together, do not come.
             ValueError: when a function of coupling weights returns one that is not above 0.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._groups.check_edited(self.param_groups, self.state, self.matrices, self._managed)
         self.create_state()
+        if self.options.share_work or self.policy is not None:  # else, nothing is exchanged
+            self._agreement.renew(self.param_groups, self.options)
         if self.policy is not None:
             self.policy.before_update(self)
         momenta = Momenta(gradients := FiniteGradients(self.param_groups))
@@ -193,7 +198,7 @@ class SchattenP(Optimizer):
                 momenta.count(group, parameters, self.state)
             else:
                 adamw_step(group, parameters, self.state, gradients)
-        for delivery in self._planner.deliveries(self.param_groups, self.state, self.matrices, gradients):
+        for delivery in self._planner.deliveries(self.param_groups, self.state, self.matrices, gradients, self.alone):
             momenta.advance(delivery.elsewhere)
             compute = partial(
                 self._compute, self._coupling.start(delivery, momenta.write, self._measured_direction), gradients
@@ -211,6 +216,11 @@ class SchattenP(Optimizer):
     def _managed(self) -> Collection[str]:
         """The names of the matrices whose p a policy changes."""
         return self.policy.matrices if self.policy else ()
+
+    @property
+    def alone(self) -> bool:
+        """Whether this process trains for itself: it is the only one, or others have other gradients."""
+        return process_count() == 1 or not self._agreement.together
 
     def _compute(
         self, scaled: ScaledUpdates, gradients: FiniteGradients, work: Sequence[Stack], write: Write
@@ -320,5 +330,6 @@ class SchattenP(Optimizer):
     def _begin(self) -> None:
         """Make what is not kept in a copy or a pickle."""
         self._groups = Groups(self.options)
+        self._agreement = Agreement()
         self._coupling = coupling_of(self.options)
         self._planner = Planner(self.options.share_work, self._groups.options_of, self._momenta_dtype)

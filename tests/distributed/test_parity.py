@@ -40,6 +40,7 @@ SETTINGS: dict[str, tuple[int, str]] = {
 }
 EXACT = [name for name, (_, options) in SETTINGS.items() if DIFFERENT not in name and "p_async" not in options]
 DUE = (10, 20, 30)
+HASHES = 4 * 8  # bytes, by which the processes know that they take the same steps
 # Bytes that processes add up: two curves of 63 nodes in float64 with a flag each, and three numbers with a flag each.
 CURVES, SIZES = 2 * (63 + 1) * 8 * MATRICES, 3 * 2 * 8 * MATRICES
 GATHER = "all_gather_single" if "all_gather_single" in METHODS else "_allgather_base"  # torch renames it
@@ -115,10 +116,11 @@ def test_the_mean_of_statistics_is_near_that_of_the_global_batch(alone, pair):
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_step_exchanges_updates_and_on_due_steps_statistics_and_sizes_and_nothing_else(name, alone, pair):
+def test_a_step_exchanges_updates_and_seldom_statistics_sizes_and_four_hashes_and_nothing_else(name, alone, pair):
     expected = []
     for step in range(1, STEPS + 1):
         measured = step in DUE and not (name == "in a worker" and step == DUE[0])  # which are those of the step before
+        expected += [(step, "allreduce", HASHES)] * (step in (1, 2, 4, 8, 16))
         expected += [(step, "allreduce", CURVES)] * measured
         expected.append((step, GATHER, UPDATES))
         expected += [(step, "allreduce", SIZES)] * (step in DUE)
