@@ -23,7 +23,7 @@ def update_norm(scale, m, n, s, own, *, beta1=0.9, lr_ratio=1.0):
     matrix = Matrix("w", "w", torch.zeros(m, n), 0, group, {})
     directions = torch.zeros(len(s), *matrix.wide_shape, dtype=s.dtype)
     directions[:, 0, 0] = own
-    update = Update([matrix] * len(s), directions, s, torch.ones_like(s), own.square())
+    update = Update([matrix] * len(s), directions, s, torch.ones_like(s), own.square(), torch.ones_like(s))
     return step_rule_of(SchattenOptions(p=2.0, scale=scale)).factors(update) * own
 
 

@@ -255,7 +255,7 @@ class Workload:
         for group in optimizer.param_groups:
             if group["spectral"]:
                 momenta.count(group, gradients.of(group["params"]), optimizer.state)
-        scaled = optimizer._coupling.start(Delivery([], list), momenta.write, optimizer._measured_direction)
+        scaled = optimizer._coupling.start(Delivery([], list), momenta, optimizer._measured_direction)
         return gradients, momenta, partial(optimizer._compute, scaled, gradients)
 
     @staticmethod

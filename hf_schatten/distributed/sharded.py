@@ -63,6 +63,17 @@ def shards_of(name: str, parameter: Tensor) -> Peers:
     return Peers(mesh.get_group(by_rows[0]), mesh.size(by_rows[0]), mesh.get_local_rank(by_rows[0]))
 
 
+def expanded(parameter: Tensor, of_rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return flags of all experts of a sharded stack, given those of this process' experts; one flag stays one."""
+    if parameter.ndim != 3:
+        return list(of_rows)
+    peers, flag = shards_of("", parameter), of_rows[0]
+    here, first = local(parameter).shape[0], peers.rank * _rows_each(parameter, peers.size)
+    flags = [torch.ones_like(flag)] * parameter.shape[0]
+    flags[first : first + here] = of_rows[:here]
+    return flags
+
+
 class Slab(NamedTuple):
     """Rows of a sharded parameter that are whole on one process, its owner."""
 

@@ -44,7 +44,8 @@ def _step_on(
     gradients: FiniteGradients,
 ) -> None:
     finite = gradients.keeps(parameters).amin()
-    fused = device.type in _FUSED
+    has_complex = any(parameter.is_complex() for parameter in parameters)
+    fused = device.type in _FUSED and not has_complex
     if not fused and not finite:  # waits for devices without a fused kernel, of which a CPU is the usual one
         return
     for state in states:
@@ -62,6 +63,7 @@ def _step_on(
         [state[STEP] for state in states],
         foreach=not fused,
         fused=fused,
+        has_complex=has_complex,
         found_inf=(1 - finite).float() if fused else None,
         amsgrad=False,
         beta1=beta1,

@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_schatten.distributed.owners import Delivery, Write
 from hf_schatten.linalg.oracles import coupling_factors
 from hf_schatten.optim.matrix import Matrix
+from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.preconditioning import Direction
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.step_rules import ORACLES, Ball, Update
@@ -40,12 +41,12 @@ COUPLING_WEIGHTS: dict[CouplingWeights, WeightFunction] = {
 class Independent:
     """Every matrix for itself: a stack's updates are computed when they are asked for."""
 
-    def start(self, delivery: Delivery, write: Write, direction: Direction) -> ScaledUpdates:
-        """Begin a step with a delivery of all its matrices, and what :meth:`Stack.update` takes of whole ones."""
+    def start(self, delivery: Delivery, momenta: Momenta, direction: Direction) -> ScaledUpdates:
+        """Begin a step with a delivery of all its matrices, their momenta, and what makes directions of these."""
 
         def scaled(stacks: Sequence[Stack], write: Write) -> Iterator[tuple[Update, Tensor]]:
             for stack in stacks:
-                update = stack.update(write, direction)
+                update = stack.update(write, momenta.presence, direction)
                 yield update, stack.rule.factors(update)
 
         return scaled
@@ -62,11 +63,11 @@ class Coupled(Independent):
         self.order = order
         self.weight_of = weights if callable(weights) else COUPLING_WEIGHTS[weights]
 
-    def start(self, delivery: Delivery, write: Write, direction: Direction) -> ScaledUpdates:  # noqa: D102
+    def start(self, delivery: Delivery, momenta: Momenta, direction: Direction) -> ScaledUpdates:  # noqa: D102
         stacks = [stack for work in delivery.work for stack in work]
-        updates = [stack.update(write, direction) for stack in stacks]
+        updates = [stack.update(momenta.write, momenta.presence, direction) for stack in stacks]
         scaled = {
-            id(stack): (update, length.to(update.exponents) * update.unit_factors())
+            id(stack): (update, length.to(update.exponents) * self.rule.of_length_one(update))
             for stack, update, length in zip(stacks, updates, self._lengths(updates, delivery), strict=True)
         }
         return lambda some, write: (scaled[id(stack)] for stack in some)

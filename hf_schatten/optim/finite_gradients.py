@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_schatten.distributed.sharded import is_sharded, local
-from hf_schatten.optim.matrix import Group
+from hf_schatten.distributed.sharded import expanded, is_sharded, local
+from hf_schatten.optim.matrix import Group, named_parameters
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _SKIPPED_ONE = (
     "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: of %s, "
@@ -26,25 +30,49 @@ _SKIPPED_MANY = (
 
 
 class FiniteGradients:
-    """Whether the gradient of each parameter is finite, for those that have one. Nothing waits for the device.
+    """Whether the gradient of each parameter is finite, and whether it is zero, for those that have one.
 
-    Where FSDP shards parameters, all processes make it together, and agree.
+    Parameters without elements count as having none. Nothing waits for the device. Where FSDP shards parameters, all
+    processes make it together, and agree.
 
     Args:
         groups: of the optimizer.
+
+    Raises:
+        ValueError: when a gradient is sparse.
     """
 
     def __init__(self, groups: Iterable[Group]) -> None:
-        parameters = [parameter for group in groups for parameter in group["params"] if parameter.grad is not None]
-        found = are_finite([local(parameter.grad) for parameter in parameters])
-        self._finite = dict(zip(parameters, found, strict=True))
-        sharded = [parameter for parameter in parameters if is_sharded(parameter)]
-        if sharded:
-            agreed = torch.stack([self._finite[parameter] for parameter in sharded]).int()
-            dist.all_reduce(agreed, dist.ReduceOp.MIN)
-            self._finite.update(zip(sharded, agreed.bool(), strict=True))
-        numbers = _by_device(self._finite.values(), lambda alike: torch.stack(alike).double())
-        self._keep = dict(zip(parameters, numbers, strict=True))
+        pieces: dict[Tensor, list[Tensor]] = {}
+        for group in groups:
+            for name, parameter in named_parameters(group):
+                if parameter.grad is not None and parameter.numel():
+                    _require_dense(name, parameter.grad)
+                    pieces[parameter] = _pieces(local(parameter.grad), group)
+        finite, zero = _looked_at([piece for of_parameter in pieces.values() for piece in of_parameter])
+        ends = list(accumulate(map(len, pieces.values()), initial=0))
+        spans = dict(zip(pieces, map(slice, ends, ends[1:]), strict=True))
+        self._zero = {parameter: zero[span] for parameter, span in spans.items()}
+        self._finite = {
+            parameter: finite[span.start] if len(pieces[parameter]) == 1 else torch.stack(finite[span]).all()
+            for parameter, span in spans.items()
+        }
+        self._agree([parameter for parameter in pieces if is_sharded(parameter)])
+        numbers = _by_device(self._finite.values(), lambda alike: torch.stack(alike).double().unbind())
+        self._keep = dict(zip(pieces, numbers, strict=True))
+
+    def _agree(self, sharded: Sequence[Tensor]) -> None:
+        """Make of what this process has seen of shards what all have seen."""
+        if not sharded:
+            return
+        seen = [
+            torch.stack([self._finite[parameter], *expanded(parameter, self._zero[parameter])])
+            for parameter in sharded
+        ]
+        agreed = torch.cat(seen).int()
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+        for parameter, flags in zip(sharded, agreed.bool().split(list(map(len, seen))), strict=True):
+            self._finite[parameter], *self._zero[parameter] = flags.unbind()
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._finite
@@ -60,6 +88,10 @@ class FiniteGradients:
     def keeps(self, parameters: Iterable[Tensor]) -> Tensor:
         """Return the same of B parameters of one device, (B,)."""
         return torch.stack([self._keep[parameter] for parameter in parameters])
+
+    def zeros(self, parameter: Tensor) -> list[Tensor]:
+        """Return whether all of a gradient is zero, one flag for each expert of a stack of experts."""
+        return self._zero[parameter]
 
     def gradient(self, parameter: Tensor, dtype: torch.dtype, otherwise: Tensor | float) -> Tensor:
         """Return what this process has of a gradient, or something else where it is not finite.
@@ -83,7 +115,7 @@ def are_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
 
     Shapes, dtypes and devices may differ. An empty tensor is finite.
     """
-    return _by_device(tensors, _all_finite)
+    return _looked_at(list(tensors))[0]
 
 
 def warn_of_skipped(skipped: Mapping[str, int]) -> None:
@@ -94,23 +126,47 @@ def warn_of_skipped(skipped: Mapping[str, int]) -> None:
     logger.warning(message, len(skipped), which, most)
 
 
-def _all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return whether all elements of each tensor of one device are finite, (tensors,)."""
+def _require_dense(name: str, gradient: Tensor) -> None:
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"The gradient of {name!r} is sparse, which is not supported: make its module with sparse=False, or leave "
+            "this parameter to torch.optim.SparseAdam."
+        )
+
+
+def _pieces(gradient: Tensor, group: Group) -> list[Tensor]:
+    """Return the gradients of the experts of a stack of experts, else the gradient."""
+    return list(gradient.unbind()) if group["spectral"] and gradient.ndim == 3 and len(gradient) else [gradient]
+
+
+def _looked_at(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return for each tensor whether all its elements are finite, and whether all are zero, bool scalars."""
+    flags = _by_device(tensors, _flags)
+    return [finite for finite, _ in flags], [zero for _, zero in flags]
+
+
+def _flags(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    norms = _norms(tensors)
+    return zip(norms.isfinite().unbind(), norms.eq(0).unbind(), strict=True)
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a norm of each tensor of one device, (tensors,): finite where all elements are, zero where all are."""
     sized = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]  # FSDP: without rows
     if tensors[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(sized, torch.inf)).isfinite()
-    # A CPU is fast at the Euclidean norm only, which overflows where elements are large; there, look at them.
-    finite = torch.stack([norm.float() for norm in torch._foreach_norm(sized)]).isfinite()
-    for index in finite.logical_not().nonzero().flatten().tolist():
-        finite[index] = torch.stack(sized[index].aminmax()).isfinite().all()
-    return finite
+        return torch.stack(torch._foreach_norm(sized, torch.inf))
+    # A CPU is fast at the Euclidean norm only, which overflows, or vanishes, where elements are large, or small.
+    norms = torch.stack(torch._foreach_norm(sized)).double()
+    for index in (~norms.isfinite() | norms.eq(0)).nonzero().flatten().tolist():
+        norms[index] = torch.linalg.vector_norm(sized[index], torch.inf)
+    return norms
 
 
-def _by_device(tensors: Iterable[Tensor], operation: Callable[[list[Tensor]], Tensor]) -> list[Tensor]:
-    """Apply an operation from tensors to a row for each to those of every device together, and return the rows."""
+def _by_device(tensors: Iterable[Tensor], operation: Callable[[list[Tensor]], Iterable[T]]) -> list[T]:
+    """Apply an operation from tensors to something for each to those of every device together."""
     tensors = list(tensors)
     alike: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         alike.setdefault(tensor.device, []).append(tensor)
-    rows = {device: iter(operation(of_device).unbind()) for device, of_device in alike.items()}
-    return [next(rows[tensor.device]) for tensor in tensors]
+    found = {device: iter(operation(of_device)) for device, of_device in alike.items()}
+    return [next(found[tensor.device]) for tensor in tensors]

@@ -20,7 +20,8 @@ State = dict[str, Tensor]
 # Every key is a tensor that is created at the first step: sharded checkpoints drop what appears later.
 STEP, SKIPPED, MOMENTUM, P = "step", "skipped", "momentum", "p"
 STATISTICS, STATISTICS_WEIGHT = "statistics", "statistics_weight"
-PER_MATRIX = P, STATISTICS, STATISTICS_WEIGHT
+ABSENCE = "absence"  # the moving average of whether the gradient was zero
+PER_MATRIX = P, STATISTICS, STATISTICS_WEIGHT, ABSENCE
 
 # Of a criterion, whose moving averages are state: the most curves that one has, and the points of each curve.
 CURVES, NODES = 3, 63
@@ -182,7 +183,8 @@ def initial_p(group: Group, name: str, count: int) -> list[float]:
 
 def state_dtype(parameter: Tensor) -> torch.dtype:
     """Return the dtype of a parameter's moments: at least fp32."""
-    return torch.float64 if parameter.dtype == torch.float64 else torch.float32
+    half = parameter.dtype.is_floating_point and parameter.dtype.itemsize < torch.float32.itemsize
+    return torch.float32 if half else parameter.dtype
 
 
 def counter(device: torch.device | str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -11,7 +12,17 @@ from hf_schatten.distributed.sharded import is_sharded, local
 from hf_schatten.linalg.many_matrices import advance_averages
 from hf_schatten.linalg.place import Place, flat
 from hf_schatten.optim.finite_gradients import FiniteGradients
-from hf_schatten.optim.matrix import MOMENTUM, SKIPPED, STEP, Group, Matrix, State, bias_corrections, by_device
+from hf_schatten.optim.matrix import (
+    ABSENCE,
+    MOMENTUM,
+    SKIPPED,
+    STEP,
+    Group,
+    Matrix,
+    State,
+    bias_corrections,
+    by_device,
+)
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
 
 
@@ -21,11 +32,17 @@ class Momenta:
     A gradient that is not finite leaves its average as it is. What is asked for is what the average would be if the
     gradient came once more; where a group wants no such look-ahead (``nesterov``), the average. Averages start at zero
     and are too small at first: they are divided by the sum of their weights.
+
+    A gradient of zeros, as that of an expert without tokens, makes an average smaller, which a step of fixed length
+    does not see. :meth:`presence` is the share of the weights of an average that gradients other than zero have: with
+    none for k steps it is β^k. Steps are as much shorter, so that after its last gradient a matrix moves on as far as
+    its momentum remembers, and stops.
     """
 
     def __init__(self, gradients: FiniteGradients) -> None:
         self._gradients = gradients
         self._divisors: dict[Tensor, Tensor] = {}
+        self._presence: dict[Tensor, list[Tensor]] = {}
 
     def count(self, group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State]) -> None:
         """Count a step of the parameters of a group, and take their gradients into what the preconditioner keeps."""
@@ -37,8 +54,32 @@ class Momenta:
             # The bias of a look-ahead is that of one step more.
             divisors = bias_corrections(steps, skipped, group["momentum"], group["nesterov"])
             self._divisors.update(zip(together, divisors.unbind(), strict=True))
+            self._count_absence(group, together, [states[each][ABSENCE] for each in together])
             for parameter in together:
                 preconditioner.advance(group, parameter, states[parameter], self._gradients)
+
+    def _count_absence(self, group: Group, parameters: Sequence[Tensor], absences: Sequence[Tensor]) -> None:
+        numbers = [len(absence) for absence in absences]  # of matrices
+        if not sum(numbers):
+            return
+        parts = len(group["parts"]) or 1
+        zeros = [flag for each in parameters for flag in self._gradients.zeros(each) for _ in range(parts)]
+        keeps, divisors = (
+            torch.stack([of(each) for each, number in zip(parameters, numbers, strict=True) for _ in range(number)])
+            for of in (self._gradients.keep, self._divisors.__getitem__)
+        )
+        zero, rate = torch.stack(zeros).double(), (1 - group["momentum"]) * keeps
+        absence = torch.cat(list(absences)).lerp(zero, rate)
+        torch._foreach_copy_(list(absences), absence.split(numbers))
+        ahead = absence.lerp(zero, rate) if group["nesterov"] else absence
+        presence = iter((1 - ahead / divisors).clamp_min(0.0).unbind())
+        self._presence.update(
+            (each, list(islice(presence, number))) for each, number in zip(parameters, numbers, strict=True)
+        )
+
+    def presence(self, matrices: Sequence[Matrix]) -> Tensor:
+        """Return the share of gradients other than zero in what is asked for of B matrices of one device, (B,)."""
+        return torch.stack([self._presence[matrix.parameter][matrix.index] for matrix in matrices])
 
     def divisors(self, matrices: Sequence[Matrix]) -> Tensor:
         """Return what the averages of B matrices of one device are divided by, (B,) float64."""
@@ -72,12 +113,12 @@ class Momenta:
         return look_ahead(momentum, self._gradients.gradient(matrix.parameter, momentum.dtype, momentum), matrix.group)
 
     def _advance(self, matrices: Sequence[Matrix], out: Tensor | None, divisors: Tensor | None) -> None:
-        gradients = [matrix.parameter.grad for matrix in matrices]
+        placed = [_placed(matrix) for matrix in matrices]
         advance_averages(
             [matrix.state[MOMENTUM] for matrix in matrices],
             flat([matrix.momentum_place for matrix in matrices]),
-            gradients,
-            flat([_place_of(gradient, matrix) for gradient, matrix in zip(gradients, matrices, strict=True)]),
+            [gradient for gradient, _ in placed],
+            flat([place for _, place in placed]),
             [1 - matrix.group["momentum"] for matrix in matrices],
             [matrix.group["nesterov"] for matrix in matrices],
             self._gradients.keeps([matrix.parameter for matrix in matrices]),
@@ -86,11 +127,17 @@ class Momenta:
         )
 
 
-def _place_of(gradient: Tensor | None, matrix: Matrix) -> Place:
-    """Return where the matrix lies in a gradient, whose strides are nearly always its parameter's."""
+def _placed(matrix: Matrix) -> tuple[Tensor, Place]:
+    """Return the gradient of the parameter, nearly always with its strides, and where the matrix lies in it."""
+    gradient = matrix.parameter.grad
     assert gradient is not None
-    same = gradient.stride() == matrix.parameter.stride()
-    return matrix.place if same else matrix.layout.place(gradient, matrix.index)
+    if gradient.stride() == matrix.parameter.stride():
+        return gradient, matrix.place
+    try:
+        return gradient, matrix.layout.place(gradient, matrix.index)
+    except ValueError:  # filters in an order that rows and columns do not have
+        gradient = gradient.contiguous()
+        return gradient, matrix.layout.place(gradient, matrix.index)
 
 
 def look_ahead(momentum: Tensor, gradient: Tensor, group: Group) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_schatten.optim.matrix import PER_MATRIX, STEP, Matrix
+from hf_schatten.optim.matrix import ABSENCE, PER_MATRIX, STATISTICS_WEIGHT, STEP, Matrix, P
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -22,6 +22,7 @@ OPTIONS = "schatten_p_options"  # where a state_dict has the options of the run
 
 # Options of a group that say what its parameters are, and not how they are updated.
 _STRUCTURE = "spectral", "transposed", "parts", "blocks", "p", "p_by_parameter", "param_names"
+_NEW = {ABSENCE}  # state that earlier versions did not save: it starts at zero
 _STATE_DICT = "The optimizer's saved state"  # in messages, where no file is known
 
 
@@ -97,13 +98,15 @@ def require_same_state(
         CheckpointError: with the source, the parameter, and the option that may have changed.
     """
     for name, state in saved.items():
-        if state.keys() != expected[name].keys():
+        if state.keys() | _NEW != expected[name].keys() | _NEW:
             raise CheckpointError(
                 f"{source} holds {sorted(state)} for {name!r}, but its update now needs {sorted(expected[name])}: the "
                 "parameter was routed elsewhere, or its second moment is kept otherwise. Use the options exclude and "
                 "precondition of the run that wrote it."
             )
         for key, shape in expected[name].items():
+            if key not in state:
+                continue
             found = state[key].shape if isinstance(state[key], Tensor) else torch.Size()
             if found == shape:
                 continue
@@ -201,6 +204,8 @@ def restore_dtypes(
         for key, value in saved.get(number, {}).items():
             if isinstance(value, Tensor) and state[key].dtype != value.dtype:
                 state[key] = value.to(device=state[key].device, copy=True)
+        if P in state:
+            state.setdefault(ABSENCE, torch.zeros_like(state[STATISTICS_WEIGHT]))
         if STEP in state:  # which torch shares with what is loaded, and which may be a number
             state[STEP] = torch.as_tensor(state[STEP]).to(torch.float32, copy=True)
 

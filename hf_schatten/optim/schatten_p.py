@@ -36,7 +36,7 @@ from hf_schatten.optim.saved_state import (
     restore_dtypes,
 )
 from hf_schatten.optim.stack import Stack
-from hf_schatten.optim.state import expected_state, new_state, require_matrix
+from hf_schatten.optim.state import expected_state, new_state, require_matrix, require_writable
 from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -201,7 +201,7 @@ class SchattenP(Optimizer):
         for delivery in self._planner.deliveries(self.param_groups, self.state, self.matrices, gradients, self.alone):
             momenta.advance(delivery.elsewhere)
             compute = partial(
-                self._compute, self._coupling.start(delivery, momenta.write, self._measured_direction), gradients
+                self._compute, self._coupling.start(delivery, momenta, self._measured_direction), gradients
             )
             for delivered in delivery.deliver(compute, momenta):
                 apply_updates(delivered, gradients)
@@ -230,7 +230,7 @@ class SchattenP(Optimizer):
             if self.policy is not None:
                 self.policy.observe(update.matrices, update.directions, factors)
             keep = gradients.keeps([matrix.parameter for matrix in update.matrices])
-            yield Computed(update.matrices, update.directions, factors * keep.to(factors.dtype))
+            yield Computed(update.matrices, update.directions, factors * keep)
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
@@ -312,8 +312,9 @@ class SchattenP(Optimizer):
         for group in self.param_groups:
             for name, parameter in named_parameters(group):
                 if parameter not in self.state:
+                    require_writable(name, parameter)
                     if group["spectral"]:
-                        require_matrix(name, parameter, group["precondition"], self.options.coupling_order)
+                        require_matrix(name, parameter, group, self.options.coupling_order)
                     self.state[parameter] = new_state(name, parameter, group)
 
     def __getstate__(self) -> dict[str, Any]:

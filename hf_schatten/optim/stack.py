@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,6 +23,9 @@ MEMORY = 512 << 20
 SHARE_OF_MOMENTA = 0.5
 _RECTANGLES = 2  # a preconditioner has more
 
+# From B matrices to the share of their gradients that are not zero, (B,).
+Presence = Callable[[Sequence[Matrix]], Tensor]
+
 # From a shape (m, n), dtype and device to that of momenta where half precision is enough.
 MomentaDtype = Callable[[tuple[int, int], torch.dtype, torch.device], torch.dtype]
 
@@ -36,13 +39,14 @@ class Stack:
     preconditioner: Preconditioner
     dtype: torch.dtype  # of momenta and directions
 
-    def update(self, write: Write, direction: Direction) -> Update:
+    def update(self, write: Write, presence: Presence, direction: Direction) -> Update:
         """Return the updates: one batched direction of (look-ahead) momenta, each matrix with its own p."""
         p = self._p()
         momenta = torch.empty(len(self.matrices), *self.matrices[0].wide_shape, dtype=self.dtype, device=p.device)
         write(self.matrices, momenta)
         found = self.preconditioner.directions(self.matrices, momenta, p, direction)
-        return Update(self.matrices, found.directions, exponent_of(p).to(found.squares.dtype), *found[1:])
+        exponents = exponent_of(p).to(found.squares.dtype)
+        return Update(self.matrices, found.directions, exponents, *found[1:], presence(self.matrices))
 
     def _p(self) -> Tensor:
         """Return the exponents, (B,), in a number of operations that does not grow with B."""

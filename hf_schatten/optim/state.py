@@ -33,6 +33,7 @@ def new_state(name: str, parameter: Tensor, group: Group) -> State:
         of_matrix.P: torch.tensor(initial_p(group, name, count), dtype=torch.float32, device=parameter.device),
         of_matrix.STATISTICS: zeros(count, of_matrix.CURVES, of_matrix.NODES),
         of_matrix.STATISTICS_WEIGHT: zeros(count),
+        of_matrix.ABSENCE: zeros(count),
     }
 
 
@@ -46,15 +47,34 @@ def expected_state(groups: Iterable[Group]) -> dict[str, dict[str, torch.Size]]:
     return shapes
 
 
-def require_matrix(name: str, parameter: Tensor, precondition: str, coupling_order: float | None) -> None:
+def require_writable(name: str, parameter: Tensor) -> None:
+    """Raise unless every element of a named parameter has memory of its own.
+
+    Raises:
+        ValueError: when the parameter is an expanded tensor.
+    """
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise ValueError(
+            f"Several elements of {name!r} share one place in memory, as of an expanded tensor: make the parameter of "
+            "tensor.clone()."
+        )
+
+
+def require_matrix(name: str, parameter: Tensor, group: Group, coupling_order: float | None) -> None:
     """Raise unless a named parameter of a spectral group still consists of matrices, and of whole ones where needed.
 
     Raises:
         UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
+        ValueError: when its elements are complex, or lie in memory as those of no matrix.
     """
+    if parameter.is_complex():
+        raise ValueError(
+            f"{name!r} is complex, and SchattenP updates real matrices: put it into a group with spectral=False, or "
+            "name it in the option exclude."
+        )
     if is_sharded(parameter):
         shards_of(name, parameter)
-        for option, value in (("precondition", precondition), ("coupling_order", coupling_order)):
+        for option, value in (("precondition", group["precondition"]), ("coupling_order", coupling_order)):
             if value not in ("none", None):
                 raise UnsupportedEngineError(
                     f"{option}={value!r} is not supported where FSDP shards the parameters: leave it out, or use DDP."
@@ -65,3 +85,9 @@ def require_matrix(name: str, parameter: Tensor, precondition: str, coupling_ord
             "or FSDP version 1) hands the optimizer flat pieces. Use DDP or FSDP version 2, or "
             "optim='adamw_torch' with this engine."
         )
+    layout = layout_of(group)
+    for index in range(len(layout.part_names(parameter.shape)) if not is_sharded(parameter) else 0):
+        try:
+            layout.place(parameter, index)
+        except ValueError as error:
+            raise ValueError(f"{name!r} is no matrix in memory: {error}.") from error

@@ -21,6 +21,10 @@ A **pinned** update has a Frobenius norm that a scale rule gives, so that one le
     The update's own norm: that of the momentum at s = 1, hence SGD, or Adam where the momentum is preconditioned;
     √min(m, n) at s = 0. The learning rate depends on p and on the size of gradients.
 
+Where gradients are zero for long, as those of an expert without tokens, momenta vanish and lengths must too. A length
+that does not depend on the size of the momentum is multiplied by the share of gradients other than zero in it
+(:meth:`hf_schatten.optim.momentum.Momenta.presence`), 1 where none is zero.
+
 An **oracle's** update is ``ℓ · O / d^s``, whose Schatten-(p + 1) norm is its length ℓ. The learning rate is the radius
 of the ball, or the reciprocal of the penalty. Alone, ℓ is 1 (``ball``) or d (``regularized``);
 :mod:`hf_schatten.optim.coupling` has the lengths of coupled matrices.
@@ -58,6 +62,7 @@ class Update:
     exponents: Tensor  # spectral exponents s, (B,)
     products: Tensor  # ⟨M, O⟩ of momenta and their spectral powers, (B,)
     squares: Tensor  # squared Frobenius norms of the directions, (B,)
+    presence: Tensor  # shares of gradients other than zero in the momenta, (B,) float64
 
     @property
     def dual_norms(self) -> Tensor:
@@ -76,7 +81,11 @@ class StepRule:
     def factors(self, update: Update) -> Tensor:
         """Return what the directions are multiplied by, (B,)."""
         own = update.squares.sqrt()  # (B,)
-        return torch.where(own > 0, self.norms(update, own) / own, 0.0)
+        return torch.where(own > 0, self.norms(update, own) / own, 0.0) * self.share(update)
+
+    def share(self, update: Update) -> Tensor:
+        """Return what gradients of zeros leave of a length that does not depend on how large the momentum is, (B,)."""
+        return update.presence
 
     def norms(self, update: Update, own: Tensor) -> Tensor:
         """Return the Frobenius norms (B,) that directions of the Frobenius norms ``own`` (B,) are scaled to."""
@@ -110,6 +119,9 @@ class Own(StepRule):  # noqa: D101
     def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
         return own
 
+    def share(self, update: Update) -> Tensor:  # noqa: D102
+        return update.presence ** (1 - update.exponents)  # the norm is the momentum's to the power s
+
 
 def _numbers(update: Update, number: Callable[[Matrix, int, int], float], like: Tensor) -> Tensor:
     """Return a number for each matrix and its (out, in), (B,), of a tensor's dtype and device."""
@@ -121,7 +133,11 @@ class Ball(StepRule):
     """Updates of length 1: the minimum of ``⟨M, T⟩`` over a ball whose radius is the learning rate."""
 
     def factors(self, update: Update) -> Tensor:  # noqa: D102
-        return update.unit_factors()
+        return self.of_length_one(update)
+
+    def of_length_one(self, update: Update) -> Tensor:
+        """Return what gives updates the length 1, less where gradients are zero, (B,)."""
+        return update.unit_factors() * self.share(update)
 
     def coupled_lengths(self, factors: Tensor, duals: Tensor) -> Tensor:
         """Return the lengths (N,) of matrices that are coupled by these factors (N,) and have dual norms (N,)."""
@@ -132,7 +148,10 @@ class Regularized(Ball):
     """Updates as long as the dual norm: the minimum of ``⟨M, T⟩ + ‖T‖²/2``, divided by the penalty."""
 
     def factors(self, update: Update) -> Tensor:  # noqa: D102
-        return update.dual_norms * update.unit_factors()
+        return update.dual_norms * self.of_length_one(update)
+
+    def share(self, update: Update) -> Tensor:  # noqa: D102
+        return torch.ones_like(update.presence)  # the dual norm is as small as the momentum
 
     def coupled_lengths(self, factors: Tensor, duals: Tensor) -> Tensor:  # noqa: D102
         return factors * (duals * factors).sum()
