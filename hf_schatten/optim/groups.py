@@ -69,7 +69,8 @@ class Groups:
 
         Raises:
             OptionError: when a value is out of range, excludes another, or can no longer change.
-            ValueError: when a spectral group holds a parameter that does not consist of matrices.
+            ValueError: when a spectral group holds a parameter that does not consist of real matrices, or several
+                elements of a parameter share their memory.
         """
         _require_numbers(group)
         values, before = [*(group[rule] for rule in _RULES), *group], self._allowed.get(number)
@@ -88,6 +89,8 @@ class Groups:
                     f"{rule}={group[rule]!r} of a group is not allowed: it cannot change after a step, since the "
                     "state depends on it. Make a new optimizer."
                 )
+        for name, parameter in named_parameters(group):
+            _require_updatable(name, parameter, group)
         other_p = not edited.isdisjoint(_FIRST_P)
         if group["spectral"]:
             self._require_one_oracle(group)
@@ -121,6 +124,19 @@ class Groups:
                 f"step_rule={group['step_rule']!r} of a group is not allowed: coupled updates have one oracle, and "
                 f"the optimizer's is {self._options.step_rule!r}. Give all groups the same."
             )
+
+
+def _require_updatable(name: str, parameter: Tensor, group: Group) -> None:
+    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+        raise ValueError(
+            f"Several elements of {name!r} share one place in memory, as of an expanded tensor: make the parameter of "
+            "tensor.clone()."
+        )
+    if group["spectral"] and parameter.is_complex():
+        raise ValueError(
+            f"{name!r} is complex, and SchattenP updates real matrices: put it into a group with spectral=False, or "
+            "name it in the option exclude."
+        )
 
 
 def _require_numbers(group: Group) -> None:

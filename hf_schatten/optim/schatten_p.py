@@ -36,7 +36,7 @@ from hf_schatten.optim.saved_state import (
     restore_dtypes,
 )
 from hf_schatten.optim.stack import Stack
-from hf_schatten.optim.state import expected_state, new_state, require_matrix, require_writable
+from hf_schatten.optim.state import expected_state, new_state, require_matrix
 from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -312,7 +312,6 @@ class SchattenP(Optimizer):
         for group in self.param_groups:
             for name, parameter in named_parameters(group):
                 if parameter not in self.state:
-                    require_writable(name, parameter)
                     if group["spectral"]:
                         require_matrix(name, parameter, group, self.options.coupling_order)
                     self.state[parameter] = new_state(name, parameter, group)

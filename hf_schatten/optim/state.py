@@ -47,31 +47,13 @@ def expected_state(groups: Iterable[Group]) -> dict[str, dict[str, torch.Size]]:
     return shapes
 
 
-def require_writable(name: str, parameter: Tensor) -> None:
-    """Raise unless every element of a named parameter has memory of its own.
-
-    Raises:
-        ValueError: when the parameter is an expanded tensor.
-    """
-    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
-        raise ValueError(
-            f"Several elements of {name!r} share one place in memory, as of an expanded tensor: make the parameter of "
-            "tensor.clone()."
-        )
-
-
 def require_matrix(name: str, parameter: Tensor, group: Group, coupling_order: float | None) -> None:
     """Raise unless a named parameter of a spectral group still consists of matrices, and of whole ones where needed.
 
     Raises:
         UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
-        ValueError: when its elements are complex, or lie in memory as those of no matrix.
+        ValueError: when its elements lie in memory as those of no matrix.
     """
-    if parameter.is_complex():
-        raise ValueError(
-            f"{name!r} is complex, and SchattenP updates real matrices: put it into a group with spectral=False, or "
-            "name it in the option exclude."
-        )
     if is_sharded(parameter):
         shards_of(name, parameter)
         for option, value in (("precondition", group["precondition"]), ("coupling_order", coupling_order)):
