@@ -170,13 +170,17 @@ def parse_value(name: str, value: Any, kind: str) -> Any:
 
 
 def json_ready(value: Any) -> Any:
-    """Return the value as JSON holds it: infinities as the strings they are parsed from, functions as their names."""
+    """Return the value as JSON holds it.
+
+    Infinities are the strings they are parsed from, functions their names, and scalars of torch and NumPy numbers.
+    """
     if isinstance(value, Mapping):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_ready(item) for item in value]
     if callable(value):
         return FUNCTION_PREFIX + function_name(value)
+    value = value.item() if hasattr(value, "item") else value
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 

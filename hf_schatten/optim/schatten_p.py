@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,15 +26,9 @@ from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, initial_p, la
 from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.plan import Planner
 from hf_schatten.optim.policy import Policy
-from hf_schatten.optim.saved_state import (
-    OPTIONS,
-    groups_to_load,
-    require_own_state,
-    restore_dtypes,
-    say_changed_options,
-)
+from hf_schatten.optim.saved_state import OPTIONS, Loading, take_options
 from hf_schatten.optim.stack import Stack
-from hf_schatten.optim.state import expected_state, new_state, require_matrix
+from hf_schatten.optim.state import new_state, require_matrix
 from hf_schatten.option_text import OptionError
 from hf_schatten.options import SchattenOptions
 
@@ -257,39 +251,35 @@ class SchattenP(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as ``torch.optim.Optimizer`` does, and the options, which a resume compares."""
         own = {OPTIONS: self.options.as_json()} if self._keeps_options else {}
-        return super().state_dict() | own
+        with self.register_state_dict_post_hook(lambda _, state_dict: state_dict | own, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as ``torch.optim.Optimizer`` does, but keep the dtype in which each tensor was saved.
+        """Load a state as ``torch.optim.Optimizer`` does, but in the dtypes in which state is kept.
 
         Torch casts state to the parameter's dtype, which rounds the fp32 state of bf16 parameters. How parameters are
-        read as matrices is the present model's. An optimizer that was made with ``options`` keeps them, but for the
-        learning rates of the schedule, and warns of those that differ from the saved ones.
+        read as matrices is the present model's. An optimizer that was made with ``options`` keeps them, but for what a
+        learning-rate schedule changes, and warns of those that differ from the saved ones.
 
         Raises:
             CheckpointError: when the state is of another model, or of other updates of its parameters.
             ValueError: when the state is another optimizer's, or is in another file.
         """
-        require_own_state(state_dict)
-        own = self.defaults if self._keeps_options else ()
-        groups = groups_to_load(state_dict, self.param_groups, expected_state(self.param_groups), own)
-        super().load_state_dict(state_dict | {"param_groups": groups})
-        restore_dtypes(state_dict["state"], groups, self.state, self.param_groups)
+        loading = Loading(self.param_groups, self.defaults, self._keeps_options)
+        finish = partial(SchattenP._finish_loading, loading=loading)
+        with (  # inside of the caller's own hooks
+            self.register_load_state_dict_pre_hook(loading.prepare),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _finish_loading(self, loading: Loading) -> None:
+        loading.restore(self.state)
         if self._keeps_options:
-            self._honour_options(state_dict.get(OPTIONS))
+            managed = self.policy.matrices if self.policy else ()
+            take_options(loading.options, self.options, self.matrices(), managed)
         if self.policy is not None:
             self.policy.after_load(self)
-
-    def _honour_options(self, saved_options: Mapping[str, Any] | None) -> None:
-        """Make a loaded state one of the present options."""
-        changed = say_changed_options(saved_options, self.options) if saved_options else frozenset()
-        managed = self.policy.matrices if self.policy else ()
-        for matrix in self.matrices():
-            if matrix.state and matrix.name not in managed:
-                matrix.p.fill_(matrix.first_p)
-            if matrix.state and "criterion" in changed:  # whose statistics are of another kind
-                matrix.statistics.zero_()
-                matrix.statistics_weight.zero_()
 
     def follow(self, policy: Policy) -> None:
         """Let this policy change p from now on."""
@@ -317,8 +307,8 @@ class SchattenP(Optimizer):
                     self.state[parameter] = new_state(name, parameter, group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle keeps: not the policy, whose hooks belong to the model, nor the plan."""
-        own = ("options", "target", "_coupling", "_keeps_options")
+        """What a copy or a pickle keeps: all but the plan. The policy brings the model along, which it samples."""
+        own = ("options", "target", "policy", "_coupling", "_keeps_options")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
