@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import logging
 import multiprocessing
 import pickle
 import weakref
@@ -360,12 +359,3 @@ def test_a_schedule_that_cycles_the_momentum_cycles_that_of_the_matrices(schedul
         train(net, optimizer, [step], scheduler)
         assert {group["momentum"] for group in optimizer.param_groups if group["spectral"]} == {beta}
     check_alike(*expected, net, optimizer)
-
-
-def test_a_model_in_evaluation_mode_is_told_of(caplog):
-    net, optimizer = made()
-    net.eval()
-    with caplog.at_level(logging.WARNING):
-        train(net, optimizer, [1, 2])
-    assert "first.weight, second.weight. The model is in evaluation mode" in caplog.text
-    assert "call model.train() before training" in caplog.text

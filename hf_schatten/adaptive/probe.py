@@ -43,6 +43,9 @@ class _EagerCompiler:
 _EAGER_COMPILER = _EagerCompiler()
 
 
+_PROBES: weakref.WeakSet[Probe] = weakref.WeakSet()  # that exist
+
+
 class Sampled(NamedTuple):
     """What a probe has sampled, (rows, features) each.
 
@@ -64,12 +67,12 @@ class _Hook:
     """A hook of a probe that still exists. A copy of its module, or a pickle, has one that does nothing."""
 
     def __init__(self, probe: Probe, call: Callable[..., None], *arguments: Any) -> None:
-        self.probe = weakref.ref(probe)  # what drops its optimizer drops the probe, which then takes its hooks along
+        self._probe = weakref.ref(probe)  # what drops its optimizer drops the probe, which then takes its hooks along
         self._call = call
         self._arguments = arguments
 
     def __call__(self, *of_module: Any) -> None:
-        probe = self.probe()
+        probe = self._probe()
         if probe is not None:
             self._call(probe, *self._arguments, *of_module)
 
@@ -129,8 +132,9 @@ class Probe:
         self._seen: set[str] = set()
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
+        _PROBES.add(self)
         self._handles: list[RemovableHandle] = []
-        if all("_forward_hooks" in vars(module) for module in (self._model, *self._layers.values())):
+        if all("training" in vars(module) for module in (self._model, *self._layers.values())):
             self._attach()
 
     def _attach(self) -> None:
@@ -178,11 +182,9 @@ class Probe:
 
     def _sampled_twice(self) -> str | None:
         """Return the name of a parameter whose layer another armed probe samples, None where there is none."""
-        for name, module in self._layers.items():
-            hooks = (hook for hook in module._forward_hooks.values() if isinstance(hook, _Hook))
-            if any(probe is not self and probe.armed for hook in hooks if (probe := hook.probe())):
-                return name
-        return None
+        others = [probe for probe in _PROBES if probe.armed and probe is not self]
+        sampled = {id(module) for probe in others for module in probe._layers.values()}
+        return next((name for name, module in self._layers.items() if id(module) in sampled), None)
 
     def take(self) -> Sampled:
         """Return the samples and forget them; what has had no training forward since the last call is missing."""

@@ -219,6 +219,8 @@ def load_learned_p(checkpoint: Folder) -> dict[str, float]:
     if (folder / LEARNED_P_FILE).is_file():
         content = json.loads((folder / LEARNED_P_FILE).read_text(encoding="utf-8"))
         return {name: float(p) for name, p in content.items()}
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give that of a checkpoint, such as run/checkpoint-500.")
     files = STATE_FILE, _TORCH_FILE, LEARNED_P_FILE
     found = [path for path in checkpoints_of(folder) if any((path / name).exists() for name in files)]
     hint = f" Did you mean {found[0]}?" if found else ""

@@ -25,7 +25,7 @@ from hf_schatten.optim.finite_gradients import FiniteGradients, warn_of_skipped
 from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, initial_p, layout_of, named_parameters
 from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.plan import Planner
-from hf_schatten.optim.policy import Policy
+from hf_schatten.optim.policy import Policy, warn_of_missing
 from hf_schatten.optim.saved_state import OPTIONS, Loading, take_options
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.state import new_state, require_matrix
@@ -185,6 +185,8 @@ class SchattenP(Optimizer):
         self.create_state()
         if self.policy is not None:
             self.policy.before_update(self)
+        elif not self._calls:
+            warn_of_missing(self.options)
         momenta = Momenta(gradients := FiniteGradients(self.param_groups))
         for group in self.param_groups:
             parameters = gradients.of(group["params"])
