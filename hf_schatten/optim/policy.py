@@ -62,7 +62,7 @@ def warn_of_missing(options: SchattenOptions) -> None:
     """Warn where p should change and there is no policy that changes it."""
     if isinstance(options.p, str) and not options.p_overrides:
         logger.warning(
-            "p=%r, and nothing changes p: it stays %s. Make the optimizer by "
+            "p=%s, and nothing changes p: it stays %s. Make the optimizer by "
             "hf_schatten.create_schatten_optimizer(model), which knows the model, or give SchattenP a number for p.",
             options.p,
             p_label(options.initial_p),
