@@ -107,7 +107,7 @@ def test_a_value_of_another_type_is_refused(values, message):
         ({"p_schedule": "4:-5"}, "Without effect with p=adaptive: p_schedule=4:-5."),
         ({"p": 4, "momentum": 0.5, "p_overrides": "*.c_proj:2"}, None),
         ({"p_interval": 50, "criterion": "holder"}, None),
-        ({"p": 4, "p_interval": 50, "report": "none"}, None),
+        ({"p": 4, "p_interval": 50, "report": "none"}, "Without effect with p=4: p_interval=50."),
     ],
 )
 def test_options_without_effect_are_named(options, sentence, gpt2, caplog):

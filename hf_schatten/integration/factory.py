@@ -84,7 +84,7 @@ def create_schatten_optimizer(
     portions = _portions(routing, weight_decay)
     if groups is not None:
         routing, portions = _given_portions(routing, list(groups), weight_decay)
-    if talks and (idle := options.without_effect()):
+    if is_main_process() and (idle := options.without_effect()):
         logger.warning("Without effect with p=%s: %s.", options.p, ", ".join(idle))
     say(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}")
     matrices = routing.to("schatten_p")

@@ -95,7 +95,10 @@ def test_bf16_autocast(token_dataset, training_arguments):
 @pytest.mark.supports(
     "Precision", "fp16 autocast", "with torch's `GradScaler`: a step that it skips counts nowhere, also where p is due"
 )
-def test_fp16_autocast(token_dataset, tmp_path):
+def test_fp16_autocast(token_dataset, training_arguments, tmp_path):
+    check_run(
+        make, token_dataset, training_arguments(**RUN, fp16=True), LLAMA
+    )  # on a CPU: Accelerate has no scaler there
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows = torch.stack([row["input_ids"] for row in token_dataset]).to(device).view(8, 8, -1)
 
