@@ -228,7 +228,7 @@ def parse_value(name: str, value: Any, kind: str) -> Any:
         OptionError: when it is no value of that kind.
     """
     given, known = value, _KINDS.get(kind.replace('"', "'"), _NAME)
-    value = value.item() if hasattr(value, "item") else value
+    value = _scalar(value)
     value = str(value) if isinstance(value, PathLike) else value
     value = tuple(value) if isinstance(value, list) else value
     if isinstance(value, str):
@@ -237,6 +237,11 @@ def parse_value(name: str, value: Any, kind: str) -> Any:
     elif known.takes(value):
         return value
     raise OptionError(f"{name}={given!r} is not allowed: it takes {known.expected}.")
+
+
+def _scalar(value: Any) -> Any:
+    """Return the number that a scalar of NumPy or torch is; anything else stays."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def json_ready(value: Any) -> Any:
@@ -250,7 +255,7 @@ def json_ready(value: Any) -> Any:
         return [json_ready(item) for item in value]
     if callable(value):
         return FUNCTION_PREFIX + function_name(value)
-    value = value.item() if hasattr(value, "item") else value
+    value = _scalar(value)
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 

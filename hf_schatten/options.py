@@ -309,8 +309,9 @@ class SchattenOptions:
             OptionError: on an unknown name, with where it belongs or the nearest valid one, or a malformed value.
         """
         known = [field.name for field in fields(cls)]
-        for name in set(values) - set(known):
-            refuse_unknown(name, known)
+        for name in values:
+            if name not in known:
+                refuse_unknown(name, known)
         return cls(**values)
 
     @classmethod

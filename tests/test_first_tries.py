@@ -75,6 +75,7 @@ def test_a_value_may_be_text_or_of_another_library(name):
         ({"p": "fast"}, "p='fast' is not allowed: it takes 'adaptive', 'schedule', a number or inf"),
         ({"p": None}, "p=None is not allowed: it takes 'adaptive'"),
         ({"p": [4]}, r"p=\[4\] is not allowed: it takes 'adaptive'"),
+        ({"p": torch.ones(2)}, r"p=tensor\(\[1\., 1\.\]\) is not allowed: it takes 'adaptive'"),
         ({"p": True}, "p=True is not allowed: it takes 'adaptive'"),
         ({"p_interval": 2.5}, "p_interval=2.5 is not allowed: it takes a whole number"),
         ({"p_interval": "often"}, "p_interval='often' is not allowed: it takes a whole number"),

@@ -81,8 +81,9 @@ def create_schatten_optimizer(
     refuse_unsupported_engines(model)
     parts, heads = options.fused_parts, options.split_heads
     routing = route_parameters(model, options.exclude, fused_parts=parts, split_heads=heads)
-    portions = _portions(routing, weight_decay)
-    if groups is not None:
+    if groups is None:
+        portions = _portions(routing, weight_decay)
+    else:
         routing, portions = _given_portions(routing, list(groups), weight_decay)
     if is_main_process() and (idle := options.without_effect()):
         logger.warning("Without effect with p=%s: %s.", options.p, ", ".join(idle))
