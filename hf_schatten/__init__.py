@@ -14,6 +14,8 @@ from hf_schatten.matrices.routing import RoutingError, route_parameters
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OptionError, SchattenOptions
 
+__version__ = "0.1.0"  # read by pyproject.toml
+
 __all__ = [
     "CheckpointError",
     "OptionError",

@@ -9,7 +9,10 @@ import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NoReturn
+from contextlib import suppress
+from numbers import Integral, Real
+from os import PathLike
+from typing import Any, NamedTuple, NoReturn
 
 # What the caller sets for AdamW and the matrices alike: names under which it may be given as an option, the argument
 # of create_schatten_optimizer, and the flags of TrainingArguments.
@@ -92,12 +95,20 @@ def require_one_of(name: str, value: Any, allowed: Collection[str]) -> None:
     raise OptionError(f"{name}={value!r} is not allowed: {rule}.")
 
 
-def read_pairs(text: str, known: Collection[str]) -> dict[str, str]:
+def read_pairs(text: str | Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
     """Return the names and values of ``name=value,name=value``, what ``--optim_args`` takes; blanks are ignored.
+
+    A mapping from names to values, as a YAML file may have it, is taken as it is.
 
     Raises:
         OptionError: when a pair has no ``=``, options are not separated by commas, or a name occurs twice.
     """
+    if isinstance(text, Mapping):
+        return dict(text)
+    if not isinstance(text, str):
+        raise OptionError(
+            f"optim_args={text!r} is not allowed: write a text such as 'p=adaptive,p_interval=100', or a mapping."
+        )
     values: dict[str, str] = {}
     for given in text.split(","):
         pair = given.replace(" ", "")
@@ -114,6 +125,29 @@ def read_pairs(text: str, known: Collection[str]) -> dict[str, str]:
             raise OptionError(f"optim_args names {name!r} twice; keep one of them.")
         values[name] = value
     return values
+
+
+def write_pairs(values: Mapping[str, Any]) -> str:
+    """Return options as a text that transformers reads too, which splits it at every comma and ``=``.
+
+    Raises:
+        OptionError: when such a text cannot hold a value.
+    """
+    texts = {name: _as_text(value) for name, value in values.items()}
+    for name, text in texts.items():
+        if callable(values[name]) or "," in text or "=" in text:
+            raise OptionError(
+                f"optim_args cannot hold {name}={text!r}: ',' and '=' separate options in a Trainer's text, which has "
+                "no functions. Join patterns by ';', give a folder another name, or pass the Trainer "
+                f"optimizers=(create_schatten_optimizer(model, {name}=…), None)."
+            )
+    return ",".join(f"{name}={text}" for name, text in texts.items())
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ";".join(map(str, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _require_one_option(pair: str, known: Collection[str]) -> None:
@@ -139,44 +173,89 @@ def _number_or_path(text: str) -> float | str | None:
         return text
 
 
-# By the annotation of the field.
-_PARSERS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "float": (float, "a number"),
-    "int": (int, "a whole number"),
-    "bool": (_truth_value, "true or false"),
-    "float | Literal['adaptive', 'schedule']": (
+class _Kind(NamedTuple):
+    """What an option takes."""
+
+    parse: Callable[[str], Any]
+    takes: Callable[[Any], bool]  # what is no text
+    expected: str
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_number_or_none(value: Any) -> bool:
+    return value is None or _is_number(value)
+
+
+def _is_nothing(value: Any) -> bool:
+    return False
+
+
+# By the annotation of the field; the others take the names that they list.
+_KINDS: dict[str, _Kind] = {
+    "float": _Kind(float, _is_number, "a number"),
+    "int": _Kind(int, lambda value: _is_number(value) and isinstance(value, Integral), "a whole number"),
+    "bool": _Kind(_truth_value, lambda value: isinstance(value, bool), "true or false"),
+    "float | Literal['adaptive', 'schedule']": _Kind(
         lambda text: text if text in ("adaptive", "schedule") else float(text),
+        _is_number,
         "'adaptive', 'schedule', a number or inf",
     ),
-    "float | str | None": (_number_or_path, "a number, none, or the folder of a checkpoint"),
-    "float | None": (lambda text: None if text.lower() == "none" else float(text), "a number or none"),
-    "tuple[str, ...]": (lambda text: tuple(filter(None, re.split("[;,]", text))), "patterns joined by ';'"),
+    "float | str | None": _Kind(_number_or_path, _is_number_or_none, "a number, none, or the folder of a checkpoint"),
+    "float | None": _Kind(
+        lambda text: None if text.lower() == "none" else float(text), _is_number_or_none, "a number or none"
+    ),
+    "tuple[str, ...]": _Kind(
+        lambda text: tuple(filter(None, re.split("[;,]", text))),
+        lambda value: isinstance(value, tuple) and all(isinstance(entry, str) for entry in value),
+        "patterns joined by ';', or a list of patterns",
+    ),
+    "str": _Kind(str, _is_nothing, "a text"),
+    "CouplingWeights | WeightFunction": _Kind(str, callable, "a name or a function"),
+    "str | TargetFunction": _Kind(str, callable, "a name or a function"),
 }
+_NAME = _Kind(str, _is_nothing, "a name")
 
 
 def parse_value(name: str, value: Any, kind: str) -> Any:
-    """Return the value that a text stands for, by the option's annotation; what is no text stays, a list is a tuple.
+    """Return the value of an option, given as such or as text, by the option's annotation.
+
+    Scalars of NumPy and torch are numbers, paths texts, and lists tuples.
 
     Raises:
-        OptionError: when the text is no value of that kind.
+        OptionError: when it is no value of that kind.
     """
-    if not isinstance(value, str):
-        return tuple(value) if isinstance(value, list) else value
-    parser, expected = _PARSERS.get(kind.replace('"', "'"), (str, "a name"))
-    try:
-        return parser(value)
-    except (ValueError, KeyError) as error:
-        raise OptionError(f"{name}={value!r} is not allowed: it takes {expected}.") from error
+    given, known = value, _KINDS.get(kind.replace('"', "'"), _NAME)
+    value = _scalar(value)
+    value = str(value) if isinstance(value, PathLike) else value
+    value = tuple(value) if isinstance(value, list) else value
+    if isinstance(value, str):
+        with suppress(ValueError, KeyError):
+            return known.parse(value)
+    elif known.takes(value):
+        return value
+    raise OptionError(f"{name}={given!r} is not allowed: it takes {known.expected}.")
+
+
+def _scalar(value: Any) -> Any:
+    """Return the number that a scalar of NumPy or torch is; anything else stays."""
+    return value.item() if getattr(value, "ndim", None) == 0 else value
 
 
 def json_ready(value: Any) -> Any:
-    """Return the value as JSON holds it: infinities as the strings they are parsed from, functions as their names."""
+    """Return the value as JSON holds it.
+
+    Infinities are the strings they are parsed from, functions their names, and scalars of torch and NumPy numbers.
+    """
     if isinstance(value, Mapping):
         return {key: json_ready(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [json_ready(item) for item in value]
     if callable(value):
         return FUNCTION_PREFIX + function_name(value)
+    value = _scalar(value)
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 

@@ -38,6 +38,12 @@ Precondition = Literal["none", "adam", "muadam"]
 ComputeDtype = Literal["auto", "float32", "bfloat16"]
 ReportLevel = Literal["full", "summary", "none"]
 
+# The options of an adaptive p.
+_OF_ESTIMATES = (
+    *("criterion", "p_estimator", "p_min", "p_max", "p_init", "p_interval", "p_first_step", "p_ema_decay", "p_async"),
+    "probe_rows",
+)
+
 WeightFunction = Callable[[str, tuple[int, int]], float]  # from a matrix' name and its (out, in)
 TargetFunction = Callable[[Any], Any]  # of a NumPy array of singular values
 
@@ -160,6 +166,9 @@ class SchattenOptions:
     report: ReportLevel = "full"
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            value = parse_value(field.name, getattr(self, field.name), str(field.type))
+            object.__setattr__(self, field.name, value)  # of a frozen class
         for name, allowed in OPTION_VALUES.items():
             if not callable(getattr(self, name)):
                 require_one_of(name, getattr(self, name), allowed)
@@ -299,15 +308,15 @@ class SchattenOptions:
         Raises:
             OptionError: on an unknown name, with where it belongs or the nearest valid one, or a malformed value.
         """
-        kinds = {field.name: str(field.type) for field in fields(cls)}
+        known = [field.name for field in fields(cls)]
         for name in values:
-            if name not in kinds:
-                refuse_unknown(name, kinds)
-        return cls(**{name: parse_value(name, value, kinds[name]) for name, value in values.items()})
+            if name not in known:
+                refuse_unknown(name, known)
+        return cls(**values)
 
     @classmethod
-    def from_optim_args(cls, text: str | None) -> SchattenOptions:
-        """Parse what ``--optim_args`` takes, such as ``"p=adaptive,p_interval=100"``; None or "" gives the defaults.
+    def from_optim_args(cls, text: str | Mapping[str, Any] | None) -> SchattenOptions:
+        """Parse what ``--optim_args`` takes, such as ``"p=adaptive,p_interval=100"``, or a mapping; None is defaults.
 
         Raises:
             OptionError: when the text is malformed, a name occurs twice, or as :meth:`from_mapping` says.
@@ -330,6 +339,11 @@ class SchattenOptions:
         if values:
             raise OptionError(f"{', '.join(values)} and options are both given: put all of them into options.")
         return options
+
+    def without_effect(self) -> list[str]:
+        """Return what is set and would be for another ``p``, as ``name=value``."""
+        idle = [*(() if self.adaptive else _OF_ESTIMATES), *(() if self.p == "schedule" else ("p_schedule",))]
+        return [f"{name}={getattr(self, name)}" for name in idle if getattr(self, name) != getattr(type(self), name)]
 
     def as_json(self) -> dict[str, Any]:
         """Return all options as JSON holds them: infinities as text, functions by their names."""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from importlib.metadata import version
+from operator import attrgetter
 from typing import Any
+
+from accelerate.optimizer import AcceleratedOptimizer
 
 # By package: the lowest version in pyproject.toml, and the one that the tests run with. Both have every name.
 VERSIONS = {"transformers": ("5.3.0", "5.23.0")}
@@ -86,6 +89,13 @@ def replace_in_trainer(name: PrivateName, ours: type, theirs: type) -> None:
     if name.resolve() is theirs:
         module, _, attribute = name.path.partition(":")
         setattr(importlib.import_module(module), attribute, ours)
+
+
+def show_through_accelerate(*methods: str) -> None:
+    """Let what Accelerate wraps an optimizer in show these methods of it, as it shows those of torch's optimizers."""
+    for method in methods:
+        if not hasattr(AcceleratedOptimizer, method):
+            setattr(AcceleratedOptimizer, method, property(attrgetter(f"optimizer.{method}")))
 
 
 def add_optimizer_name(name: str) -> str:

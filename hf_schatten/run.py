@@ -22,7 +22,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
-from hf_schatten.integration.callback import unwrap_optimizer
+from hf_schatten.integration.callback import ignored, unwrap_optimizer
 from hf_schatten.integration.checkpoint import naming_damaged_files
 from hf_schatten.integration.converted_weights import load_converted_weights
 from hf_schatten.integration.registration import is_registered
@@ -158,9 +158,8 @@ class _Watch(TrainerCallback):
         name = getattr(args.optim, "value", args.optim)
         if not is_registered(name):
             _warn(f"training uses optim={name!r}: add --optim {OPTIMIZER_NAME} to the script's arguments")
-        elif name == OPTIMIZER_NAME:
-            own = type(getattr(optimizer, "optimizer", optimizer)).__name__
-            _warn(f"--optim {name} has no effect: the script gives its Trainer an optimizer of its own, {own}")
+        elif clause := ignored(args, optimizer):
+            _warn(clause)
 
     def report_end(self, target: str) -> None:
         """Warn when no Trainer has trained at all."""

@@ -299,8 +299,8 @@ def test_all_state_is_tensors_and_created_at_the_first_step(llama):
     assert all(later == keys[0] for later in keys)
     expected = expected_state(optimizer.param_groups)
     for matrix in optimizer.matrices():
-        found = {key: value.shape for key, value in matrix.state.items()}
-        assert found == expected[matrix.parameter_name]
+        found = {key: (value.shape, value.dtype) for key, value in matrix.state.items()}
+        assert found == {key: (value.shape, value.dtype) for key, value in expected[matrix.parameter_name].items()}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import numpy as np
 import pytest
+import torch
 
 from hf_schatten import OptionError, SchattenOptions
+from hf_schatten.option_text import json_ready
 
 
 def test_optim_args_parse_to_the_options_types():
@@ -111,6 +114,12 @@ def test_options_are_given_whole_or_one_by_one():
         SchattenOptions.given(0.001, {})
     with pytest.raises(OptionError, match="Did you mean 'p_interval'"):
         SchattenOptions.given(None, {"p_intervall": 4})
+
+
+def test_what_json_does_not_know_is_written_as_it_is_parsed():
+    found = json_ready({"p": math.inf, "lr": torch.tensor(0.5), "betas": (np.float32(0.25), 1), "target": math.sqrt})
+    assert found == {"p": "inf", "lr": 0.5, "betas": [0.25, 1], "target": "function:sqrt"}
+    assert type(found["lr"]) is type(found["betas"][0]) is float
 
 
 def test_there_are_no_more_options_than_a_reader_can_learn():

@@ -184,7 +184,7 @@ trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
         (["--optim", "adafactor"], "training uses optim='adafactor': add --optim schatten_p"),
         (
             ["--optim", "schatten_p", "--run_name", "own"],
-            "--optim schatten_p has no effect: the script gives its Trainer an optimizer of its own, SGD.",
+            "optim='schatten_p' has no effect: the Trainer was given an optimizer of its own, SGD.",
         ),
         (["--optim", "schatten_p"], None),
     ],

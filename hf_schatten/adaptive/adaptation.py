@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +93,21 @@ class Adaptation(Policy):
         self._range = exponent_of(options.largest_p), exponent_of(options.p_min)
         self._reported: set[str] = set()
         self._probe = Probe(model, layers, options.probe_rows, outputs=CRITERIA[options.criterion].needs_outputs)
-        self._worker = ThreadPoolExecutor(1, "hf_schatten") if options.p_async else None
-        self._pending: Future[Measurement] | None = None
         self._failed = False
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start with nothing under way."""
+        self._worker = ThreadPoolExecutor(1, "hf_schatten") if self._options.p_async else None
+        self._pending: Future[Measurement] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: no measurement under way, as a checkpoint."""
+        return {key: value for key, value in vars(self).items() if key not in ("_worker", "_pending")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
 
     def is_due(self, step: int) -> bool:
         """Return whether p is estimated at this step, counted from 1."""
@@ -243,7 +256,8 @@ class Adaptation(Policy):
             self._reported.update(news)
             logger.warning(
                 "No training input of %d of the routed matrices was seen on a due step, so their p stays as it is: "
-                "%s. Their modules' forward is not called, or the model is in evaluation mode.",
+                "%s. %s",
                 len(news),
                 ", ".join(news[:5]) + (", …" if len(news) > 5 else ""),
+                self._probe.why_unsampled(),
             )

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_schatten.adaptive.row_sample import RowSample
 from hf_schatten.adaptive.rows import Rows, input_rows, output_rows
 from hf_schatten.matrices.layout import matrix_name
+
+logger = logging.getLogger(__name__)
 
 _TRACKER = ModuleTracker()  # never entered: only asked whether backward runs
 
@@ -38,6 +43,9 @@ class _EagerCompiler:
 _EAGER_COMPILER = _EagerCompiler()
 
 
+_PROBES: weakref.WeakSet[Probe] = weakref.WeakSet()  # that exist
+
+
 class Sampled(NamedTuple):
     """What a probe has sampled, (rows, features) each.
 
@@ -52,6 +60,32 @@ class Sampled(NamedTuple):
 
 _Samples = dict[str, RowSample]
 
+_OF_COPIES = "_armed", "_warned", "_model", "_layers", "_most_rows", "_with_outputs"  # attributes of a probe
+
+
+class _Hook:
+    """A hook of a probe that still exists. A copy of its module, or a pickle, has one that does nothing."""
+
+    def __init__(self, probe: Probe, call: Callable[..., None], *arguments: Any) -> None:
+        self._probe = weakref.ref(probe)  # what drops its optimizer drops the probe, which then takes its hooks along
+        self._call = call
+        self._arguments = arguments
+
+    def __call__(self, *of_module: Any) -> None:
+        probe = self._probe()
+        if probe is not None:
+            self._call(probe, *self._arguments, *of_module)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _NoHook, ()
+
+
+class _NoHook:
+    """What a copy of a module has in a hook's place."""
+
+    def __call__(self, *of_module: Any) -> None:
+        pass
+
 
 class Probe:
     """Samples the inputs of modules, and the gradients of their outputs where asked, while armed.
@@ -64,6 +98,9 @@ class Probe:
     copies would add to the peak of memory, which lies before the backward pass.
 
     While armed, ``torch.compile`` runs eagerly what it would have to recompile: training has one graph.
+
+    The model does not keep its probe: one that nothing else refers to removes its hooks. A copy of the model has no
+    probe. A copy of the probe, made together with the model's, samples that copy.
 
     Args:
         model: the model whose forward begins a micro-batch.
@@ -81,15 +118,40 @@ class Probe:
         outputs: bool = False,
     ) -> None:
         self._armed = False  # a plain bool, so that a compiled forward only guards on it
+        self._warned = False
+        self._model = model
+        self._layers = dict(layers)
         self._most_rows = rows
         self._with_outputs = outputs
+        self._begin()
+
+    def _begin(self) -> None:
+        """Start without samples, and with hooks where the model is whole: a copy may still be in the making."""
         self._inputs: _Samples = {}
         self._outputs: _Samples = {}
         self._seen: set[str] = set()
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
-        self._handles = [model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)]
-        self._handles += [module.register_forward_hook(self._hook(name)) for name, module in layers.items()]
+        _PROBES.add(self)
+        self._handles: list[RemovableHandle] = []
+        if all("training" in vars(module) for module in (self._model, *self._layers.values())):
+            self._attach()
+
+    def _attach(self) -> None:
+        begin = _Hook(self, Probe._begin_forward)
+        self._handles.append(self._model.register_forward_pre_hook(begin, with_kwargs=True))
+        for name, module in self._layers.items():
+            self._handles.append(module.register_forward_hook(_Hook(self, Probe._sample_forward, name)))
+        weakref.finalize(self, _remove, self._handles)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy keeps: whom it samples and whether, but no samples."""
+        return {key: vars(self)[key] for key in _OF_COPIES}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+        _EAGER_COMPILER.ask(id(self), self._armed)
 
     @property
     def armed(self) -> bool:
@@ -98,8 +160,31 @@ class Probe:
 
     def arm(self, armed: bool) -> None:
         """Sample the forwards from now on, or stop."""
+        if armed and not self._handles:
+            self._attach()
+        if armed and not self._armed:
+            self._warn_of_another()
         self._armed = armed
         _EAGER_COMPILER.ask(id(self), armed)
+
+    def _warn_of_another(self) -> None:
+        """Warn once where a layer is sampled for two optimizers, of which one may be forgotten."""
+        if self._warned or not self._sampled_twice():
+            return
+        gc.collect()  # one that was dropped may wait for it
+        if name := self._sampled_twice():
+            self._warned = True
+            logger.warning(
+                "The inputs of %s, and perhaps of other layers, are sampled for two optimizers: call stop_following() "
+                "of the one that is no longer used, or delete it.",
+                name,
+            )
+
+    def _sampled_twice(self) -> str | None:
+        """Return the name of a parameter whose layer another armed probe samples, None where there is none."""
+        others = [probe for probe in _PROBES if probe.armed and probe is not self]
+        sampled = {id(module) for probe in others for module in probe._layers.values()}
+        return next((name for name, module in self._layers.items() if id(module) in sampled), None)
 
     def take(self) -> Sampled:
         """Return the samples and forget them; what has had no training forward since the last call is missing."""
@@ -112,12 +197,17 @@ class Probe:
         self._forget()
         return sampled
 
+    def why_unsampled(self) -> str:
+        """Return, as a sentence, why layers may have had no training forward, and what to do."""
+        if self._model.training:
+            return "Their modules' forward is not called, or these modules are in evaluation mode."
+        return "The model is in evaluation mode, as from_pretrained returns it: call model.train() before training."
+
     def remove(self) -> None:
         """Remove the hooks."""
         self.arm(False)
         self._forget()
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
 
     def _forget(self) -> None:
         self._inputs.clear()
@@ -131,12 +221,9 @@ class Probe:
             masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
             self._masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
 
-    def _hook(self, name: str) -> Any:
-        def sample_input(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if self._armed and module.training:
-                self._sample(name, module, args, output)
-
-        return sample_input
+    def _sample_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._armed and module.training:
+            self._sample(name, module, args, output)
 
     def _sample(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (isinstance(output, Tensor) and output.requires_grad):  # no training, or a reentrant checkpoint's first
@@ -162,6 +249,11 @@ class Probe:
         if key not in samples:
             samples[key] = RowSample(self._most_rows)
         return samples[key].offer(rows.count, rows.pick)
+
+
+def _remove(handles: Iterable[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
 
 
 def _call_and_forget(functions: list[Callable[[], None]]) -> None:

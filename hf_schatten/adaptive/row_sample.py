@@ -44,13 +44,18 @@ class RowSample:
         return keep
 
     def rows(self) -> Tensor | None:
-        """Return the sample, (at most capacity, n), in stream order; None where nothing was kept."""
+        """Return the sample, (at most capacity, n), in stream order; None where nothing was kept.
+
+        Rows that are not finite are left out: those of a step that a loss scaler skips are in the stream too.
+        """
         if not self._pieces:
             return None
         index, rows = (torch.cat(column) for column in zip(*self._pieces, strict=True))
         order = index.argsort()
         kept = order[_hash(index[order]) < self._threshold]
-        return rows[kept.to(rows.device)]
+        rows = rows[kept.to(rows.device)]
+        finite = rows[rows.isfinite().all(dim=1)]
+        return finite if len(finite) else None
 
     def _thinned(self, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         chosen = _hash(index) < self._threshold

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
@@ -17,12 +20,18 @@ from hf_schatten.distributed.processes import process_count
 from hf_schatten.integration.checkpoint import write_learned_p
 from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.schatten_p import SchattenP
+from hf_schatten.option_text import read_pairs, write_pairs
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report import draw_log, log_entry, plot_choices, summary_entry
 from hf_schatten.report.figures import SPECTRA
 from hf_schatten.report.log import SKIPPED_STEPS, history_entry
 
+logger = logging.getLogger(__name__)
+
 _ILLUSTRATED = 3  # matrices whose spectra and criterion are drawn: the first, the middle and the last
+
+
+_models: dict[int, weakref.ref[nn.Module]] = {}  # of Trainers, by the identity of their arguments
 
 
 class SchattenCallback(TrainerCallback):
@@ -38,11 +47,21 @@ class SchattenCallback(TrainerCallback):
     """
 
     _logged_estimates = 0
+    _in_training = False
 
     def on_init_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report malformed options when the Trainer is made, not when training starts."""
-        if args.optim == OPTIMIZER_NAME:
-            SchattenOptions.from_optim_args(args.optim_args)
+        """Report malformed options when the Trainer is made, not when training starts.
+
+        Options that were given as a mapping, or end with a comma, are written as Trainer itself reads them.
+        """
+        if args.optim != OPTIMIZER_NAME:
+            return
+        SchattenOptions.from_optim_args(args.optim_args)
+        if args.optim_args:
+            args.optim_args = write_pairs(read_pairs(args.optim_args, ()))
+        if isinstance(model := kwargs.get("model"), nn.Module):
+            _models[id(args)] = weakref.ref(model)
+            weakref.finalize(args, _models.pop, id(args), None)
 
     def on_train_begin(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Prepare the first step, and stop a resumed run that has lost its optimizer state.
@@ -51,14 +70,19 @@ class SchattenCallback(TrainerCallback):
             RuntimeError: when the run continues at a later step and the optimizer starts at its first, or when several
                 processes train each for itself.
         """
+        again, self._in_training = self._in_training, True  # the attempt before this one was aborted
         schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if schatten is None:
+            if clause := ignored(args, kwargs.get("optimizer")):
+                logger.warning("%s.", clause)
             return
         if process_count() > 1 and args.world_size == 1:
             raise RuntimeError(
                 f"{process_count()} processes were started, but the Trainer trains in each of them as if it were "
                 "alone: pass --use_cpu where there is no GPU."
             )
+        if again and args.auto_find_batch_size and state.global_step == 0:
+            _start_over(schatten)
         policy = schatten.policy
         self._logged_estimates = policy.estimates if policy else 0
         if policy is not None:
@@ -104,6 +128,7 @@ class SchattenCallback(TrainerCallback):
 
     def on_train_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Draw the pictures, warn of steps that were skipped since the last warning, and leave the model alone."""
+        self._in_training = False
         schatten = unwrap_optimizer(kwargs.get("optimizer"))
         if schatten is None:
             return
@@ -128,6 +153,28 @@ class SchattenCallback(TrainerCallback):
     def _has_news(self, schatten: SchattenP) -> bool:
         estimates = schatten.policy.estimates if schatten.policy else 0
         return schatten.options.report != "none" and estimates > self._logged_estimates
+
+
+def model_trained_with(args: Arguments) -> nn.Module | None:
+    """Return the model of the Trainer that was made last with these arguments, None where there is none."""
+    model = _models.get(id(args))
+    return None if model is None else model()
+
+
+def ignored(args: Arguments, optimizer: Optimizer | None) -> str | None:
+    """Return a clause that says so where another optimizer trains in the place of ``optim``, else None."""
+    if args.optim != OPTIMIZER_NAME or unwrap_optimizer(optimizer) is not None:
+        return None
+    other = type(getattr(optimizer, "optimizer", optimizer)).__name__
+    return f"optim={OPTIMIZER_NAME!r} has no effect: the Trainer was given an optimizer of its own, {other}"
+
+
+def _start_over(schatten: SchattenP) -> None:
+    """Forget the steps of an attempt at training that has run out of memory; a Trainer keeps its optimizer."""
+    schatten.state.clear()
+    if schatten.policy is not None:
+        schatten.policy.estimates = 0
+        schatten.policy.after_load(schatten)
 
 
 def _updates(policy: Policy) -> tuple[dict[str, float], dict[str, float]]:

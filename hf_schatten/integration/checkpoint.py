@@ -31,9 +31,9 @@ from hf_schatten.matrices.layout import matrix_name
 from hf_schatten.optim.matrix import MOMENTUM, P, layout_of
 from hf_schatten.optim.saved_state import (
     OPTIONS,
-    SCHEDULED,
     STATE_ELSEWHERE,
     CheckpointError,
+    of_schedule,
     present_group,
     require_same_parameters,
     require_same_state,
@@ -110,8 +110,8 @@ def _has_own_state(folder: Path) -> bool:
 def load_optimizer(optimizer: SchattenP, folder: Folder) -> None:
     """Load the state that :func:`save_optimizer` wrote, after checking that it is this model's.
 
-    The learning rates come from the checkpoint, whose schedule they belong to. All other options are the present
-    optimizer's; those that differ from the checkpoint's are logged as a warning.
+    What a learning-rate schedule changes comes from the checkpoint. All other options are the present optimizer's;
+    those that differ from the checkpoint's are logged as a warning.
 
     Raises:
         CheckpointError: when a file is missing, truncated, foreign, of another format version or of another model.
@@ -128,7 +128,11 @@ def load_optimizer(optimizer: SchattenP, folder: Folder) -> None:
     names = dict(_named_parameters(optimizer))
     require_same_parameters(str(folder / STATE_FILE), saved, names)
     require_same_state(str(folder / STATE_FILE), saved, expected_state(optimizer.param_groups))
-    learning_rates = {name: group for group in config["groups"] for name in group["param_names"]}
+    schedules = {
+        name: of_schedule(group, optimizer.defaults)
+        for group in map(present_group, config["groups"])
+        for name in group["param_names"]
+    }
     state_dict = optimizer.state_dict()
     ids = dict(zip(names, (i for group in state_dict["param_groups"] for i in group["params"]), strict=True))
     state_dict["state"] = {
@@ -136,8 +140,8 @@ def load_optimizer(optimizer: SchattenP, folder: Folder) -> None:
         for name, state in saved.items()
     }
     for group in state_dict["param_groups"]:
-        then = learning_rates[group["param_names"][0]]
-        group.update({key: then[key] for key in SCHEDULED if key in then})
+        scheduled = schedules[group["param_names"][0]]
+        group.update({key: tuple(value) if isinstance(value, list) else value for key, value in scheduled.items()})
     optimizer.load_state_dict(state_dict | {OPTIONS: config["options"]})
 
 
@@ -215,6 +219,8 @@ def load_learned_p(checkpoint: Folder) -> dict[str, float]:
     if (folder / LEARNED_P_FILE).is_file():
         content = json.loads((folder / LEARNED_P_FILE).read_text(encoding="utf-8"))
         return {name: float(p) for name, p in content.items()}
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder: give that of a checkpoint, such as run/checkpoint-500.")
     files = STATE_FILE, _TORCH_FILE, LEARNED_P_FILE
     found = [path for path in checkpoints_of(folder) if any((path / name).exists() for name in files)]
     hint = f" Did you mean {found[0]}?" if found else ""

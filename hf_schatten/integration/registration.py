@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_optimizer import OptimizerContext
 from transformers.training_args import OptimizerNames
 
 from hf_schatten import private_api
-from hf_schatten.integration.callback import SchattenCallback
+from hf_schatten.integration.callback import SchattenCallback, model_trained_with
 from hf_schatten.integration.factory import create_schatten_optimizer
 from hf_schatten.integration.terminal import SchattenPrinterCallback, SchattenProgressCallback
 from hf_schatten.matrices.engines import UnsupportedEngineError
+from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 Handler: TypeAlias = Callable[[OptimizerContext], tuple[Any, dict[str, Any]]]
@@ -30,6 +32,7 @@ def register() -> None:
     register_optimizer(OPTIMIZER_NAME, _handle)
     private_api.replace_in_trainer(private_api.PROGRESS, SchattenProgressCallback, ProgressCallback)
     private_api.replace_in_trainer(private_api.PRINTER, SchattenPrinterCallback, PrinterCallback)  # without a bar
+    private_api.show_through_accelerate(SchattenP.learned_p.__name__, SchattenP.skipped_steps.__name__)
     callbacks = private_api.CALLBACKS.resolve()
     if SchattenCallback not in callbacks:
         callbacks.append(SchattenCallback)
@@ -67,17 +70,41 @@ def _full_name(handler: Handler) -> tuple[str, str]:
 
 
 def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
-    """Return what Trainer calls to make the optimizer: a factory and its keyword arguments."""
+    """Return what makes the optimizer: a class and keyword arguments."""
     _refuse_unsupported_arguments(context.args)
     options = SchattenOptions.from_optim_args(context.args.optim_args)
     own = {"weight_decay": context.args.weight_decay, "options": options}
-    return _Factory, {**context.optimizer_kwargs, **context.adam_kwargs, **own}
+    model = context.model if context.model is not None else model_trained_with(context.args)
+    return type("FactoryOfModel", (_Factory,), {"model": model}), {
+        **context.optimizer_kwargs,
+        **context.adam_kwargs,
+        **own,
+    }
 
 
 class _Factory:
-    """The callable that Trainer expects from handlers of optimizers that need the whole model."""
+    """Makes the optimizer from a model, as Trainer asks for it, or from groups, as other callers of transformers do.
 
-    __call__ = staticmethod(create_schatten_optimizer)
+    ``_Factory()(model, **kwargs)`` is Trainer's form for optimizers that need the whole model. What a subclass of
+    Trainer writes into ``kwargs`` to replace the parameters counts here as it does there.
+    ``_Factory(groups, **kwargs)`` is the form of all other optimizers.
+    """
+
+    model: nn.Module | None = None  # of the form without one
+
+    def __new__(cls, groups: Iterable[Any] | None = None, **kwargs: Any) -> Any:
+        if groups is None:
+            return super().__new__(cls)
+        if cls.model is None:
+            raise TypeError(
+                "schatten_p finds its matrices by the modules of the model, which parameters alone do not show: call "
+                "get_optimizer_cls_and_kwargs(args, model), or create_schatten_optimizer(model)."
+            )
+        return create_schatten_optimizer(cls.model, groups=groups, **kwargs)
+
+    def __call__(self, model: nn.Module, /, **kwargs: Any) -> SchattenP:
+        groups = [kwargs.pop(key) for key in ("params", "model", "optimizer_dict") if key in kwargs]
+        return create_schatten_optimizer(model, groups=groups[-1] if groups else None, **kwargs)
 
 
 def _refuse_unsupported_arguments(args: TrainingArguments) -> None:

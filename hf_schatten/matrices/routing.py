@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -97,9 +97,11 @@ def route_parameters(
         split_heads: read queries, keys and values as a matrix for each head.
 
     Raises:
+        TypeError: when it is not a model.
         RoutingError: when no matrix is routed, a pattern matches nothing, or parts do not divide the outputs.
         UnsupportedEngineError: when no matrix is routed because DeepSpeed ZeRO has emptied the parameters.
     """
+    require_module(model)
     model = extract_model_from_parallel(model)
     backbone = {id(module) for module in _backbone(model).modules()}
     embeddings = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
@@ -122,6 +124,16 @@ def route_parameters(
         refuse_emptied(model)
         raise RoutingError(_nothing_routed(model, routing))
     return routing
+
+
+def require_module(model: Any) -> None:
+    """Raise a TypeError unless this is a model, and not its parameters or its name."""
+    if isinstance(model, nn.Module):
+        return
+    hint = "its modules, and not model.parameters(), say which parameters are matrices"
+    if isinstance(model, str):
+        hint = f"load it first, as in AutoModelForCausalLM.from_pretrained({model!r})"
+    raise TypeError(f"Expected a model (torch.nn.Module), got {type(model).__name__}: {hint}.")
 
 
 def _clean_name(name: str) -> str:

@@ -46,6 +46,8 @@ class Momenta:
 
     def count(self, group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State]) -> None:
         """Count a step of the parameters of a group, and take their gradients into what the preconditioner keeps."""
+        if "max_momentum" in group:  # torch's schedules that cycle the momentum cycle the first of the betas, AdamW's
+            group["momentum"] = group["betas"][0]
         preconditioner = PRECONDITIONERS[group["precondition"]]
         for together in by_device(parameters).values():
             steps, skipped = ([states[each][key] for each in together] for key in (STEP, SKIPPED))

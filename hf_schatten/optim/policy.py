@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from torch import Tensor
 
+from hf_schatten.exponent import p_label
 from hf_schatten.optim.matrix import Matrix
+from hf_schatten.options import SchattenOptions
+
+logger = logging.getLogger(__name__)
 
 
 class Optimized(Protocol):
@@ -55,3 +60,14 @@ class Policy:
 
     def remove(self) -> None:
         """Leave the model as it was."""
+
+
+def warn_of_missing(options: SchattenOptions) -> None:
+    """Warn where p should change and there is no policy that changes it."""
+    if isinstance(options.p, str) and not options.p_overrides:
+        logger.warning(
+            "p=%s, and nothing changes p: it stays %s. Make the optimizer by "
+            "hf_schatten.create_schatten_optimizer(model), which knows the model, or give SchattenP a number for p.",
+            options.p,
+            p_label(options.initial_p),
+        )

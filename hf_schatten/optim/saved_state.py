@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_schatten.optim.matrix import ABSENCE, PER_MATRIX, STATISTICS_WEIGHT, STEP, Matrix, P
+from hf_schatten.optim.matrix import ABSENCE, PER_MATRIX, STATISTICS_WEIGHT, STEP, Matrix
+from hf_schatten.optim.state import expected_state
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 logger = logging.getLogger(__name__)
-
-# The only hyperparameters that a schedule changes; every other one is the present run's.
-SCHEDULED = ("lr", "initial_lr")
 
 STATE_ELSEWHERE = "schatten_p_state_file"  # marks a state_dict without state, and says which file has it
 OPTIONS = "schatten_p_options"  # where a state_dict has the options of the run
 
 # Options of a group that say what its parameters are, and not how they are updated.
-_STRUCTURE = "spectral", "transposed", "parts", "blocks", "p", "p_by_parameter", "param_names"
+_STRUCTURE = "params", "spectral", "transposed", "parts", "blocks", "p", "p_by_parameter", "param_names"
 _NEW = {ABSENCE}  # state that earlier versions did not save: it starts at zero
 _STATE_DICT = "The optimizer's saved state"  # in messages, where no file is known
 
@@ -59,6 +57,20 @@ def present_group(group: Mapping[str, Any]) -> dict[str, Any]:
     return group
 
 
+def of_schedule(group: Mapping[str, Any], defaults: Collection[str]) -> dict[str, Any]:
+    """Return what the learning-rate schedule has written into a saved group, which a resume goes on with.
+
+    These are the rates, what a schedule keeps in a group besides, and the momenta, if it cycles them.
+
+    Args:
+        group: as :func:`present_group` returns it.
+        defaults: names of the hyperparameters of every group.
+    """
+    scheduled = {"lr", "initial_lr"} | ({"betas", "momentum"} if "max_momentum" in group else set())
+    own = {*defaults, *_STRUCTURE} - scheduled
+    return {key: value for key, value in group.items() if key not in own}
+
+
 def _present_options(saved: Mapping[str, Any]) -> dict[str, Any]:
     """Return saved options under the present names."""
     saved = dict(saved)
@@ -90,7 +102,7 @@ def require_same_parameters(source: str, saved: Collection[str], present: Collec
 
 
 def require_same_state(
-    source: str, saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, torch.Size]]
+    source: str, saved: Mapping[str, Mapping[str, Any]], expected: Mapping[str, Mapping[str, Tensor]]
 ) -> None:
     """Raise unless saved states, by parameter name and state name, have the shapes that the present updates need.
 
@@ -104,9 +116,7 @@ def require_same_state(
                 "parameter was routed elsewhere, or its second moment is kept otherwise. Use the options exclude and "
                 "precondition of the run that wrote it."
             )
-        for key, shape in expected[name].items():
-            if key not in state:
-                continue
+        for key, shape in ((key, value.shape) for key, value in expected[name].items() if key in state):
             found = state[key].shape if isinstance(state[key], Tensor) else torch.Size()
             if found == shape:
                 continue
@@ -139,14 +149,96 @@ def say_changed_options(saved: Mapping[str, Any], present: SchattenOptions) -> f
     return frozenset(changed)
 
 
-def honour_options(
-    options: SchattenOptions,
-    saved_options: Mapping[str, Any] | None,
-    matrices: Iterable[Matrix],
-    managed: Collection[str],
+class Loading:
+    """A state_dict on its way into an optimizer: what is done to it before torch loads it, and after.
+
+    Args:
+        present: the optimizer's groups.
+        defaults: names of the hyperparameters of every group.
+        keeps_options: whether the present hyperparameters stay, but for those of the schedule.
+    """
+
+    def __init__(self, present: Sequence[dict[str, Any]], defaults: Collection[str], keeps_options: bool) -> None:
+        self._present = present
+        self._defaults = defaults
+        self._keeps_options = keeps_options
+        self._expected = expected_state(present)
+        self._given: dict[str, Any] = {}
+
+    @property
+    def options(self) -> Mapping[str, Any] | None:
+        """The options in the state_dict, None where it has none."""
+        return self._given.get(OPTIONS)
+
+    def prepare(self, optimizer: Any, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the state_dict with groups of the present structure, and the saved numbers of their parameters.
+
+        Where parameters have names, these and not their order say which is which. A hyperparameter that a saved group
+        lacks is the present one.
+
+        Raises:
+            CheckpointError: as :func:`require_same_parameters` and :func:`require_same_state`.
+            ValueError: as :func:`require_own_state`.
+        """
+        require_own_state(state_dict)
+        saved = list(map(present_group, state_dict["param_groups"]))
+        if all("param_names" in group for group in (*saved, *self._present)):
+            saved = self._by_name(saved)
+        if [len(group["params"]) for group in saved] == [len(group["params"]) for group in self._present]:
+            numbers = dict(zip(self._expected, _items(saved), strict=True))
+            states = state_dict["state"]
+            known = {name: states[number] for name, number in numbers.items() if number in states}
+            require_same_state(_STATE_DICT, known, self._expected)
+            saved = [self._to_load(*pair) for pair in zip(self._present, saved, strict=True)]
+        self._given = {
+            **state_dict,
+            "param_groups": saved,
+        }  # torch refuses other numbers of groups
+        return self._given
+
+    def restore(self, states: Mapping[Tensor, dict[str, Tensor]]) -> None:
+        """Give what torch has loaded, in the parameters' dtypes, the dtypes and devices in which state is kept."""
+        for number, parameter, expected in zip(
+            _items(self._given["param_groups"]), _items(self._present), self._expected.values(), strict=True
+        ):
+            for key, value in self._given["state"].get(number, {}).items():
+                loaded = torch.as_tensor(states[parameter][key])  # a step may be a number
+                dtype, device = expected[key].dtype, loaded.device if expected[key].is_meta else expected[key].device
+                if key == STEP or (loaded.dtype, loaded.device) != (dtype, device):  # torch shares the step
+                    loaded = torch.as_tensor(value).to(device=device, dtype=dtype, copy=True)
+                states[parameter][key] = loaded
+            if ABSENCE in expected and STATISTICS_WEIGHT in (state := states.get(parameter, {})):
+                state.setdefault(ABSENCE, torch.zeros_like(state[STATISTICS_WEIGHT]))
+
+    def _by_name(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return saved groups of the parameters that are in the present groups."""
+        group_of = {name: group for group in saved for name in group["param_names"]}
+        numbers = dict(zip(_items(saved, "param_names"), _items(saved), strict=True))
+        require_same_parameters(_STATE_DICT, numbers, self._expected)
+        return [
+            {**group_of[group["param_names"][0]], "params": [numbers[name] for name in group["param_names"]]}
+            for group in self._present
+        ]
+
+    def _to_load(self, present: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the saved group, with what is the present one's."""
+        stays = {*_STRUCTURE, *(self._defaults if self._keeps_options else ())}
+        kept = {key: value for key, value in present.items() if key in stays}
+        return {**present, **saved, **kept, **of_schedule(saved, self._defaults), "params": saved["params"]}
+
+
+def take_options(
+    saved: Mapping[str, Any] | None, present: SchattenOptions, matrices: Iterable[Matrix], managed: Container[str]
 ) -> None:
-    """Make a loaded state one of the present options: p where no policy manages it, and the criterion's statistics."""
-    changed = say_changed_options(saved_options, options) if saved_options else frozenset()
+    """Make a loaded state one of the present options, and say what has changed.
+
+    Args:
+        saved: the options with which it was saved, None where they are not known.
+        present: of this run.
+        matrices: of the optimizer.
+        managed: names of the matrices whose p a policy changes.
+    """
+    changed = say_changed_options(saved, present) if saved else frozenset()
     for matrix in matrices:
         if matrix.state and matrix.name not in managed:
             matrix.p.fill_(matrix.first_p)
@@ -155,61 +247,6 @@ def honour_options(
             matrix.statistics_weight.zero_()
 
 
-def groups_to_load(
-    state_dict: Mapping[str, Any],
-    present: Sequence[Mapping[str, Any]],
-    expected: Mapping[str, Mapping[str, torch.Size]],
-    own: Collection[str],
-) -> list[dict[str, Any]]:
-    """Return groups of the present structure for torch to load, with the saved numbers of their parameters.
-
-    Where parameters have names, these and not their order say which is which. Of the saved options, those in ``own``
-    give way to the present ones; those of the schedule never do.
-
-    Raises:
-        CheckpointError: as :func:`require_same_parameters` and :func:`require_same_state`.
-    """
-    saved = list(map(present_group, state_dict["param_groups"]))
-    if all("param_names" in group for group in (*saved, *present)):
-        ids, names = _numbers(saved), _numbers(present).keys()
-        require_same_parameters(_STATE_DICT, ids, names)
-        states = {name: state_dict["state"][ids[name]] for name in names if ids[name] in state_dict["state"]}
-        require_same_state(_STATE_DICT, states, expected)
-        group_of = {name: group for group in saved for name in group["param_names"]}
-        then = [
-            group_of[group["param_names"][0]] | {"params": [ids[name] for name in group["param_names"]]}
-            for group in present
-        ]
-    elif len(saved) == len(present):
-        then = saved
-    else:
-        return saved  # which torch refuses
-    kept = {*_STRUCTURE, *own} - {*SCHEDULED}
-    # What an older version did not save is the present group's.
-    return [
-        {**new, **old} | {key: new[key] for key in kept if key in new} for new, old in zip(present, then, strict=True)
-    ]
-
-
-def restore_dtypes(
-    saved: Mapping[Any, Mapping[str, Any]],
-    saved_groups: Iterable[Mapping[str, Any]],
-    states: Mapping[Tensor, dict[str, Tensor]],
-    groups: Iterable[Mapping[str, Any]],
-) -> None:
-    """Give loaded state the dtypes in which it was saved, which torch casts to the parameters'."""
-    ids, parameters = ((each for group in of for each in group["params"]) for of in (saved_groups, groups))
-    for number, parameter in zip(ids, parameters, strict=True):
-        state = states.get(parameter, {})
-        for key, value in saved.get(number, {}).items():
-            if isinstance(value, Tensor) and state[key].dtype != value.dtype:
-                state[key] = value.to(device=state[key].device, copy=True)
-        if P in state:
-            state.setdefault(ABSENCE, torch.zeros_like(state[STATISTICS_WEIGHT]))
-        if STEP in state:  # which torch shares with what is loaded, and which may be a number
-            state[STEP] = torch.as_tensor(state[STEP]).to(torch.float32, copy=True)
-
-
-def _numbers(groups: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what groups have under ``params``, by name."""
-    return {name: item for group in groups for name, item in zip(group["param_names"], group["params"], strict=True)}
+def _items(groups: Iterable[Mapping[str, Any]], key: str = "params") -> Iterator[Any]:
+    """Yield the parameters of groups, or what they have under another key, in order."""
+    return (item for group in groups for item in group[key])

@@ -27,16 +27,10 @@ from hf_schatten.optim.groups import Groups
 from hf_schatten.optim.matrix import SKIPPED, STEP, Matrix, layout_of, named_parameters
 from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.plan import Planner
-from hf_schatten.optim.policy import Policy
-from hf_schatten.optim.saved_state import (
-    OPTIONS,
-    groups_to_load,
-    honour_options,
-    require_own_state,
-    restore_dtypes,
-)
+from hf_schatten.optim.policy import Policy, warn_of_missing
+from hf_schatten.optim.saved_state import OPTIONS, Loading, take_options
 from hf_schatten.optim.stack import Stack
-from hf_schatten.optim.state import expected_state, new_state, require_matrix
+from hf_schatten.optim.state import new_state, require_matrix
 from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -191,6 +185,8 @@ class SchattenP(Optimizer):
             self._agreement.renew(self.param_groups, self.options)
         if self.policy is not None:
             self.policy.before_update(self)
+        elif not self._calls:
+            warn_of_missing(self.options)
         momenta = Momenta(gradients := FiniteGradients(self.param_groups))
         for group in self.param_groups:
             parameters = gradients.of(group["params"])
@@ -267,27 +263,33 @@ class SchattenP(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """Return the state as ``torch.optim.Optimizer`` does, and the options, which a resume compares."""
         own = {OPTIONS: self.options.as_json()} if self._keeps_options else {}
-        return super().state_dict() | own
+        with self.register_state_dict_post_hook(lambda _, state_dict: state_dict | own, prepend=True):
+            return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state as ``torch.optim.Optimizer`` does, but keep the dtype in which each tensor was saved.
+        """Load a state as ``torch.optim.Optimizer`` does, but in the dtypes in which state is kept.
 
         Torch casts state to the parameter's dtype, which rounds the fp32 state of bf16 parameters. How parameters are
-        read as matrices is the present model's. An optimizer that was made with ``options`` keeps them, but for the
-        learning rates of the schedule, and warns of those that differ from the saved ones.
+        read as matrices is the present model's. An optimizer that was made with ``options`` keeps them, but for what a
+        learning-rate schedule changes, and warns of those that differ from the saved ones.
 
         Raises:
             CheckpointError: when the state is of another model, or of other updates of its parameters.
             ValueError: when the state is another optimizer's, or is in another file.
         """
-        require_own_state(state_dict)
-        own = self.defaults if self._keeps_options else ()
-        groups = groups_to_load(state_dict, self.param_groups, expected_state(self.param_groups), own)
-        super().load_state_dict(state_dict | {"param_groups": groups})
-        restore_dtypes(state_dict["state"], groups, self.state, self.param_groups)
+        loading = Loading(self.param_groups, self.defaults, self._keeps_options)
+        finish = partial(SchattenP._finish_loading, loading=loading)
+        with (  # inside of the caller's own hooks
+            self.register_load_state_dict_pre_hook(loading.prepare),
+            self.register_load_state_dict_post_hook(finish, prepend=True),
+        ):
+            super().load_state_dict(state_dict)
+
+    def _finish_loading(self, loading: Loading) -> None:
+        loading.restore(self.state)
         self._groups.forget()
         if self._keeps_options:
-            honour_options(self.options, state_dict.get(OPTIONS), self.matrices(), self._managed)
+            take_options(loading.options, self.options, self.matrices(), self._managed)
         if self.policy is not None:
             self.policy.after_load(self)
 
@@ -317,8 +319,8 @@ class SchattenP(Optimizer):
                     self.state[parameter] = new_state(name, parameter, group)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle keeps: not the policy, whose hooks belong to the model, nor the plan."""
-        own = ("options", "target", "_keeps_options")
+        """What a copy or a pickle keeps: all but the plan. The policy brings the model along, which it samples."""
+        own = ("options", "target", "policy", "_keeps_options")
         return super().__getstate__() | {name: getattr(self, name) for name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

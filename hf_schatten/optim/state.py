@@ -37,14 +37,17 @@ def new_state(name: str, parameter: Tensor, group: Group) -> State:
     }
 
 
-def expected_state(groups: Iterable[Group]) -> dict[str, dict[str, torch.Size]]:
-    """Return the shape of every state tensor that each named parameter has or will have."""
-    shapes = {}
-    for group in groups:
+def expected_state(groups: Iterable[Group]) -> dict[str, State]:
+    """Return the state that each parameter has or will have, by name, or group and position where it has none.
+
+    What a state has on its parameter's device is on the device "meta" here.
+    """
+    states = {}
+    for number, group in enumerate(groups):
         for name, parameter in named_parameters(group):
             state = new_state(name, torch.empty(parameter.shape, dtype=parameter.dtype, device="meta"), group)
-            shapes[name] = {key: value.shape for key, value in state.items()}
-    return shapes
+            states[name if "param_names" in group else f"{number}.{name}"] = state
+    return states
 
 
 def require_matrix(name: str, parameter: Tensor, group: Group, coupling_order: float | None) -> None:

@@ -92,6 +92,65 @@ def test_bf16_autocast(token_dataset, training_arguments):
     assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.supports(
+    "Precision", "fp16 autocast", "with torch's `GradScaler`: a step that it skips counts nowhere, also where p is due"
+)
+def test_fp16_autocast(token_dataset, training_arguments, tmp_path):
+    check_run(
+        make, token_dataset, training_arguments(**RUN, fp16=True), LLAMA
+    )  # on a CPU: Accelerate has no scaler there
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = torch.stack([row["input_ids"] for row in token_dataset]).to(device).view(8, 8, -1)
+
+    def train(start=0):
+        model = make().to(device).train()
+        optimizer = hf_schatten.create_schatten_optimizer(
+            model, 1e-2, p_init=FIRST_P, p_first_step=2, p_interval=6, verbose=False
+        )
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
+        saved = {"model": model, "optimizer": optimizer, "scaler": scaler}
+        if start:
+            for name, state in torch.load(tmp_path / "state.pt").items():
+                saved[name].load_state_dict(state)
+        scaler.scale(torch.zeros((), device=device))  # without which its factor cannot be set
+        found, skipped = [], []
+        while optimizer.steps_taken() < STEPS:
+            step = optimizer.steps_taken() + 1
+            if step in (1, *DUE) and step not in skipped:
+                scaler.update(2.0**30)
+            with torch.autocast(device, torch.float16):
+                loss = model(input_ids=rows[step % 8], labels=rows[step % 8]).loss
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            optimizer.zero_grad()
+            if optimizer.steps_taken() < step:
+                skipped.append(step)
+                scaler.update(2.0**10)
+                continue
+            scaler.update()
+            found.append(loss.item())
+            if step == STEPS // 2:
+                torch.save({name: each.state_dict() for name, each in saved.items()}, tmp_path / "state.pt")
+        assert skipped == [step for step in (1, *DUE) if step > start]
+        assert optimizer.policy.estimates == len([step for step in DUE if step > start])
+        return found, optimizer, weights(model)
+
+    straight, optimizer, end = train()
+    resumed, _, resumed_end = train(start=STEPS // 2)
+    assert straight[STEPS // 2 :] == resumed
+    check_equal(end, resumed_end)
+    assert sum(straight[-3:]) < sum(straight[:3])
+    assert FIRST_P not in optimizer.learned_p().values()
+    decay = optimizer.options.p_ema_decay
+    for matrix in optimizer.matrices():  # no estimate was lost
+        assert matrix.statistics_weight.item() == pytest.approx(1 - decay ** len(DUE), rel=1e-9, abs=0.0)
+    assert optimizer.skipped_steps() == {}
+    moments = [state[key] for state in optimizer.state.values() for key in ("momentum", "exp_avg") if key in state]
+    assert {value.dtype for value in (*moments, *end.values())} == {torch.float32}
+
+
 @pytest.mark.supports("Precision", "bf16 parameters", "with fp32 state, also after a resume")
 @pytest.mark.parametrize("trainer_class", [Trainer, SchattenTrainer])
 def test_bf16_parameters(trainer_class, token_dataset, arguments):
