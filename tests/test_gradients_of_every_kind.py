@@ -158,6 +158,43 @@ def test_a_group_that_is_added_after_some_steps_begins_anew():
     torch.testing.assert_close(second, alone, rtol=1e-5, atol=1e-6)
 
 
+def test_what_is_unfrozen_later_is_warned_of_once_with_a_fix_that_works(caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    optimizer = hf_schatten.create_schatten_optimizer(model, 0.1, verbose=False)
+
+    def train():
+        model(torch.ones(2, 4)).square().sum().backward()
+        optimizer.step()
+
+    train()
+    assert not caplog.messages
+    model[0].requires_grad_(True)
+    before = model[0].weight.detach().clone()
+    train()
+    train()
+    (message,) = caplog.messages
+    assert "2 parameters" in message
+    assert "0.weight, 0.bias" in message
+    assert torch.equal(model[0].weight, before)
+    optimizer.add_param_group({"params": [("0.weight", model[0].weight)], "spectral": True})
+    optimizer.add_param_group({"params": [("0.bias", model[0].bias)], "spectral": False})
+    train()
+    assert not torch.equal(model[0].weight, before)
+
+
+def test_what_is_unfrozen_and_added_at_once_is_not_warned_of(caplog):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    optimizer = hf_schatten.create_schatten_optimizer(model, 0.1, verbose=False)
+    model[0].requires_grad_(True)
+    optimizer.add_param_group({"params": list(model[0].named_parameters("0"))[:1], "spectral": True})
+    optimizer.add_param_group({"params": list(model[0].named_parameters("0"))[1:], "spectral": False})
+    model(torch.ones(2, 4)).square().sum().backward()
+    optimizer.step()
+    assert not caplog.messages
+
+
 def presence(signs: list[int], nesterov: bool) -> float:
     """Return the share of gradients other than zero among all, by the weights that the momentum gives them."""
     if nesterov:  # the last gradient comes once more

@@ -15,6 +15,7 @@ from hf_schatten.adaptive.schedule import ScheduledP
 from hf_schatten.adaptive.transfer import Transfer
 from hf_schatten.distributed.processes import is_main_process
 from hf_schatten.integration.checkpoint import load_learned_p
+from hf_schatten.integration.unfreezing import watch_frozen
 from hf_schatten.matrices.engines import refuse_unsupported_engines
 from hf_schatten.matrices.layout import matches, matrix_name
 from hf_schatten.matrices.routing import (
@@ -105,6 +106,7 @@ def create_schatten_optimizer(
     policy = _policy(model, matrices, [name for name in names if name not in overridden], options)
     if policy is not None:
         optimizer.follow(policy)
+    watch_frozen(model, optimizer)
     return optimizer
 
 
