@@ -321,7 +321,7 @@ class SchattenP(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: all but the plan. The policy brings the model along, which it samples."""
         own = ("options", "target", "policy", "_keeps_options")
-        return super().__getstate__() | {name: getattr(self, name) for name in own}
+        return super().__getstate__() | {name: value for name, value in vars(self).items() if name in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what :meth:`__getstate__` keeps; a copy plans for itself, since its parameters are others."""
