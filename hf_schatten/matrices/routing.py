@@ -16,6 +16,7 @@ from hf_schatten.matrices.backbones import backbone_modules, embedding_parameter
 from hf_schatten.matrices.engines import refuse_emptied
 from hf_schatten.matrices.fused_projections import cut_of
 from hf_schatten.matrices.layout import Layout, matches
+from hf_schatten.matrices.target_modules import TargetModules
 from hf_schatten.option_text import parse_fused_parts
 from hf_schatten.private_api import WRAPPER_COMPONENTS, has_gate
 
@@ -83,6 +84,7 @@ def route_parameters(
     *,
     fused_parts: Sequence[str] = (),
     split_heads: bool = False,
+    target_modules: str | Sequence[str] | None = None,
 ) -> Routing:
     """Decide for every parameter of a model which update it gets.
 
@@ -99,12 +101,15 @@ def route_parameters(
         fused_parts: ``pattern:part/part`` of projections that are not known, or known wrongly; see
             :func:`hf_schatten.option_text.parse_fused_parts`.
         split_heads: read queries, keys and values as a matrix for each head.
+        target_modules: the modules whose matrices go to the Schatten-p update, inside the backbone or not: parts of
+            names, regular expressions, or ``"all-linear"``, which is the default's rule. Default none: the backbone.
 
     Raises:
         RoutingError: when no matrix is routed, a pattern matches nothing, or parts do not divide the outputs.
         UnsupportedEngineError: when no matrix is routed because DeepSpeed ZeRO has emptied the parameters.
     """
     model = extract_model_from_parallel(model)
+    targets = TargetModules(target_modules)
     backbone, embeddings = backbone_modules(model), embedding_parameters(model)
     routes = []
     for raw_name, parameter in model.named_parameters():
@@ -116,6 +121,7 @@ def route_parameters(
             parameter,
             module,
             adapter,
+            targets,
             in_backbone=id(module) in backbone,
             embeddings=embeddings,
             exclude=exclude,
@@ -124,7 +130,12 @@ def route_parameters(
         if destination == "schatten_p":
             layout = _layout(model, name, parameter, module, adapter, fused_parts=fused_parts, split_heads=split_heads)
         routes.append(Route(name, parameter, module, destination, reason, layout, _decays(raw_name, module)))
-    routing = Routing(tuple(routes), tuple(_warnings(model, routes)))
+    routing = Routing(tuple(routes), () if targets.given else tuple(_warnings(model, routes)))
+    for entry in targets.unused([route.name for route in routing.to("schatten_p")]):
+        raise RoutingError(
+            f"target_modules={entry!r} (optim_target_modules of TrainingArguments) names no module with a matrix for "
+            "the Schatten-p update: embeddings, what is tied to them, and vectors use AdamW."
+        )
     require_matches("exclude", exclude, [route.name for route in routes])
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
     require_matches("fused_parts", patterns, [route.name for route in routing.to("schatten_p")])
@@ -207,6 +218,7 @@ def _destination(
     parameter: nn.Parameter,
     module: nn.Module,
     adapter: Adapter | None,
+    targets: TargetModules,
     *,
     in_backbone: bool,
     embeddings: set[int],
@@ -228,9 +240,10 @@ def _destination(
             "convolution of an image's channels",
         ),
         (not _holds_matrices(name, parameter, module, adapter), "adamw", f"owned by {owner}"),
-        (not in_backbone, "adamw", "outside the backbone (task head)"),
+        (not targets.given and not in_backbone, "adamw", "outside the backbone (task head)"),
         (min(sides) == 1, "adamw", "a side of length 1"),
-        (True, "schatten_p", f"matrix of {owner} in the backbone"),
+        (targets.given and not targets.has(name), "adamw", "not in target_modules"),
+        (True, "schatten_p", f"matrix of {owner}" + " in the backbone" * in_backbone),
     )
     return next((destination, reason) for holds, destination, reason in rules if holds)
 
