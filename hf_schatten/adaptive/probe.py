@@ -14,6 +14,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from hf_schatten.adaptive.row_sample import RowSample
 from hf_schatten.adaptive.rows import Rows, input_rows, output_rows
+from hf_schatten.matrices.backbones import outermost_models
 from hf_schatten.matrices.layout import matrix_name
 
 _TRACKER = ModuleTracker()  # never entered: only asked whether backward runs
@@ -59,7 +60,7 @@ class Probe:
     Counts each training forward once, as soon as a gradient comes back to its output. So evaluation, ``no_grad``, the
     forward of gradient checkpointing of either kind that is not differentiated, and the pass of DoRA that only
     measures a norm do not count. All micro-batches of an accumulated step contribute; padding does not (an
-    ``attention_mask`` that the model gets by keyword).
+    ``attention_mask`` by keyword, of the model or of each model of transformers in it).
 
     Rows are copied then, too, where autograd keeps the layer's input until then anyway: earlier copies would add to
     the peak of memory, which lies before the backward pass.
@@ -88,7 +89,8 @@ class Probe:
         self._outputs: _Samples = {}
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
-        self._handles = [model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)]
+        masked: list[nn.Module] = [*outermost_models(model)] or [model]
+        self._handles = [each.register_forward_pre_hook(self._begin_forward, with_kwargs=True) for each in masked]
         self._handles += [module.register_forward_hook(self._hook(name)) for name, module in layers.items()]
 
     @property

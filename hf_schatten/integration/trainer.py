@@ -181,7 +181,8 @@ class SchattenTrainerMixin(_Base):
         ):
             # Under FSDP, the weights are in a file of its own, by the model's names.
             if self.is_fsdp_enabled or not load_converted_weights(model or self.model, resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                own = () if model is None else (model,)  # which other trainers' loading does not take
+                super()._load_from_checkpoint(resume_from_checkpoint, *own)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or not load_converted_weights(self.model, str(self.state.best_model_checkpoint)):
