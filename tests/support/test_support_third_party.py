@@ -109,6 +109,7 @@ def test_sentence_transformers(package, trl_arguments, make_encoder, pairs, monk
         assert counts == {f"{BODY}{name}": 2 * 8 * LENGTH for name in ENCODER}
 
 
+@pytest.mark.slow
 @pytest.mark.supports(
     THEME, "a loss of sentence-transformers with weights", "they use AdamW; `learning_rate_mapping` counts"
 )
@@ -133,6 +134,7 @@ def test_a_loss_with_weights(package, trl_arguments, make_encoder, pairs):
     assert not torch.equal(loss.classifier.weight, before)
 
 
+@pytest.mark.slow
 @pytest.mark.supports(THEME, "sentence-transformers' `CrossEncoderTrainer`", "the classifier's head uses AdamW")
 def test_cross_encoder(package, trl_arguments, tmp_path):
     torch.manual_seed(0)
@@ -149,6 +151,7 @@ def test_cross_encoder(package, trl_arguments, tmp_path):
     assert names == ENCODER | {POOLER}
 
 
+@pytest.mark.slow
 @pytest.mark.supports(THEME, "SetFit's `Trainer`", "the body's contrastive training; its head is fitted afterwards")
 def test_setfit(trl_arguments, make_encoder, tmp_path):
     setfit = pytest.importorskip("setfit")
