@@ -14,10 +14,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import date
 from itertools import islice
 from pathlib import Path
 from statistics import mean, stdev
@@ -29,6 +27,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.geometry.text import byte_blocks, read_text
+from benchmarks.optimizer_step import machine
 from benchmarks.tables import print_table
 from hf_schatten import create_schatten_optimizer
 
@@ -69,7 +68,7 @@ class Setup:
     pretraining: int = 600
     steps: int = 150
     rank: int = 8
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
@@ -215,8 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print_table(header, rows_of(outcomes))
     options.output.mkdir(parents=True, exist_ok=True)
     file = options.output / "lora_factors.json"
-    machine = {"date": str(date.today()), "machine": platform.machine(), "threads": torch.get_num_threads()}
-    written = {**machine, "torch": torch.__version__, "setup": asdict(setup), "before": before}
+    written = {"machine": machine("cpu"), "setup": asdict(setup), "before": before}
     written["outcomes"] = [asdict(outcome) for outcome in outcomes]
     file.write_text(json.dumps(written, indent=1) + "\n", "utf-8")
     print(f"\nWritten to {file}")
