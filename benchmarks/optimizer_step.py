@@ -47,7 +47,7 @@ from benchmarks.comparison.torch_muon import MuonAndAdamW
 from benchmarks.tables import print_table
 from hf_schatten import create_schatten_optimizer, route_parameters
 from hf_schatten.linalg.spectral_power import iterate_in_turns
-from hf_schatten.options import OPTION_VALUES
+from hf_schatten.option_names import OPTION_VALUES
 
 OURS, MUON, ADAMW, DION = "schatten_p, p = -5", "torch.optim.Muon and AdamW", "torch.optim.AdamW, fused", "dion.Muon"
 _RATES: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1}

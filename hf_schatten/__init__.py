@@ -12,7 +12,8 @@ from hf_schatten.integration.trainer import SchattenTrainer, SchattenTrainerMixi
 from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.matrices.routing import RoutingError, route_parameters
 from hf_schatten.optim.schatten_p import SchattenP
-from hf_schatten.options import OptionError, SchattenOptions
+from hf_schatten.option_names import OptionError
+from hf_schatten.options import SchattenOptions
 
 __version__ = "0.1.0"  # read by pyproject.toml
 

@@ -1,7 +1,4 @@
-"""How options are written: ``--optim_args``, values as text, and the small languages of three of them.
-
-Knows no option but those that no longer exist, about which it says what to write instead.
-"""
+"""How options are written: ``--optim_args``, values as text, and the small languages of four of them."""
 
 from __future__ import annotations
 
@@ -12,37 +9,9 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from numbers import Integral, Real
 from os import PathLike
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-# What the caller sets for AdamW and the matrices alike: names under which it may be given as an option, the argument
-# of create_schatten_optimizer, and the flags of TrainingArguments.
-_OF_THE_CALLER = (
-    (("lr", "learning_rate"), "lr", "--learning_rate"),
-    (("weight_decay", "wd"), "weight_decay", "--weight_decay"),
-    (("betas", "beta1", "beta2", "adam_beta1", "adam_beta2"), "betas", "--adam_beta1 and --adam_beta2"),
-    (("eps", "epsilon", "adam_epsilon"), "eps", "--adam_epsilon"),
-)
-
-_CONSTANT = "is a constant now; leave it out"
-_ONE_SCHEDULE = "is part of p_schedule; write p_schedule=START:END or START:END:STEPS, such as p_schedule=4:inf:1000"
-_REMOVED = {
-    "sync": "is gone: processes average their statistics; for a p closer to the whole batch's raise probe_rows",
-    "split_fused": "is gone; write fused_parts=*: to leave every fused projection whole",
-    "workspace_mib": _CONSTANT,
-    "buffer_mib": _CONSTANT,
-    "share_processes": _CONSTANT,
-    "p_interval_growth": "is gone; raise p_interval",
-    "p_groups": "is gone: each matrix has a p of its own; give several the same with p_overrides=PATTERN:P",
-    "p_start": _ONE_SCHEDULE,
-    "p_end": _ONE_SCHEDULE,
-    "p_steps": _ONE_SCHEDULE,
-    "precondition_exponent": "is gone; write precondition=adam (scaled) or precondition=muadam (-1/4)",
-}
-_REMOVED_VALUES = {
-    ("precondition", "adafactor"): "it is gone; use adam, which keeps 4 bytes for each parameter",
-    ("p_estimator", "lowrank"): "it is gone; use lanczos, which is as fast and more accurate",
-    ("p_estimator", "exact32"): "it is gone; use exact",
-}
+from hf_schatten.option_names import OptionError
 
 # Targets that stand beside the power: form, rule, and whether a number is allowed.
 _TARGETS: Mapping[str, tuple[str, str, Callable[[float], bool]]] = {
@@ -58,41 +27,6 @@ POWER = "power"  # the target that is the update of this package
 FUNCTION_PREFIX = "function:"  # of the name that stands for a Python function
 
 _GIVEN_PART = re.compile(r"(?P<name>[A-Za-z_]\w*)(?:\*(?P<weight>[1-9]\d*))?")
-
-
-class OptionError(ValueError):
-    """An option is unknown, malformed or out of range; the message names the value and the fix."""
-
-
-def refuse_unknown(name: str, known: Collection[str]) -> NoReturn:
-    """Raise for a name that is not an option, saying where it belongs, what has replaced it, or what it resembles.
-
-    Raises:
-        OptionError: always.
-    """
-    for names, argument, flags in _OF_THE_CALLER:
-        if name in names:
-            raise OptionError(
-                f"{name!r} is not an option of schatten_p: set {flags} of TrainingArguments, or the argument "
-                f"{argument} of create_schatten_optimizer."
-            )
-    if name in _REMOVED:
-        raise OptionError(f"The option {name!r} {_REMOVED[name]}.")
-    nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-    raise OptionError(f"Unknown option {name!r}.{hint} The options are: {', '.join(sorted(known))}.")
-
-
-def require_one_of(name: str, value: Any, allowed: Collection[str]) -> None:
-    """Raise unless a value is one of an option's names.
-
-    Raises:
-        OptionError: with the allowed names, or what has replaced one that no longer exists.
-    """
-    if value in allowed:
-        return
-    rule = _REMOVED_VALUES.get((name, value), f"one of {', '.join(allowed)}")
-    raise OptionError(f"{name}={value!r} is not allowed: {rule}.")
 
 
 def read_pairs(text: str | Mapping[str, Any], known: Collection[str]) -> dict[str, Any]:
@@ -270,10 +204,26 @@ def parse_override(entry: str) -> tuple[str, float]:
     Raises:
         OptionError: when it is no such text.
     """
-    pattern, separator, p = entry.rpartition(":")
+    return _parse_pattern_and_number("p_overrides", entry, "p", "*.c_proj:inf")
+
+
+def parse_lr_ratio(entry: str) -> tuple[str, float]:
+    """Return pattern and factor of an entry ``pattern:factor`` of ``lr_ratios``.
+
+    Raises:
+        OptionError: when it is no such text, or the factor is not a positive finite number.
+    """
+    pattern, factor = _parse_pattern_and_number("lr_ratios", entry, "factor", "model.layers.0.*:0.5")
+    if not 0 < factor < math.inf:
+        raise OptionError(f"lr_ratios has {entry!r}, whose factor is not a positive finite number.")
+    return pattern, factor
+
+
+def _parse_pattern_and_number(option: str, entry: str, number: str, example: str) -> tuple[str, float]:
+    pattern, separator, value = entry.rpartition(":")
     if not (pattern and separator):
-        raise OptionError(f"p_overrides has {entry!r}, which is not pattern:p; write for example *.c_proj:inf.")
-    return pattern, parse_value("p_overrides", p, "float")
+        raise OptionError(f"{option} has {entry!r}, which is not pattern:{number}; write for example {example}.")
+    return pattern, parse_value(option, value, "float")
 
 
 def parse_schedule(text: str) -> tuple[float, float, int | None]:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from hf_schatten.exponent import exceeds, exponent_of
+from hf_schatten.option_names import (
+    OPTION_VALUES,
+    ComputeDtype,
+    CouplingWeights,
+    CriterionName,
+    EstimatorName,
+    OptionError,
+    Precondition,
+    ReportLevel,
+    ScaleRule,
+    StepRule,
+    refuse_unknown,
+    require_one_of,
+)
 from hf_schatten.option_text import (
     POWER,
-    OptionError,
     json_ready,
     parse_fused_parts,
+    parse_lr_ratio,
     parse_override,
     parse_schedule,
     parse_target,
     parse_value,
     read_pairs,
-    refuse_unknown,
-    require_one_of,
 )
 
 OPTIMIZER_NAME = "schatten_p"  # what --optim takes
@@ -29,15 +41,6 @@ LARGEST_P, _LARGEST_P_OF_ORACLES = -5.0, 100.0
 
 NS_STEPS = (3, 4, 5, 6, 7, 8)  # Newton-Schulz steps for which there is a table
 
-CriterionName = Literal["kronecker", "holder", "alignment", "decrease"]
-EstimatorName = Literal["exact", "submatrix", "lanczos", "iterates"]
-StepRule = Literal["pinned", "ball", "regularized"]
-ScaleRule = Literal["schatten", "match_rms_adamw", "muon", "interpolate", "none"]
-CouplingWeights = Literal["uniform", "sqrt_m_over_n", "sqrt_n_over_m"]
-Precondition = Literal["none", "adam", "muadam"]
-ComputeDtype = Literal["auto", "float32", "bfloat16"]
-ReportLevel = Literal["full", "summary", "none"]
-
 # The options of an adaptive p.
 _OF_ESTIMATES = (
     *("criterion", "p_estimator", "p_min", "p_max", "p_init", "p_interval", "p_first_step", "p_ema_decay", "p_async"),
@@ -46,18 +49,6 @@ _OF_ESTIMATES = (
 
 WeightFunction = Callable[[str, tuple[int, int]], float]  # from a matrix' name and its (out, in)
 TargetFunction = Callable[[Any], Any]  # of a NumPy array of singular values
-
-# The options that take one of several names.
-OPTION_VALUES: dict[str, tuple[str, ...]] = {
-    "criterion": get_args(CriterionName),
-    "p_estimator": get_args(EstimatorName),
-    "step_rule": get_args(StepRule),
-    "scale": get_args(ScaleRule),
-    "coupling_weights": get_args(CouplingWeights),
-    "precondition": get_args(Precondition),
-    "compute_dtype": get_args(ComputeDtype),
-    "report": get_args(ReportLevel),
-}
 
 
 @dataclass(frozen=True)
@@ -110,6 +101,8 @@ class SchattenOptions:
             MuAdam); see :mod:`hf_schatten.optim.preconditioning`.
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;
             both follow the one schedule. Default 1.
+        lr_ratios: ``pattern:factor`` pairs, joined by ``;``, that multiply the learning rates of parameters, whatever
+            their update: ``*.layers.0.*:0.5``. The first that matches counts. Default none.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
         compute_dtype: dtype of the matrix products of an update: ``float32``, ``bfloat16``, or ``auto`` (default):
             ``bfloat16`` on an accelerator, and for sides of 128 or more on a CPU with AVX-512 BF16; else ``float32``,
@@ -156,6 +149,7 @@ class SchattenOptions:
     coupling_weights: CouplingWeights | WeightFunction = "uniform"
     precondition: Precondition = "none"
     schatten_lr_ratio: float = 1.0
+    lr_ratios: tuple[str, ...] = ()
     ns_steps: int = 5
     compute_dtype: ComputeDtype = "auto"
     target: str | TargetFunction = POWER
@@ -183,8 +177,9 @@ class SchattenOptions:
             ("ns_steps", f"one of {', '.join(map(str, NS_STEPS))}", self.ns_steps in NS_STEPS),
         ):
             self._require(holds, name, rule)
-        for entry in self.fused_parts:
-            parse_fused_parts(entry)
+        for parse, entries in ((parse_fused_parts, self.fused_parts), (parse_lr_ratio, self.lr_ratios)):
+            for entry in entries:
+                parse(entry)
         self._check_step_rule()
         self._check_target()
 
@@ -295,6 +290,11 @@ class SchattenOptions:
     def overrides(self) -> dict[str, float]:
         """The p of ``p_overrides`` by pattern."""
         return dict(map(parse_override, self.p_overrides))
+
+    @property
+    def rate_factors(self) -> dict[str, float]:
+        """The factors of ``lr_ratios`` by pattern."""
+        return dict(map(parse_lr_ratio, self.lr_ratios))
 
     @property
     def schedule(self) -> tuple[float, float, int | None]:

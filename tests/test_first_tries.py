@@ -249,7 +249,7 @@ def test_without_a_model_groups_are_refused(gpt2, training_arguments):
     ):
         optimizer_class(gpt2.parameters(), **kwargs)
     optimizer_class, kwargs = Trainer.get_optimizer_cls_and_kwargs(training_arguments(), copy.deepcopy(gpt2))
-    with pytest.raises(RoutingError, match=r"The groups hold no matrix .*: are they another model's"):
+    with pytest.raises(RoutingError, match=r"28 parameters that are not the model's"):
         optimizer_class(gpt2.parameters(), **kwargs)
 
 
@@ -281,9 +281,9 @@ def test_what_a_subclass_puts_in_the_place_of_the_parameters_counts(key, gpt2, t
 
     trainer = trained()
     optimizer = trainer.optimizer.optimizer
-    check_groups(optimizer, trainer.model)
-    outside = {name: value for name, value in settings_of(optimizer).items() if name.startswith("groups.")}
-    assert list(outside.values()) == [(False, 0.3, 3e-3), (False, 0.0, 0.5)]  # weight and bias of the loss
+    check_groups(optimizer, trainer.loss)
+    own = [value for name, value in settings_of(optimizer).items() if name.startswith("classifier.")]
+    assert own == [(False, 0.3, 3e-3), (False, 0.0, 0.5)]  # weight and bias of the loss
     resumed = trained(f"{arguments.output_dir}/checkpoint-2")
     for expected, found in zip(trainer.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(expected, found)

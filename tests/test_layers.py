@@ -16,6 +16,7 @@ PACKAGE = Path(hf_schatten.__file__).parent
 FLOORS = [
     "private_api",
     "exponent",
+    "option_names",
     "option_text",
     "options",
     "linalg",

@@ -28,7 +28,7 @@ from benchmarks.interleaved_timing import Ratio, time_ratio
 from benchmarks.random_gpt2 import Setting, loss_of, random_gpt2
 from benchmarks.tables import print_table
 from hf_schatten import create_schatten_optimizer
-from hf_schatten.options import OPTION_VALUES
+from hf_schatten.option_names import OPTION_VALUES
 
 
 class Training:

@@ -43,7 +43,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from hf_schatten import SchattenP
-from hf_schatten.options import StepRule
+from hf_schatten.option_names import StepRule
 
 L, GAP, SIGMA = 1.0, 0.25, 0.2
 TERMS = 4  # matrices A_j

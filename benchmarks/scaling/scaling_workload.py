@@ -30,7 +30,7 @@ from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import NODES, Matrix
 from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.stack import Stack, stacks_of
-from hf_schatten.options import CriterionName
+from hf_schatten.option_names import CriterionName
 
 _OWN = torch.ops.hf_schatten
 _SEVERAL_KERNELS = {"inner_products": 2}  # parts of the sums, then the sums; of our other operations each is one

@@ -34,7 +34,7 @@ from hf_schatten.linalg.direction_curves import DirectionCurves, direction_curve
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator
 from hf_schatten.optim.finite_gradients import are_finite
 from hf_schatten.optim.matrix import CURVES, NODES
-from hf_schatten.options import CriterionName, EstimatorName
+from hf_schatten.option_names import CriterionName, EstimatorName
 
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
 

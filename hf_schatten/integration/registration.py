@@ -70,41 +70,37 @@ def _full_name(handler: Handler) -> tuple[str, str]:
 
 
 def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
-    """Return what makes the optimizer: a class and keyword arguments."""
+    """Return what Trainer calls with its parameter groups to make the optimizer, and keyword arguments."""
     _refuse_unsupported_arguments(context.args)
-    options = SchattenOptions.from_optim_args(context.args.optim_args)
-    own = {"weight_decay": context.args.weight_decay, "options": options}
-    model = context.model if context.model is not None else model_trained_with(context.args)
-    return type("FactoryOfModel", (_Factory,), {"model": model}), {
-        **context.optimizer_kwargs,
-        **context.adam_kwargs,
-        **own,
+    own = {
+        "weight_decay": context.args.weight_decay,
+        "options": SchattenOptions.from_optim_args(context.args.optim_args),
+        "target_modules": context.args.optim_target_modules,
+        "routed_model": context.model if context.model is not None else model_trained_with(context.args),
     }
+    return _OfParameterGroups, {**context.optimizer_kwargs, **context.adam_kwargs, **own}
 
 
-class _Factory:
-    """Makes the optimizer from a model, as Trainer asks for it, or from groups, as other callers of transformers do.
+class _OfParameterGroups(SchattenP):
+    """What Trainer calls with its parameter groups, whose weight decays and learning rates count.
 
-    ``_Factory()(model, **kwargs)`` is Trainer's form for optimizers that need the whole model. What a subclass of
-    Trainer writes into ``kwargs`` to replace the parameters counts here as it does there.
-    ``_Factory(groups, **kwargs)`` is the form of all other optimizers.
+    It is a class of optimizers, and not a factory, for a Trainer gives its groups to these alone: with them come the
+    rules of ``get_decay_parameter_names`` and of trainers that make groups of their own.
     """
 
-    model: nn.Module | None = None  # of the form without one
+    def __new__(cls, params: Iterable[Any], routed_model: nn.Module | None, **kwargs: Any) -> Any:
+        """Return the optimizer of a model.
 
-    def __new__(cls, groups: Iterable[Any] | None = None, **kwargs: Any) -> Any:
-        if groups is None:
-            return super().__new__(cls)
-        if cls.model is None:
+        Raises:
+            TypeError: without a model.
+            RoutingError: when the groups have parameters of another.
+        """
+        if routed_model is None:
             raise TypeError(
                 "schatten_p finds its matrices by the modules of the model, which parameters alone do not show: call "
                 "get_optimizer_cls_and_kwargs(args, model), or create_schatten_optimizer(model)."
             )
-        return create_schatten_optimizer(cls.model, groups=groups, **kwargs)
-
-    def __call__(self, model: nn.Module, /, **kwargs: Any) -> SchattenP:
-        groups = [kwargs.pop(key) for key in ("params", "model", "optimizer_dict") if key in kwargs]
-        return create_schatten_optimizer(model, groups=groups[-1] if groups else None, **kwargs)
+        return create_schatten_optimizer(routed_model, param_groups=params, **kwargs)
 
 
 def _refuse_unsupported_arguments(args: TrainingArguments) -> None:

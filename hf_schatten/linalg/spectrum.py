@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_schatten.linalg.estimated_spectra import lanczos_spectrum, submatrix_spectrum
 from hf_schatten.linalg.iterate_norms import iterate_log_norms
-from hf_schatten.options import EstimatorName
+from hf_schatten.option_names import EstimatorName
 
 # From matrices (..., m, n) and inverse orders (k,), float64 in [0, 4/3] with 0 for the spectral norm, to (..., k)
 # float64 of log ‖X‖_order.

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_schatten.matrices.adapters import Adapter, adapter_of
+from hf_schatten.matrices.backbones import backbone_modules, embedding_parameters, likely_head
 from hf_schatten.matrices.engines import refuse_emptied
 from hf_schatten.matrices.fused_projections import cut_of
 from hf_schatten.matrices.layout import Layout, matches
+from hf_schatten.matrices.target_modules import TargetModules
 from hf_schatten.option_text import parse_fused_parts
 from hf_schatten.private_api import WRAPPER_COMPONENTS, has_gate
 
@@ -51,6 +54,7 @@ class Routing:
     """
 
     routes: tuple[Route, ...]
+    warnings: tuple[str, ...] = ()  # what may not be meant
 
     def to(self, destination: Destination) -> tuple[Route, ...]:
         """Return the routes with this destination."""
@@ -80,6 +84,7 @@ def route_parameters(
     *,
     fused_parts: Sequence[str] = (),
     split_heads: bool = False,
+    target_modules: str | Sequence[str] | None = None,
 ) -> Routing:
     """Decide for every parameter of a model which update it gets.
 
@@ -87,7 +92,8 @@ def route_parameters(
     not read images (more than four channels, one group) or a layer of experts of transformers owns it, it lies in the
     backbone, both its sides are longer than 1, and it is neither an input or output embedding nor tied to one. The
     owning module decides, not the number of dimensions, so that routers, relative position biases and task heads stay
-    with AdamW. A model other than a ``PreTrainedModel`` is its own backbone: name its output head in ``exclude``.
+    with AdamW. An adapter's factors go where the weight would that they adapt. The backbone is that of the models of
+    transformers inside the model; a model without one that trains is its own: name its output head in ``exclude``.
 
     Args:
         model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
@@ -95,6 +101,8 @@ def route_parameters(
         fused_parts: ``pattern:part/part`` of projections that are not known, or known wrongly; see
             :func:`hf_schatten.option_text.parse_fused_parts`.
         split_heads: read queries, keys and values as a matrix for each head.
+        target_modules: the modules whose matrices go to the Schatten-p update, inside the backbone or not: parts of
+            names, regular expressions, or ``"all-linear"``, which is the default's rule. Default none: the backbone.
 
     Raises:
         TypeError: when it is not a model.
@@ -103,20 +111,33 @@ def route_parameters(
     """
     require_module(model)
     model = extract_model_from_parallel(model)
-    backbone = {id(module) for module in _backbone(model).modules()}
-    embeddings = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
+    targets = TargetModules(target_modules)
+    backbone, embeddings = backbone_modules(model), embedding_parameters(model)
     routes = []
     for raw_name, parameter in model.named_parameters():
         module = model.get_submodule(raw_name.rpartition(".")[0])
         name = _clean_name(raw_name)
+        adapter = adapter_of(model, raw_name)
         destination, reason = _destination(
-            name, parameter, module, in_backbone=id(module) in backbone, embeddings=embeddings, exclude=exclude
+            name,
+            parameter,
+            module,
+            adapter,
+            targets,
+            in_backbone=id(module) in backbone,
+            embeddings=embeddings,
+            exclude=exclude,
         )
         layout = Layout()
         if destination == "schatten_p":
-            layout = _layout(model, name, parameter, module, fused_parts=fused_parts, split_heads=split_heads)
+            layout = _layout(model, name, parameter, module, adapter, fused_parts=fused_parts, split_heads=split_heads)
         routes.append(Route(name, parameter, module, destination, reason, layout, _decays(raw_name, module)))
-    routing = Routing(tuple(routes))
+    routing = Routing(tuple(routes), () if targets.given else tuple(_warnings(model, routes)))
+    for entry in targets.unused([route.name for route in routing.to("schatten_p")]):
+        raise RoutingError(
+            f"target_modules={entry!r} (optim_target_modules of TrainingArguments) names no module with a matrix for "
+            "the Schatten-p update: embeddings, what is tied to them, and vectors use AdamW."
+        )
     require_matches("exclude", exclude, [route.name for route in routes])
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
     require_matches("fused_parts", patterns, [route.name for route in routing.to("schatten_p")])
@@ -134,6 +155,17 @@ def require_module(model: Any) -> None:
     if isinstance(model, str):
         hint = f"load it first, as in AutoModelForCausalLM.from_pretrained({model!r})"
     raise TypeError(f"Expected a model (torch.nn.Module), got {type(model).__name__}: {hint}.")
+
+
+def _warnings(model: nn.Module, routes: Iterable[Route]) -> Iterator[str]:
+    """Yield what the rules have decided without knowing."""
+    found, of_name = likely_head(model), {route.name: route for route in routes}
+    route = of_name.get(_clean_name(f"{found[0]}.weight".removeprefix("."))) if found else None
+    if found and route and route.destination == "schatten_p":
+        yield (
+            f"{route.name!r} maps {found[1].in_features} features to {found[1].out_features}, which no other layer "
+            f"takes. If it is the output head, leave it to AdamW with exclude={route.name}."
+        )
 
 
 def _clean_name(name: str) -> str:
@@ -197,31 +229,40 @@ def _destination(
     name: str,
     parameter: nn.Parameter,
     module: nn.Module,
+    adapter: Adapter | None,
+    targets: TargetModules,
     *,
     in_backbone: bool,
     embeddings: set[int],
     exclude: Sequence[str],
 ) -> tuple[Destination, str]:
-    owner = type(module).__name__
+    owner = type(adapter.layer if adapter else module).__name__
+    place = adapter.adapted if adapter else module  # an adapter goes where the weight would that it adapts
+    weights = {id(parameter), *map(id, adapter.adapted.parameters(recurse=False))} if adapter else {id(parameter)}
+    of_experts = adapter and adapter.layout(tuple(parameter.shape))
+    sides = of_experts.matrix_shape(parameter.shape, 0) if of_experts else _matrix_shape(parameter)
     rules: tuple[tuple[bool, Destination, str], ...] = (
         (not parameter.requires_grad, "frozen", "requires no gradient"),
         (any(matches(pattern, name) for pattern in exclude), "adamw", "excluded by option"),
-        (id(parameter) in embeddings, "adamw", "embedding, or tied to one"),
+        (not embeddings.isdisjoint(weights), "adamw", "embedding, or tied to one"),
         (parameter.ndim < 2, "adamw", "vector or scalar"),
         (
-            isinstance(module, nn.Conv2d) and module.in_channels <= _IMAGE_CHANNELS,
+            isinstance(place, nn.Conv2d) and place.in_channels <= _IMAGE_CHANNELS,
             "adamw",
             "convolution of an image's channels",
         ),
-        (not _holds_matrices(name, parameter, module), "adamw", f"owned by {owner}"),
-        (not in_backbone, "adamw", "outside the backbone (task head)"),
-        (min(_matrix_shape(parameter)) == 1, "adamw", "a side of length 1"),
-        (True, "schatten_p", f"matrix of {owner} in the backbone"),
+        (not _holds_matrices(name, parameter, module, adapter), "adamw", f"owned by {owner}"),
+        (not targets.given and not in_backbone, "adamw", "outside the backbone (task head)"),
+        (min(sides) == 1, "adamw", "a side of length 1"),
+        (targets.given and not targets.has(name), "adamw", "not in target_modules"),
+        (True, "schatten_p", f"matrix of {owner}" + " in the backbone" * in_backbone),
     )
     return next((destination, reason) for holds, destination, reason in rules if holds)
 
 
-def _holds_matrices(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
+def _holds_matrices(name: str, parameter: nn.Parameter, module: nn.Module, adapter: Adapter | None) -> bool:
+    if adapter and (not adapter.is_factor or isinstance(module, nn.ParameterDict | nn.ParameterList)):
+        return adapter.is_factor and parameter.ndim == 2
     if isinstance(module, nn.Conv2d):
         return module.groups == 1
     if parameter.ndim == 3:  # the experts of transformers, which share this interface
@@ -241,40 +282,24 @@ def _layout(
     name: str,
     parameter: nn.Parameter,
     module: nn.Module,
+    adapter: Adapter | None,
     *,
     fused_parts: Sequence[str],
     split_heads: bool,
 ) -> Layout:
+    if adapter and (of_experts := adapter.layout(tuple(parameter.shape))):
+        return of_experts
     transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
     outputs = _matrix_shape(parameter)[1 if transposed else 0]
-    adapted, adapter, _ = name.partition(".lora_B.")
-    place = model.get_submodule(adapted) if adapter else module  # an adapter's outputs are the adapted layer's
-    owner, config = getattr(place, "base_layer", module), getattr(model, "config", None)
+    outputs_of_layer = adapter is not None and adapter.has_outputs_of_layer
+    place = adapter.layer if adapter and outputs_of_layer else module
+    owner, config = adapter.adapted if adapter and outputs_of_layer else module, getattr(model, "config", None)
     parent = next((other for other in model.modules() if place in other.children()), None) if split_heads else None
     try:
         cut = cut_of(name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
     except ValueError as error:
         raise RoutingError(str(error)) from error
     return Layout(transposed, cut.parts, cut.blocks)
-
-
-def _backbone(model: nn.Module) -> nn.Module:
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = cast(nn.Module, model.get_base_model())  # type: ignore[operator]
-    return getattr(model, "base_model", model)
-
-
-def _embeddings(model: nn.Module) -> Iterable[nn.Module]:
-    """Yield input and output embeddings and every ``nn.Embedding``; tied weights are theirs by identity."""
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        if hasattr(model, getter):
-            try:
-                module = getattr(model, getter)()
-            except NotImplementedError:  # CLIP and other two-tower models: nn.Embedding finds theirs
-                continue
-            if isinstance(module, nn.Module):
-                yield module
-    yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
 
 
 def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
@@ -292,6 +317,6 @@ def _nothing_routed(model: nn.Module, routing: Routing) -> str:
             "requires_grad on some, or attach an adapter."
         )
     return (
-        f"No matrix of {type(model).__name__} is routed to the Schatten-p update, so it would train with AdamW "
-        "alone; use optim='adamw_torch' if that is meant. The routes are:\n" + str(routing)
+        f"No matrix of {type(model).__name__} is routed to the Schatten-p update: there is nothing to orthogonalise. "
+        "Use AdamW, optim='adamw_torch'. The routes are:\n" + str(routing)
     )

@@ -17,7 +17,7 @@ def apply_updates(delivered: Delivered, gradients: FiniteGradients) -> None:
     items, weights, places, updates, factors = delivered
     groups = {id(item.group): item.group for item in items}
     of_group = {number: _rates(group) for number, group in groups.items()}  # a tensor is read once for each
-    rates = [of_group[id(item.group)] for item in items]
+    rates = [[item.own_ratio * rate for rate in of_group[id(item.group)]] for item in items]
     rate, decay = torch.tensor(rates, dtype=torch.float64).to(factors.device, non_blocking=True).unbind(1)
     kept = decay * gradients.keeps([item.parameter for item in items])
     add_updates(list(map(local, weights)), flat(places), updates, factors * rate, kept)

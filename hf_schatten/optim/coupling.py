@@ -23,7 +23,8 @@ from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.preconditioning import Direction
 from hf_schatten.optim.stack import Stack
 from hf_schatten.optim.step_rules import ORACLES, Ball, Update
-from hf_schatten.options import CouplingWeights, SchattenOptions, WeightFunction
+from hf_schatten.option_names import CouplingWeights
+from hf_schatten.options import SchattenOptions, WeightFunction
 
 # From stacks, and what writes their momenta, to their updates and what the directions are multiplied by, (B,).
 ScaledUpdates = Callable[[Sequence[Stack], Write], Iterator[tuple[Update, Tensor]]]

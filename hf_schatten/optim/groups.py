@@ -10,15 +10,25 @@ from typing import Any
 
 from torch import Tensor
 
-from hf_schatten.matrices.layout import matrix_name
+from hf_schatten.matrices.layout import LAYOUT, matrix_name
 from hf_schatten.optim.matrix import Group, Matrix, initial_p, layout_of, named_parameters
-from hf_schatten.option_text import OptionError
+from hf_schatten.option_names import OptionError
 from hf_schatten.options import SchattenOptions
 
 # What the parameters of a group are, and what their state holds.
-_FIXED = "spectral", "transposed", "parts", "blocks", "precondition"
+_FIXED = "spectral", *LAYOUT, "precondition"
 _FIRST_P = "p", "p_by_parameter"
-_RULES = *_FIXED, *_FIRST_P, "momentum", "nesterov", "step_rule", "scale", "lr_ratio", "maximize"
+_RULES = (
+    *_FIXED,
+    *_FIRST_P,
+    "momentum",
+    "nesterov",
+    "step_rule",
+    "scale",
+    "lr_ratio",
+    "lr_ratio_by_parameter",
+    "maximize",
+)
 
 # Keys that would change the step of another optimizer, or of this one if they were not options of it as a whole.
 _NOT_OF_GROUPS = frozenset(
@@ -156,6 +166,9 @@ def _require_numbers(group: Group) -> None:
     _require("betas", betas, both and all(0 <= beta < 1 for beta in betas), "two numbers, 0 or more and below 1")
     for name in ("momentum", "lr_ratio"):
         _require(name, group[name], _is_number(group[name]), "a number")
+    for name, ratio in group["lr_ratio_by_parameter"].items():
+        holds = _is_number(ratio) and 0 <= ratio < math.inf
+        _require(f"lr_ratio_by_parameter: {name}", ratio, holds, "a finite number, 0 or more")
 
 
 def _is_number(value: object) -> bool:

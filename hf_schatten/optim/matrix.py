@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_schatten.linalg.place import Place
-from hf_schatten.matrices.layout import Layout, matrix_name
+from hf_schatten.matrices.layout import LAYOUT, Layout, matrix_name
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
@@ -120,7 +120,12 @@ class Matrix:
     @property
     def learning_rate(self) -> float:
         """The present learning rate of the matrix."""
-        return learning_rate(self.group)
+        return learning_rate(self.group) * self.own_ratio
+
+    @property
+    def own_ratio(self) -> float:
+        """What multiplies the learning rate of its parameter alone."""
+        return float(self.group["lr_ratio_by_parameter"].get(self.parameter_name, 1.0))
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return this matrix, (r, c) as stored, of a tensor of the parameter's shape."""
@@ -159,13 +164,13 @@ def named_parameters(group: Group) -> Iterator[tuple[str, Tensor]]:
 
 
 def learning_rate(group: Group) -> float:
-    """Return the present learning rate of the matrices of a group."""
+    """Return the present learning rate of the matrices of a group that have no ratio of their own."""
     return float(group["lr"]) * group["lr_ratio"]
 
 
 def layout_of(group: Mapping[str, Any]) -> Layout:
     """Return how the parameters of a spectral group are read as matrices."""
-    return Layout(group["transposed"], group["parts"], group["blocks"])
+    return Layout(*(group[name] for name in LAYOUT))
 
 
 def initial_p(group: Group, name: str, count: int) -> list[float]:

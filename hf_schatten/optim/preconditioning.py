@@ -26,7 +26,7 @@ from hf_schatten.exponent import exponent_of
 from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import SKIPPED, STEP, Group, Matrix, State, bias_corrections
-from hf_schatten.options import Precondition
+from hf_schatten.option_names import Precondition
 
 SECOND_MOMENT = "second_moment"
 

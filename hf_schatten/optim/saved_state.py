@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_schatten.matrices.layout import LAYOUT
 from hf_schatten.optim.matrix import ABSENCE, PER_MATRIX, STATISTICS_WEIGHT, STEP, Matrix
 from hf_schatten.optim.state import expected_state
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
@@ -19,7 +20,7 @@ STATE_ELSEWHERE = "schatten_p_state_file"  # marks a state_dict without state, a
 OPTIONS = "schatten_p_options"  # where a state_dict has the options of the run
 
 # Options of a group that say what its parameters are, and not how they are updated.
-_STRUCTURE = "params", "spectral", "transposed", "parts", "blocks", "p", "p_by_parameter", "param_names"
+_STRUCTURE = "params", "spectral", *LAYOUT, "p", "p_by_parameter", "lr_ratio_by_parameter", "param_names"
 _NEW = {ABSENCE}  # state that earlier versions did not save: it starts at zero
 _STATE_DICT = "The optimizer's saved state"  # in messages, where no file is known
 

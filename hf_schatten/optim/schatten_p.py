@@ -18,7 +18,7 @@ from hf_schatten.distributed.processes import process_count
 from hf_schatten.linalg.compute_dtype import chosen_compute_dtype
 from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.linalg.targets import target_of
-from hf_schatten.matrices.layout import matrix_name
+from hf_schatten.matrices.layout import Layout, matrix_name
 from hf_schatten.optim.adamw import adamw_step
 from hf_schatten.optim.apply import apply_updates
 from hf_schatten.optim.coupling import ScaledUpdates, coupling_of
@@ -55,9 +55,10 @@ class SchattenP(Optimizer):
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
-            chooses the Schatten-p update, False chooses AdamW; ``transposed`` (False), ``parts`` (none) and ``blocks``
-            (1) say how its parameters are read as matrices (:class:`hf_schatten.matrices.layout.Layout`);
-            ``p_by_parameter`` (none) has the p of single parameters by name. ``p`` (a sequence gives each matrix of a
+            chooses the Schatten-p update, False chooses AdamW; ``transposed``, ``parts``, ``blocks`` and
+            ``cuts_inputs`` say how its parameters are read as matrices (:class:`hf_schatten.matrices.layout.Layout`);
+            ``p_by_parameter`` (none) has the p of single parameters by name, ``lr_ratio_by_parameter`` (none) what
+            multiplies their learning rates, those of AdamW's too. ``p`` (a sequence gives each matrix of a
             parameter its own), ``momentum``, ``nesterov``, ``step_rule``, ``scale``, ``precondition`` and ``lr_ratio``
             may differ from the options'.
         options: of the update. Default None: made of the other arguments.
@@ -101,9 +102,7 @@ class SchattenP(Optimizer):
         self._begin()
         defaults = {
             "spectral": True,
-            "transposed": False,
-            "parts": (),
-            "blocks": 1,
+            **vars(Layout()),
             "lr": lr,
             "maximize": maximize,
             "p": self.options.initial_p,
@@ -115,6 +114,7 @@ class SchattenP(Optimizer):
             "scale": self.options.scale,
             "precondition": self.options.precondition,
             "lr_ratio": self.options.schatten_lr_ratio,
+            "lr_ratio_by_parameter": {},
             "betas": betas,
             "eps": eps,
         }

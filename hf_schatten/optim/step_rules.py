@@ -46,8 +46,9 @@ import torch
 from torch import Tensor
 
 from hf_schatten.optim.matrix import Matrix
+from hf_schatten.option_names import ScaleRule
 from hf_schatten.option_text import POWER
-from hf_schatten.options import ScaleRule, SchattenOptions
+from hf_schatten.options import SchattenOptions
 
 # AdamW's updates have a root mean square of about 0.2 to 0.4 on language models (Liu et al. 2025, section 2.2).
 ADAMW_RMS = 0.2

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_schatten
 from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
-from hf_schatten.options import CriterionName
+from hf_schatten.option_names import CriterionName
 
 EXACT = Estimator.named("exact")
 STEPS, RANKS, S_MIN, LR = 4, 2, 1e-3, 1e-2

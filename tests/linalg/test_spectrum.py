@@ -16,7 +16,7 @@ from hf_schatten.linalg.spectrum import (
     exact_log_spectrum,
     log_schatten_norm,
 )
-from hf_schatten.options import EstimatorName
+from hf_schatten.option_names import EstimatorName
 
 
 @pytest.mark.parametrize("shape", [(20, 20), (7, 30), (30, 7), (3, 5, 9), (1, 4), (4, 1)])
