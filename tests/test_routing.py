@@ -130,7 +130,7 @@ def test_a_cnn_routes_its_filters_but_not_the_first_nor_depthwise_ones():
     routing = route_parameters(model)
     assert names(routing, "schatten_p") == {"1.weight"}
     assert reasons(routing)["0.weight"] == "convolution of an image's channels"
-    assert reasons(routing)["2.weight"] == "owned by Conv2d"
+    assert reasons(routing)["2.weight"] == "Conv2d in groups, each with channels of its own"
 
 
 def test_clip_which_has_no_input_embeddings_keeps_every_embedding():

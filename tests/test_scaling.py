@@ -9,6 +9,7 @@ import torch
 
 from hf_schatten import SchattenP
 from hf_schatten.linalg import schatten_norm
+from hf_schatten.matrices.layout import Layout
 from hf_schatten.optim.matrix import Matrix
 from hf_schatten.optim.step_rules import Update, step_rule_of
 from hf_schatten.options import SchattenOptions
@@ -19,7 +20,7 @@ SHAPES = [(8, 8), (4, 16), (16, 4)]
 
 def update_norm(scale, m, n, s, own, *, beta1=0.9, lr_ratio=1.0):
     """Return the Frobenius norms that a rule gives to directions of the norms ``own``, at the exponents s."""
-    group = {"transposed": False, "parts": (), "blocks": 1, "betas": (beta1, 0.999), "lr_ratio": lr_ratio}
+    group = {**vars(Layout()), "betas": (beta1, 0.999), "lr_ratio": lr_ratio}
     matrix = Matrix("w", "w", torch.zeros(m, n), 0, group, {})
     directions = torch.zeros(len(s), *matrix.wide_shape, dtype=s.dtype)
     directions[:, 0, 0] = own

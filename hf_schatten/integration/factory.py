@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,8 @@ from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.option_text import POWER
 from hf_schatten.options import SchattenOptions
+
+logger = logging.getLogger(__name__)
 
 
 def create_schatten_optimizer(
@@ -65,6 +68,9 @@ def create_schatten_optimizer(
     parts, heads = options.fused_parts, options.split_heads
     routing = route_parameters(model, options.exclude, fused_parts=parts, split_heads=heads)
     say(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}")
+    if is_main_process():
+        for warning in routing.warnings:
+            logger.warning(warning)
     matrices, others = routing.to("schatten_p"), routing.to("adamw")
     names = [name for route in matrices for name in _matrix_names(route)]
     require_matches("p_overrides", options.overrides, names)

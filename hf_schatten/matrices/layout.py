@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from itertools import product
 
@@ -24,6 +24,7 @@ class Layout:
         transposed: matrices are stored (in, out), as in GPT-2's ``Conv1D``.
         parts: name and number of outputs of each part of a fused projection, in order; () where it is not fused.
         blocks: how many times the parts follow one another: a part consists of its outputs in every block.
+        cuts_inputs: parts are of the inputs, not of the outputs, as in an adapter's B for all experts.
 
     In the methods, ``tensor`` is of the parameter's shape, and ``index`` counts the matrices as :meth:`part_names`.
     """
@@ -31,6 +32,12 @@ class Layout:
     transposed: bool = False
     parts: Sequence[tuple[str, int]] = ()
     blocks: int = 1
+    cuts_inputs: bool = False
+
+    @property
+    def _cut_dimension(self) -> int:
+        """The dimension of a stored matrix in which its parts follow one another."""
+        return int(self.transposed != self.cuts_inputs)
 
     def part_names(self, shape: Sequence[int]) -> list[str]:
         """Return a name for each matrix of a parameter of this shape; ``[""]`` where the parameter is one matrix."""
@@ -46,14 +53,14 @@ class Layout:
         """Return one matrix of a tensor of the parameter's shape as a view in the shape in which it is stored.
 
         That is (rows, columns); (out, in, h, w) of filters; (blocks, outputs, columns), or (rows, blocks, outputs)
-        where transposed, of a part that lies in several blocks.
+        where columns are cut, of a part that lies in several blocks.
         """
         expert, part = divmod(index, len(self.parts) or 1)
         if tensor.ndim == 3:
             tensor = tensor[expert]
         if not self.parts:
             return tensor
-        dim = 1 if self.transposed else 0
+        dim = self._cut_dimension
         if self.blocks > 1:
             tensor = tensor.unflatten(dim, (self.blocks, -1))
             dim += 1
@@ -63,20 +70,20 @@ class Layout:
     def matrix(self, tensor: Tensor, index: int) -> Tensor:
         """Return one matrix as (rows, columns); a copy where it lies in several blocks, else a view."""
         part = self.part(tensor, index)
-        return part.flatten(0, 1) if self.blocks > 1 and not self.transposed else part.flatten(1)
+        return part.flatten(0, 1) if self.blocks > 1 and not self._cut_dimension else part.flatten(1)
 
     def place(self, tensor: Tensor, index: int) -> Place:
         """Return where one matrix lies in a tensor of the parameter's shape."""
         part = self.part(tensor, index)
-        return Place.of(part, 2 if self.blocks > 1 and not self.transposed else 1, tensor)
+        return Place.of(part, 2 if self.blocks > 1 and not self._cut_dimension else 1, tensor)
 
     def matrix_shape(self, shape: Sequence[int], index: int) -> tuple[int, int]:
         """Return (rows, columns) of one matrix of a parameter of this shape, as stored."""
         rows, *others = shape[1:] if len(shape) == 3 else shape
         columns = math.prod(others)
         if self.parts:
-            outputs = self.blocks * self.parts[index % len(self.parts)][1]
-            return (rows, outputs) if self.transposed else (outputs, columns)
+            cut = self.blocks * self.parts[index % len(self.parts)][1]
+            return (rows, cut) if self._cut_dimension else (cut, columns)
         return rows, columns
 
     def check(self, name: str, shape: Sequence[int]) -> None:
@@ -90,14 +97,17 @@ class Layout:
                 f"Parameter {name!r} of shape {tuple(shape)} is not a matrix. Put it into a group with "
                 "spectral=False, or let hf_schatten.create_schatten_optimizer(model) make the groups."
             )
-        outputs = shape[0] if len(shape) == 4 else shape[-1 if self.transposed else -2]
+        size = shape[0] if len(shape) == 4 else shape[self._cut_dimension - 2]
         total = self.blocks * sum(size for _, size in self.parts)
-        if self.parts and total != outputs:
+        if self.parts and total != size:
             blocks = f" in {self.blocks} blocks" if self.blocks > 1 else ""
             raise ValueError(
-                f"Parameter {name!r} has {outputs} outputs, and its parts "
+                f"Parameter {name!r} has {size} {'inputs' if self.cuts_inputs else 'outputs'}, and its parts "
                 f"{dict(self.parts)} have {total}{blocks}: give parts that add up."
             )
+
+
+LAYOUT = tuple(field.name for field in fields(Layout))  # what parameter groups have under these names
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers import PreTrainedModel
 
+from hf_schatten.matrices.anatomy import Anatomy
 from hf_schatten.matrices.engines import refuse_emptied
-from hf_schatten.matrices.fused_projections import cut_of
+from hf_schatten.matrices.fused_projections import Cut, cut_of
 from hf_schatten.matrices.layout import Layout, matches
+from hf_schatten.matrices.storage import Storage, storage_of
 from hf_schatten.option_text import parse_fused_parts
-from hf_schatten.private_api import WRAPPER_COMPONENTS, has_gate
+from hf_schatten.private_api import WRAPPER_COMPONENTS
 
 Destination = Literal["schatten_p", "adamw", "frozen"]
 Row = tuple[str, str, str, str]  # of the table: tensors, parameters, name, shape
 _COLUMNS, _GAP = 100, "  "
 _PARTS_SHOWN = 4  # of a fused projection, by name
-_IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -51,6 +52,7 @@ class Routing:
     """
 
     routes: tuple[Route, ...]
+    doubts: tuple[str, ...] = ()  # what had to be guessed, a sentence for each kind of parameter
 
     def to(self, destination: Destination) -> tuple[Route, ...]:
         """Return the routes with this destination."""
@@ -83,11 +85,11 @@ def route_parameters(
 ) -> Routing:
     """Decide for every parameter of a model which update it gets.
 
-    A weight goes to the Schatten-p update when an ``nn.Linear``, a transformers ``Conv1D``, an ``nn.Conv2d`` that does
-    not read images (more than four channels, one group) or a layer of experts of transformers owns it, it lies in the
-    backbone, both its sides are longer than 1, and it is neither an input or output embedding nor tied to one. The
-    owning module decides, not the number of dimensions, so that routers, relative position biases and task heads stay
-    with AdamW. A model other than a ``PreTrainedModel`` is its own backbone: name its output head in ``exclude``.
+    A parameter goes to the Schatten-p update when its module multiplies with it (:mod:`hf_schatten.matrices.storage`):
+    linear layers, convolutions of one group, attention's projections, stacks of experts, a matrix for each. What the
+    module is for decides too (:mod:`hf_schatten.matrices.anatomy`): embeddings and what is tied to one, stems, heads,
+    routers of experts and position biases stay with AdamW, and so does a matrix with a side of length 1. A model that
+    has no ``PreTrainedModel`` is its own backbone: name its output head in ``exclude``.
 
     Args:
         model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
@@ -101,20 +103,26 @@ def route_parameters(
         UnsupportedEngineError: when no matrix is routed because DeepSpeed ZeRO has emptied the parameters.
     """
     model = extract_model_from_parallel(model)
-    backbone = {id(module) for module in _backbone(model).modules()}
+    anatomy = Anatomy(model)
     embeddings = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
-    routes = []
+    routes: list[Route] = []
+    doubts: dict[str, None] = {}
     for raw_name, parameter in model.named_parameters():
         module = model.get_submodule(raw_name.rpartition(".")[0])
         name = _clean_name(raw_name)
-        destination, reason = _destination(
-            name, parameter, module, in_backbone=id(module) in backbone, embeddings=embeddings, exclude=exclude
-        )
-        layout = Layout()
-        if destination == "schatten_p":
-            layout = _layout(model, name, parameter, module, fused_parts=fused_parts, split_heads=split_heads)
-        routes.append(Route(name, parameter, module, destination, reason, layout, _decays(raw_name, module)))
-    routing = Routing(tuple(routes))
+        attribute = raw_name.rpartition(".")[2]
+        storage = _stored(anatomy, name, attribute, parameter, module, embeddings=embeddings, exclude=exclude)
+        destination: Destination = "frozen"
+        if parameter.requires_grad:
+            destination = "schatten_p" if storage.layout else "adamw"
+        layout = storage.layout or Layout()
+        if destination == "schatten_p" and not layout.parts:
+            cut = _cut(model, name, parameter, module, layout, fused_parts=fused_parts, split_heads=split_heads)
+            layout = replace(layout, parts=cut.parts, blocks=cut.blocks)
+        routes.append(Route(name, parameter, module, destination, storage.reason, layout, _decays(raw_name, module)))
+        if storage.doubt:
+            doubts[f"{_kind(name)}: {storage.doubt}"] = None
+    routing = Routing(tuple(routes), tuple(doubts))
     require_matches("exclude", exclude, [route.name for route in routes])
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
     require_matches("fused_parts", patterns, [route.name for route in routing.to("schatten_p")])
@@ -181,88 +189,71 @@ def _decays(name: str, module: nn.Module) -> bool:
     return not (isinstance(module, nn.LayerNorm) or _UNDECAYED.search(name.lower()))
 
 
-def _destination(
+def _stored(
+    anatomy: Anatomy,
     name: str,
+    attribute: str,
     parameter: nn.Parameter,
     module: nn.Module,
     *,
-    in_backbone: bool,
     embeddings: set[int],
     exclude: Sequence[str],
-) -> tuple[Destination, str]:
-    owner = type(module).__name__
-    rules: tuple[tuple[bool, Destination, str], ...] = (
-        (not parameter.requires_grad, "frozen", "requires no gradient"),
-        (any(matches(pattern, name) for pattern in exclude), "adamw", "excluded by option"),
-        (id(parameter) in embeddings, "adamw", "embedding, or tied to one"),
-        (parameter.ndim < 2, "adamw", "vector or scalar"),
-        (
-            isinstance(module, nn.Conv2d) and module.in_channels <= _IMAGE_CHANNELS,
-            "adamw",
-            "convolution of an image's channels",
-        ),
-        (not _holds_matrices(name, parameter, module), "adamw", f"owned by {owner}"),
-        (not in_backbone, "adamw", "outside the backbone (task head)"),
-        (min(_matrix_shape(parameter)) == 1, "adamw", "a side of length 1"),
-        (True, "schatten_p", f"matrix of {owner} in the backbone"),
+) -> Storage:
+    """Return what a parameter stores for this package: no matrices where another rule than its module's decides."""
+    rules = (
+        (not parameter.requires_grad, "requires no gradient"),
+        (any(matches(pattern, name) for pattern in exclude), "excluded by option"),
+        (id(parameter) in embeddings, "embedding, or tied to one"),
+        (parameter.ndim < 2, "vector or scalar"),
     )
-    return next((destination, reason) for holds, destination, reason in rules if holds)
+    reason = next((reason for holds, reason in rules if holds), None) or anatomy.role(attribute, parameter, module)
+    if reason:
+        return Storage(None, reason)
+    storage = storage_of(anatomy, attribute, parameter, module)
+    if storage.layout and 1 in replace(storage.layout, parts=()).matrix_shape(parameter.shape, 0):
+        return Storage(None, "a side of length 1")
+    return storage
 
 
-def _holds_matrices(name: str, parameter: nn.Parameter, module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
-        return module.groups == 1
-    if parameter.ndim == 3:  # the experts of transformers, which share this interface
-        known = name.rpartition(".")[2] in ("gate_up_proj", "down_proj")
-        return known and getattr(module, "num_experts", None) == len(parameter) and has_gate(module)
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return the shape of a parameter's matrices as stored, (size, 1) of a vector."""
-    shape = parameter.shape[-2:] if parameter.ndim == 3 else parameter.shape
-    return shape[:1].numel(), shape[1:].numel()
-
-
-def _layout(
+def _cut(
     model: nn.Module,
     name: str,
     parameter: nn.Parameter,
     module: nn.Module,
+    layout: Layout,
     *,
     fused_parts: Sequence[str],
     split_heads: bool,
-) -> Layout:
-    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
-    outputs = _matrix_shape(parameter)[1 if transposed else 0]
+) -> Cut:
+    """Return how the outputs of a parameter's matrices are cut."""
+    outputs = layout.matrix_shape(parameter.shape, 0)[1 if layout.transposed else 0]
     adapted, adapter, _ = name.partition(".lora_B.")
     place = model.get_submodule(adapted) if adapter else module  # an adapter's outputs are the adapted layer's
     owner, config = getattr(place, "base_layer", module), getattr(model, "config", None)
     parent = next((other for other in model.modules() if place in other.children()), None) if split_heads else None
     try:
-        cut = cut_of(name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
+        return cut_of(name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
     except ValueError as error:
         raise RoutingError(str(error)) from error
-    return Layout(transposed, cut.parts, cut.blocks)
-
-
-def _backbone(model: nn.Module) -> nn.Module:
-    if hasattr(model, "get_base_model"):  # PEFT
-        model = cast(nn.Module, model.get_base_model())  # type: ignore[operator]
-    return getattr(model, "base_model", model)
 
 
 def _embeddings(model: nn.Module) -> Iterable[nn.Module]:
-    """Yield input and output embeddings and every ``nn.Embedding``; tied weights are theirs by identity."""
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        if hasattr(model, getter):
+    """Yield input and output embeddings and every ``nn.Embedding``; tied weights are theirs by identity.
+
+    Every pretrained model in a model has its own, wherever it lies in a wrapper.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            yield module
+        if not isinstance(module, PreTrainedModel):
+            continue
+        for getter in (module.get_input_embeddings, module.get_output_embeddings):
             try:
-                module = getattr(model, getter)()
-            except NotImplementedError:  # CLIP and other two-tower models: nn.Embedding finds theirs
+                found = getter()
+            except (NotImplementedError, AttributeError):  # two-tower models: nn.Embedding finds theirs
                 continue
-            if isinstance(module, nn.Module):
-                yield module
-    yield from (module for module in model.modules() if isinstance(module, nn.Embedding))
+            if isinstance(found, nn.Module):
+                yield found
 
 
 def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_schatten.linalg.place import Place
-from hf_schatten.matrices.layout import Layout, matrix_name
+from hf_schatten.matrices.layout import LAYOUT, Layout, matrix_name
 
 Group = dict[str, Any]
 State = dict[str, Tensor]
@@ -159,7 +159,7 @@ def named_parameters(group: Group) -> Iterator[tuple[str, Tensor]]:
 
 def layout_of(group: Mapping[str, Any]) -> Layout:
     """Return how the parameters of a spectral group are read as matrices."""
-    return Layout(group["transposed"], group["parts"], group["blocks"])
+    return Layout(*(group[name] for name in LAYOUT))
 
 
 def initial_p(group: Group, name: str, count: int) -> list[float]:

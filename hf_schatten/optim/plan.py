@@ -14,12 +14,13 @@ from hf_schatten.distributed.owners import Delivery, sharing_peers
 from hf_schatten.distributed.processes import ALONE, Peers
 from hf_schatten.distributed.replicated import Replicated
 from hf_schatten.distributed.sharded import Sharded, is_sharded
+from hf_schatten.matrices.layout import LAYOUT
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import Group, Matrix, State
 from hf_schatten.optim.stack import MomentaDtype, stacks_of
 from hf_schatten.options import SchattenOptions
 
-_RULES = "spectral", "transposed", "parts", "blocks", "step_rule", "scale", "precondition"
+_RULES = "spectral", *LAYOUT, "step_rule", "scale", "precondition"
 
 
 class Planner:

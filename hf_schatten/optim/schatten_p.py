@@ -18,7 +18,7 @@ from hf_schatten.linalg.compute_dtype import chosen_compute_dtype
 from hf_schatten.linalg.many_matrices import add_updates, inner_products
 from hf_schatten.linalg.place import flat
 from hf_schatten.linalg.targets import target_of
-from hf_schatten.matrices.layout import matrix_name
+from hf_schatten.matrices.layout import Layout, matrix_name
 from hf_schatten.optim.adamw import adamw_step
 from hf_schatten.optim.coupling import ScaledUpdates, coupling_of
 from hf_schatten.optim.finite_gradients import FiniteGradients, warn_of_skipped
@@ -60,8 +60,8 @@ class SchattenP(Optimizer):
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
-            chooses the Schatten-p update, False chooses AdamW; ``transposed`` (False), ``parts`` (none) and ``blocks``
-            (1) say how its parameters are read as matrices (:class:`hf_schatten.matrices.layout.Layout`);
+            chooses the Schatten-p update, False chooses AdamW; ``transposed``, ``parts``, ``blocks`` and
+            ``cuts_inputs`` say how its parameters are read as matrices (:class:`hf_schatten.matrices.layout.Layout`);
             ``p_by_parameter`` (none) has the p of single parameters by name. ``p`` (a sequence gives each matrix of a
             parameter its own), ``momentum``, ``nesterov``, ``step_rule``, ``scale``, ``precondition`` and ``lr_ratio``
             may differ from the options'.
@@ -105,9 +105,7 @@ class SchattenP(Optimizer):
         self._planner = Planner(self.options.share_work, self._options_of_group, self._momenta_dtype)
         defaults = {
             "spectral": True,
-            "transposed": False,
-            "parts": (),
-            "blocks": 1,
+            **vars(Layout()),
             "lr": lr,
             "p": self.options.initial_p,
             "p_by_parameter": {},
