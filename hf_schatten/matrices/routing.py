@@ -52,7 +52,7 @@ class Routing:
     """
 
     routes: tuple[Route, ...]
-    doubts: tuple[str, ...] = ()  # what had to be guessed, a sentence for each kind of parameter
+    warnings: tuple[str, ...] = ()  # what may not be meant
 
     def to(self, destination: Destination) -> tuple[Route, ...]:
         """Return the routes with this destination."""
@@ -117,7 +117,9 @@ def route_parameters(
             destination = "schatten_p" if storage.layout else "adamw"
         layout = storage.layout or Layout()
         if destination == "schatten_p" and not layout.parts:
-            cut = _cut(model, name, parameter, module, layout, fused_parts=fused_parts, split_heads=split_heads)
+            cut = _cut(
+                model, anatomy, name, parameter, module, layout, fused_parts=fused_parts, split_heads=split_heads
+            )
             layout = replace(layout, parts=cut.parts, blocks=cut.blocks)
         routes.append(Route(name, parameter, module, destination, storage.reason, layout, _decays(raw_name, module)))
         if storage.doubt:
@@ -217,6 +219,7 @@ def _stored(
 
 def _cut(
     model: nn.Module,
+    anatomy: Anatomy,
     name: str,
     parameter: nn.Parameter,
     module: nn.Module,
@@ -229,10 +232,11 @@ def _cut(
     outputs = layout.matrix_shape(parameter.shape, 0)[1 if layout.transposed else 0]
     adapted, adapter, _ = name.partition(".lora_B.")
     place = model.get_submodule(adapted) if adapter else module  # an adapter's outputs are the adapted layer's
-    owner, config = getattr(place, "base_layer", module), getattr(model, "config", None)
-    parent = next((other for other in model.modules() if place in other.children()), None) if split_heads else None
+    owner, pretrained = getattr(place, "base_layer", module), anatomy.place(place).pretrained
+    config = getattr(pretrained or model, "config", None)
+    above = anatomy.place(place).ancestors
     try:
-        return cut_of(name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
+        return cut_of(name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, above=above)
     except ValueError as error:
         raise RoutingError(str(error)) from error
 

@@ -1,0 +1,133 @@
+"""How modules store matrices in their parameters: which parameters hold matrices, and in which layout."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers.pytorch_utils import Conv1D
+
+from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Anatomy
+from hf_schatten.matrices.layout import Layout
+
+_IMAGE_CHANNELS = 4  # a convolution of so few channels reads images or a waveform: an embedding
+
+# Parameters that modules of transformers multiply by themselves, by class and name. The first dimension is the input's
+# where `transposed`, the output's elsewhere, and `filters` makes one side of all the others.
+_READ_BY_OWNER = {
+    **{("XLNetRelativeAttention", name): Layout(transposed=True, filters=True) for name in "qkvr"},
+    ("XLNetRelativeAttention", "o"): Layout(filters=True),
+    ("FunnelRelMultiheadAttention", "r_kernel"): Layout(transposed=True, filters=True),
+    **{("ZambaMambaMixer", f"{name}_proj_weight"): Layout() for name in ("x", "dt")},  # one for each head
+    **{(f"{name}MultiModalProjector", "mm_input_projection_weight"): Layout(transposed=True)
+       for name in ("Gemma3", "T5Gemma2")},
+}  # fmt: skip
+
+# What parameters of other modules are called that are no matrices: they are added, looked up, or scale single features.
+_NO_MATRIX = re.compile(
+    r"bias|embed|embd|pos(?![a-z])|position|token|quer(y|ies)$|latent|probe|prompt|pad_|codevector|codebook|memory"
+    r"|scale|gamma|beta|alpha|temperature|time_mix|log_scale|translate|mask|grn|rel_pos|object_pointer|feature?_extensor"
+    r"|const$|^A(_log)?$|^D$|state|^hc_|^fn$|^base$|^b[12]$"
+)
+
+
+@dataclass(frozen=True)
+class Storage:
+    """What is stored in a parameter.
+
+    Attributes:
+        layout: of its matrices, None where it holds none.
+        reason: why it holds none, or what holds them.
+        doubt: what had to be guessed, "" where nothing was.
+    """
+
+    layout: Layout | None
+    reason: str
+    doubt: str = ""
+
+
+def storage_of(anatomy: Anatomy, attribute: str, parameter: nn.Parameter, module: nn.Module) -> Storage:
+    """Return what a parameter of two dimensions or more stores, by its name in the module that owns it."""
+    owner = type(module).__name__
+    matrix = f"matrix of {owner} in the backbone"
+    if isinstance(module, ParametrizationList):
+        return Storage(None, "weight or spectral norm computes the weight of it")
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return Storage(None, f"recurrent weight of {owner}")
+    if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        return _of_convolution(anatomy, attribute, module)
+    if isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight"):
+        return Storage(Layout(), matrix)
+    if isinstance(module, nn.Bilinear) and attribute == "weight":
+        return Storage(Layout(filters=True), matrix)
+    if isinstance(module, nn.Linear | Conv1D) or (attribute == "weight" and _is_like_linear(module, parameter)):
+        transposed = isinstance(module, Conv1D)
+        return (
+            Storage(Layout(transposed), matrix) if attribute == "weight" else Storage(None, f"{attribute} of {owner}")
+        )
+    if (owner, attribute) in _READ_BY_OWNER:
+        return Storage(_READ_BY_OWNER[owner, attribute], matrix)
+    if _NO_MATRIX.search(attribute):
+        return Storage(None, f"{attribute} of {owner}")
+    if anatomy.experts(attribute, parameter, module):
+        return _of_experts(anatomy, attribute, parameter, module)
+    return Storage(
+        None, f"owned by {owner}", f"what {owner} does with {attribute!r} is not known, so it trains with AdamW"
+    )
+
+
+def _is_like_linear(module: nn.Module, parameter: nn.Parameter) -> bool:
+    """Return whether a module calls its sizes as ``nn.Linear`` does: a quantised or parallel linear layer."""
+    sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
+    return parameter.ndim == 2 and sizes == tuple(parameter.shape)
+
+
+def _of_convolution(anatomy: Anatomy, attribute: str, module: nn.Module) -> Storage:
+    owner = type(module).__name__
+    assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+    if attribute != "weight":  # weight_g and weight_v of the older weight norm
+        return Storage(None, "weight or spectral norm computes the weight of it")
+    if module.in_channels <= _IMAGE_CHANNELS:
+        return Storage(None, "convolution of an image's channels")
+    if module.groups > 1:
+        return Storage(None, f"{owner} in groups, each with channels of its own")
+    transposed = isinstance(module, TRANSPOSED_CONVOLUTIONS)  # whose weight is stored (in, out, ...)
+    filters = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)  # with more dimensions they are known by their number
+    return Storage(Layout(transposed, filters=filters), f"matrix of {owner} in the backbone")
+
+
+def _of_experts(anatomy: Anatomy, attribute: str, parameter: nn.Parameter, module: nn.Module) -> Storage:
+    """Return the layout of stacked experts: how each is stored, and whether it is a fused gate and up-projection."""
+    owner = type(module).__name__
+    reason = f"matrix of {owner} in the backbone"
+    count = anatomy.experts(attribute, parameter, module)
+    if parameter.ndim == 2:
+        if min(parameter.shape) <= count or "bias" in attribute:
+            return Storage(None, f"{attribute} of {owner}, a vector for each expert")
+        rows = len(parameter) // count
+        parts = tuple((str(expert), rows) for expert in range(count))
+        doubt = f"whether the experts of {attribute!r} of {owner} are stored (out, in) or (in, out) is not known"
+        return Storage(Layout(parts=parts), reason, doubt)
+    stacks = [stack for stack in module.parameters(recurse=False) if stack.ndim == 3 and min(stack.shape[1:]) > 1]
+    transposed = getattr(module, "is_transposed", None)
+    doubt = ""
+    if transposed is None:
+        transposed = _stored_transposed(stacks, anatomy.expert_inputs(module))
+        if transposed is None:
+            doubt = f"whether {owner} stores its experts (out, in) or (in, out) is not known; (out, in) is taken"
+    return Storage(replace(Layout(), transposed=bool(transposed)), reason, doubt)
+
+
+def _stored_transposed(stacks: list[nn.Parameter], inputs: set[int]) -> bool | None:
+    """Return whether experts are stored (in, out): the first stack reads tokens, the last of several writes them."""
+    for stack, reads in ((stacks[0], True), (stacks[-1], False)):
+        rows, columns = stack.shape[1:]
+        if (rows in inputs) != (columns in inputs):
+            return (rows in inputs) == reads
+        if len(stacks) == 1:
+            break
+    if len(stacks) == 1 and inputs:
+        return False if stacks[0].shape[1] == stacks[0].shape[2] else None
+    return None
