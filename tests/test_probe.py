@@ -94,15 +94,17 @@ def add(sample: RowSample, rows: torch.Tensor) -> None:
 @pytest.mark.parametrize("pieces", [2, 8, 37])
 def test_the_sample_does_not_depend_on_the_micro_batches(capacity, pieces):
     rows = torch.arange(600.0).unsqueeze(1)
-    whole, cut, late = (RowSample(capacity) for _ in range(3))
+    whole, cut, late, early = (RowSample(capacity) for _ in range(4))
     add(whole, rows)
     for piece in rows.tensor_split(pieces):
         add(cut, piece)
-    keeps = [late.offer(len(piece), piece.__getitem__) for piece in rows.tensor_split(pieces)]
-    for keep in reversed(keeps):
-        keep()
+    for sample, at_once in ((late, False), (early, True)):
+        keeps = [sample.offer(len(each), each.__getitem__, at_once=at_once) for each in rows.tensor_split(pieces)]
+        for keep in reversed(keeps):
+            keep()
     assert torch.equal(whole.rows(), cut.rows())
     assert torch.equal(whole.rows(), late.rows())
+    assert torch.equal(whole.rows(), early.rows())
     assert len(whole.rows()) <= capacity
 
 
@@ -249,12 +251,36 @@ def test_an_input_is_let_go_while_backward_goes_on():
     assert set(probe.take().inputs) == {"first.weight", "second.weight"}
 
 
-def test_rows_are_copied_at_once_where_autograd_keeps_a_converted_copy():
+@pytest.mark.parametrize("capacity", [4, 1000])
+def test_rows_are_copied_at_once_where_autograd_keeps_a_converted_copy(capacity):
     net = Net(None)
-    probe = armed_probe(net)
+    probe = armed_probe(net, capacity)
+    batch = torch.randn(20, 3)
+    before = batch.clone()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        net(torch.randn(2, 3))
-    assert all(sample._pieces for sample in probe._inputs.values())
+        loss = net(batch).sum()
+    batch.zero_()
+    loss.backward()
+    rows = probe.take().inputs["first.weight"]
+    assert len(rows) == min(capacity, 20)
+    assert all((row == before).all(dim=1).any() for row in rows)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("capacity", [6, 1000])
+def test_a_forward_without_a_gradient_does_not_count(autocast, capacity):
+    """As DoRA calls its factors on an identity, whose outputs it detaches, before the tokens."""
+    net = Net(None)
+    probe, alone = armed_probe(net, capacity), RowSample(capacity)
+    tokens = torch.randn(2, 7, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        norm = net(torch.eye(3)).detach().norm()
+        loss = (net(tokens) / norm).sum()
+    loss.backward()
+    rows = probe.take().inputs["first.weight"]
+    add(alone, tokens.flatten(0, 1))
+    assert len(rows) >= min(capacity, len(alone.rows()))
+    assert all((row == tokens.flatten(0, 1)).all(dim=1).any() for row in rows)
 
 
 @pytest.fixture

@@ -56,12 +56,13 @@ _Samples = dict[str, RowSample]
 class Probe:
     """Samples the inputs of modules, and the gradients of their outputs where asked, while armed.
 
-    Counts each training forward once: not in evaluation, not under ``no_grad``, and once under gradient
-    checkpointing of either kind, whose second forward runs inside backward. All micro-batches of an
-    accumulated step contribute; padding does not (an ``attention_mask`` that the model gets by keyword).
+    Counts each training forward once, as soon as a gradient comes back to its output. So evaluation, ``no_grad``, the
+    forward of gradient checkpointing of either kind that is not differentiated, and the pass of DoRA that only
+    measures a norm do not count. All micro-batches of an accumulated step contribute; padding does not (an
+    ``attention_mask`` that the model gets by keyword).
 
-    Rows are copied when the gradient reaches the layer, where autograd keeps its input until then anyway: earlier
-    copies would add to the peak of memory, which lies before the backward pass.
+    Rows are copied then, too, where autograd keeps the layer's input until then anyway: earlier copies would add to
+    the peak of memory, which lies before the backward pass.
 
     While armed, ``torch.compile`` runs eagerly what it would have to recompile: training has one graph.
 
@@ -85,7 +86,6 @@ class Probe:
         self._with_outputs = outputs
         self._inputs: _Samples = {}
         self._outputs: _Samples = {}
-        self._seen: set[str] = set()
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
         self._handles = [model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)]
@@ -122,12 +122,10 @@ class Probe:
     def _forget(self) -> None:
         self._inputs.clear()
         self._outputs.clear()
-        self._seen.clear()
         self._masks = {}
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._armed and torch.is_grad_enabled() and not _inside_backward():
-            self._seen.clear()
             masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
             self._masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
 
@@ -141,27 +139,22 @@ class Probe:
     def _sample(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (isinstance(output, Tensor) and output.requires_grad):  # no training, or a reentrant checkpoint's first
             return
-        recomputed = _inside_backward()
-        if recomputed and name in self._seen:
-            return
-        self._seen.add(name)
+        # A recomputed input lives until its backward pass, which comes next.
+        at_once = not (_inside_backward() or _autograd_keeps(args[0]))
         keeps = [
-            self._offer(self._inputs, matrix_name(name, rows.expert), rows)
+            self._offer(self._inputs, matrix_name(name, rows.expert), rows, at_once=at_once)
             for rows in input_rows(name, module, args, self._masks)
         ]
         rows_of = output_rows(name, module, self._masks) if self._with_outputs else None
         if rows_of is not None:
             output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(gradient.detach()))())
-        if recomputed or not _autograd_keeps(args[0]):
-            _call_and_forget(keeps)
-        else:
-            output.register_hook(lambda gradient: _call_and_forget(keeps))
+        output.register_hook(lambda gradient: _call_and_forget(keeps))
 
-    def _offer(self, samples: _Samples, key: str, rows: Rows) -> Callable[[], None]:
-        """Offer rows to the sample of this key; return what picks the chosen ones."""
+    def _offer(self, samples: _Samples, key: str, rows: Rows, *, at_once: bool = False) -> Callable[[], None]:
+        """Offer rows to the sample of this key; return what makes them count."""
         if key not in samples:
             samples[key] = RowSample(self._most_rows)
-        return samples[key].offer(rows.count, rows.pick)
+        return samples[key].offer(rows.count, rows.pick, at_once=at_once)
 
 
 def _call_and_forget(functions: list[Callable[[], None]]) -> None:

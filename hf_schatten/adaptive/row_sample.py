@@ -13,33 +13,49 @@ from torch import Tensor
 _GOLDEN = 2_654_435_769
 _WORD = 2**32
 
+_Ranges = tuple[tuple[int, int], ...]  # [start, stop) of indices, ascending
+
 
 class RowSample:
     """At most ``capacity`` rows of a stream, chosen by their index in the stream alone.
 
     The same stream gives the same sample however it is cut into micro-batches. No random generator is used, so that
     the probe cannot change training.
+
+    Attributes:
+        seen: how many of the offered rows count.
     """
 
     def __init__(self, capacity: int) -> None:
+        self.seen = 0
         self._capacity = capacity
+        self._offered = 0
+        self._counted: _Ranges = ()
         self._pieces: list[tuple[Tensor, Tensor]] = []  # stream indices on the host, rows
-        self._seen = 0
         self._threshold = _WORD
 
-    def offer(self, count: int, pick: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        """Offer the next ``count`` rows; return a function that picks what was chosen, to be called once, also later.
+    def offer(self, count: int, pick: Callable[[Tensor], Tensor], *, at_once: bool = False) -> Callable[[], None]:
+        """Offer the next ``count`` rows; they count as soon as the returned function is called, once.
 
-        ``pick`` takes indices (k,) below ``count`` and returns a copy of those rows, (k, n).
+        ``pick`` takes indices (k,) below ``count`` and returns a copy of those rows, (k, n). It is called then, or now
+        where ``at_once`` says that the rows will be gone.
         """
-        start = self._seen
-        self._seen += count
-        self._threshold = _threshold(self._seen, self._capacity, self._threshold)
-        index = _chosen(self._threshold, start, self._seen)
+        start, stop = self._offered, self._offered + count
+        self._offered = stop
+
+        def picked() -> tuple[Tensor, Tensor]:
+            threshold = _threshold(_with_range(self._counted, start, stop), self._capacity, self._threshold)
+            index = _chosen(threshold, start, stop)
+            return index, pick(index - start)
+
+        early = picked() if at_once else None
 
         def keep() -> None:
-            self._pieces = [self._thinned(*piece) for piece in self._pieces]
-            self._pieces.append((index, pick(index - start)))
+            piece = early or picked()
+            self.seen += count
+            self._counted = _with_range(self._counted, start, stop)
+            self._threshold = _threshold(self._counted, self._capacity, self._threshold)
+            self._pieces = [self._thinned(*each) for each in (*self._pieces, piece)]
 
         return keep
 
@@ -61,11 +77,20 @@ def _hash(index: Tensor) -> Tensor:
     return (index * _GOLDEN) % _WORD
 
 
+def _with_range(ranges: _Ranges, start: int, stop: int) -> _Ranges:
+    """Return ascending ranges with one more, joined to those that it touches."""
+    joined: list[tuple[int, int]] = []
+    for first, last in sorted((*ranges, (start, stop))):
+        touches = bool(joined) and joined[-1][1] == first
+        joined.append((joined.pop()[0] if touches else first, last))
+    return tuple(joined)
+
+
 # All layers that see the same tokens choose the same rows: the choice is remembered.
 @lru_cache(maxsize=64)
-def _threshold(seen: int, capacity: int, threshold: int) -> int:
-    """Lower the threshold until at most ``capacity`` of the first ``seen`` rows lie below it."""
-    kept = _below(threshold, 0, seen)
+def _threshold(ranges: _Ranges, capacity: int, threshold: int) -> int:
+    """Lower the threshold until at most ``capacity`` of the indices in the ranges lie below it."""
+    kept = torch.cat([_below(threshold, *each) for each in ranges])
     while len(kept) > capacity:
         threshold = threshold * 7 // 8
         kept = kept[_hash(kept) < threshold]

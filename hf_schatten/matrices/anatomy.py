@@ -17,6 +17,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from hf_schatten.matrices.backbones import backbone_modules
+
 LAYERS = (GradientCheckpointingLayer, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED_CONVOLUTIONS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -88,17 +90,14 @@ class Anatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self._places: dict[int, Place] = {}
+        self._backbone = backbone_modules(model)
         modules = dict(model.named_modules())
         for path, module in modules.items():
             names = path.split(".") if path else []
             above = tuple(modules[".".join(names[:depth])] for depth in range(len(names)))
             self._places[id(module)] = Place(module, tuple(names), above)
-        self._having_layers = {
-            id(above)
-            for place in self._places.values()
-            if isinstance(place.module, LAYERS)
-            for above in place.ancestors
-        }
+        layers = [place for place in self._places.values() if isinstance(place.module, LAYERS)]
+        self._having_layers = {id(above) for place in layers for above in place.ancestors}
 
     def place(self, module: nn.Module) -> Place:
         """Return where a module lies."""
@@ -133,7 +132,9 @@ class Anatomy:
 
     def _outside_backbone(self, place: Place) -> bool:
         model = place.pretrained
-        if model is None or model.base_model is model or self._holds(model.base_model, place):
+        if model is None:
+            return id(place.module) not in self._backbone
+        if model.base_model is model or self._holds(model.base_model, place):
             return False
         return not any(_POOLING_CLASS.search(type(module).__name__) for _, module in place.upwards())
 

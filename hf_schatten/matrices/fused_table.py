@@ -246,7 +246,7 @@ FUSED: Mapping[str, Callable[[Layer], Cut]] = {
     "in_proj": _in_proj,
     "in_proj_qkvz": _delta_net("q/k/v/z"),
     "in_proj_ba": _delta_net("b/a"),
-    "in_proj_qkv": lambda layer: _parts("q/k/v", *[layer.size(f"{name}_dim") for name in ("key", "key", "value")]),
+    "in_proj_qkv": lambda layer: _parts("q/k/v", *[layer.size(size) for size in ("key_dim", "key_dim", "value_dim")]),
     "x_proj": lambda layer: _parts(
         "dt/B/C", *[layer.size(size) for size in ("time_step_rank", "ssm_state_size", "ssm_state_size")]
     ),

@@ -9,11 +9,12 @@ from typing import Literal, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers import PreTrainedModel
 
-from hf_schatten.matrices.anatomy import Anatomy
+from hf_schatten.matrices.adapters import Adapter, adapter_of
+from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Anatomy
+from hf_schatten.matrices.backbones import embedding_parameters, likely_head
 from hf_schatten.matrices.engines import refuse_emptied
-from hf_schatten.matrices.fused_projections import Cut, cut_of
+from hf_schatten.matrices.fused_projections import cut_of
 from hf_schatten.matrices.layout import Layout, matches
 from hf_schatten.matrices.storage import Storage, storage_of
 from hf_schatten.option_text import parse_fused_parts
@@ -88,8 +89,9 @@ def route_parameters(
     A parameter goes to the Schatten-p update when its module multiplies with it (:mod:`hf_schatten.matrices.storage`):
     linear layers, convolutions of one group, attention's projections, stacks of experts, a matrix for each. What the
     module is for decides too (:mod:`hf_schatten.matrices.anatomy`): embeddings and what is tied to one, stems, heads,
-    routers of experts and position biases stay with AdamW, and so does a matrix with a side of length 1. A model that
-    has no ``PreTrainedModel`` is its own backbone: name its output head in ``exclude``.
+    routers of experts and position biases stay with AdamW, and so does a matrix with a side of length 1. An adapter's
+    factors go where the weight would that they adapt. The backbone is that of the models of transformers inside the
+    model; a model without one that trains is its own: name its output head in ``exclude``.
 
     Args:
         model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
@@ -104,27 +106,39 @@ def route_parameters(
     """
     model = extract_model_from_parallel(model)
     anatomy = Anatomy(model)
-    embeddings = {id(parameter) for module in _embeddings(model) for parameter in module.parameters()}
+    embeddings = embedding_parameters(model)
     routes: list[Route] = []
     doubts: dict[str, None] = {}
     for raw_name, parameter in model.named_parameters():
         module = model.get_submodule(raw_name.rpartition(".")[0])
         name = _clean_name(raw_name)
-        attribute = raw_name.rpartition(".")[2]
-        storage = _stored(anatomy, name, attribute, parameter, module, embeddings=embeddings, exclude=exclude)
+        adapter = adapter_of(model, raw_name)
+        storage = _stored(anatomy, raw_name, parameter, module, adapter, embeddings=embeddings, exclude=exclude)
         destination: Destination = "frozen"
         if parameter.requires_grad:
             destination = "schatten_p" if storage.layout else "adamw"
         layout = storage.layout or Layout()
-        if destination == "schatten_p" and not layout.parts:
-            cut = _cut(
-                model, anatomy, name, parameter, module, layout, fused_parts=fused_parts, split_heads=split_heads
-            )
+        if storage.layout and not layout.parts:
+            outputs = layout.matrix_shape(parameter.shape, 0)[layout.transposed]
+            place = anatomy.place(adapter.layer if adapter and adapter.has_outputs_of_layer else module)
+            owner = adapter.adapted if adapter and adapter.has_outputs_of_layer else module
+            try:
+                cut = cut_of(
+                    name,
+                    outputs,
+                    owner,
+                    getattr(place.pretrained or model, "config", None),
+                    fused_parts=fused_parts,
+                    split_heads=split_heads,
+                    above=place.ancestors,
+                )
+            except ValueError as error:
+                raise RoutingError(str(error)) from error
             layout = replace(layout, parts=cut.parts, blocks=cut.blocks)
         routes.append(Route(name, parameter, module, destination, storage.reason, layout, _decays(raw_name, module)))
         if storage.doubt:
             doubts[f"{_kind(name)}: {storage.doubt}"] = None
-    routing = Routing(tuple(routes), tuple(doubts))
+    routing = Routing(tuple(routes), (*doubts, *_warnings(model, routes)))
     require_matches("exclude", exclude, [route.name for route in routes])
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
     require_matches("fused_parts", patterns, [route.name for route in routing.to("schatten_p")])
@@ -132,6 +146,17 @@ def route_parameters(
         refuse_emptied(model)
         raise RoutingError(_nothing_routed(model, routing))
     return routing
+
+
+def _warnings(model: nn.Module, routes: Iterable[Route]) -> Iterator[str]:
+    """Yield what the rules have decided without knowing."""
+    found, of_name = likely_head(model), {route.name: route for route in routes}
+    route = of_name.get(_clean_name(f"{found[0]}.weight".removeprefix("."))) if found else None
+    if found and route and route.destination == "schatten_p":
+        yield (
+            f"{route.name!r} maps {found[1].in_features} features to {found[1].out_features}, which no other layer "
+            f"takes. If it is the output head, leave it to AdamW with exclude={route.name}."
+        )
 
 
 def _clean_name(name: str) -> str:
@@ -194,70 +219,51 @@ def _decays(name: str, module: nn.Module) -> bool:
 def _stored(
     anatomy: Anatomy,
     name: str,
-    attribute: str,
     parameter: nn.Parameter,
     module: nn.Module,
+    adapter: Adapter | None,
     *,
     embeddings: set[int],
     exclude: Sequence[str],
 ) -> Storage:
     """Return what a parameter stores for this package: no matrices where another rule than its module's decides."""
+    home = adapter.adapted if adapter else module  # an adapter goes where the weight would that it adapts
+    weights = {id(parameter)} | ({id(weight) for weight in home.parameters(recurse=False)} if adapter else set())
     rules = (
         (not parameter.requires_grad, "requires no gradient"),
-        (any(matches(pattern, name) for pattern in exclude), "excluded by option"),
-        (id(parameter) in embeddings, "embedding, or tied to one"),
+        (any(matches(pattern, _clean_name(name)) for pattern in exclude), "excluded by option"),
+        (not embeddings.isdisjoint(weights), "embedding, or tied to one"),
         (parameter.ndim < 2, "vector or scalar"),
     )
-    reason = next((reason for holds, reason in rules if holds), None) or anatomy.role(attribute, parameter, module)
+    reason = next((reason for holds, reason in rules if holds), None)
     if reason:
         return Storage(None, reason)
-    storage = storage_of(anatomy, attribute, parameter, module)
-    if storage.layout and 1 in replace(storage.layout, parts=()).matrix_shape(parameter.shape, 0):
+    attribute = name.rpartition(".")[2]
+    storage = _of_adapter(anatomy, adapter, parameter, module) if adapter else None
+    if storage is None:
+        role = anatomy.role(attribute, parameter, module)
+        storage = Storage(None, role) if role else storage_of(anatomy, attribute, parameter, module)
+    if storage.layout and 1 in storage.layout.matrix_shape(parameter.shape, 0):
         return Storage(None, "a side of length 1")
     return storage
 
 
-def _cut(
-    model: nn.Module,
-    anatomy: Anatomy,
-    name: str,
-    parameter: nn.Parameter,
-    module: nn.Module,
-    layout: Layout,
-    *,
-    fused_parts: Sequence[str],
-    split_heads: bool,
-) -> Cut:
-    """Return how the outputs of a parameter's matrices are cut."""
-    outputs = layout.matrix_shape(parameter.shape, 0)[1 if layout.transposed else 0]
-    adapted, adapter, _ = name.partition(".lora_B.")
-    place = model.get_submodule(adapted) if adapter else module  # an adapter's outputs are the adapted layer's
-    owner, pretrained = getattr(place, "base_layer", module), anatomy.place(place).pretrained
-    config = getattr(pretrained or model, "config", None)
-    above = anatomy.place(place).ancestors
-    try:
-        return cut_of(name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, above=above)
-    except ValueError as error:
-        raise RoutingError(str(error)) from error
-
-
-def _embeddings(model: nn.Module) -> Iterable[nn.Module]:
-    """Yield input and output embeddings and every ``nn.Embedding``; tied weights are theirs by identity.
-
-    Every pretrained model in a model has its own, wherever it lies in a wrapper.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            yield module
-        if not isinstance(module, PreTrainedModel):
-            continue
-        for getter in (module.get_input_embeddings, module.get_output_embeddings):
-            try:
-                found = getter()
-            except (NotImplementedError, AttributeError):  # two-tower models: nn.Embedding finds theirs
-                continue
-            if isinstance(found, nn.Module):
-                yield found
+def _of_adapter(anatomy: Anatomy, adapter: Adapter, parameter: nn.Parameter, module: nn.Module) -> Storage:
+    """Return what an adapter stores: matrices where the weight is one that it adapts, and it is a factor."""
+    owner, adapted = type(adapter.layer).__name__, adapter.adapted
+    matrix = f"matrix of {owner} in the backbone"
+    weight = getattr(adapted, "weight", None)
+    reason = anatomy.role("weight", parameter if weight is None else weight, adapted)
+    if reason is None and isinstance(adapted, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        convolution = storage_of(anatomy, "weight", weight, adapted)
+        reason = None if convolution.layout else convolution.reason
+    if reason:
+        return Storage(None, reason)
+    if of_experts := adapter.layout(tuple(parameter.shape)):
+        return Storage(of_experts, matrix)
+    if not adapter.is_factor or (parameter.ndim > 2 and isinstance(module, nn.ParameterDict | nn.ParameterList)):
+        return Storage(None, f"owned by {owner}")
+    return Storage(Layout(filters=parameter.ndim > 2), matrix)
 
 
 def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
@@ -275,6 +281,6 @@ def _nothing_routed(model: nn.Module, routing: Routing) -> str:
             "requires_grad on some, or attach an adapter."
         )
     return (
-        f"No matrix of {type(model).__name__} is routed to the Schatten-p update, so it would train with AdamW "
-        "alone; use optim='adamw_torch' if that is meant. The routes are:\n" + str(routing)
+        f"No matrix of {type(model).__name__} is routed to the Schatten-p update: there is nothing to orthogonalise. "
+        "Use AdamW, optim='adamw_torch'. The routes are:\n" + str(routing)
     )

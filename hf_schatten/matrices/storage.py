@@ -20,7 +20,7 @@ _READ_BY_OWNER = {
     **{("XLNetRelativeAttention", name): Layout(transposed=True, filters=True) for name in "qkvr"},
     ("XLNetRelativeAttention", "o"): Layout(filters=True),
     ("FunnelRelMultiheadAttention", "r_kernel"): Layout(transposed=True, filters=True),
-    **{("ZambaMambaMixer", f"{name}_proj_weight"): Layout() for name in ("x", "dt")},  # one for each head
+    **{("ZambaMambaMixer", name): Layout() for name in ("x_proj_weight", "dt_proj_weight")},  # one for each head
     **{(f"{name}MultiModalProjector", "mm_input_projection_weight"): Layout(transposed=True)
        for name in ("Gemma3", "T5Gemma2")},
 }  # fmt: skip

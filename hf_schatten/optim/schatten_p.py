@@ -61,7 +61,7 @@ class SchattenP(Optimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
             chooses the Schatten-p update, False chooses AdamW; ``transposed``, ``parts``, ``blocks``,
-            ``cuts_inputs`` and ``filters`` say how its parameters are read (:class:`hf_schatten.matrices.layout.Layout`);
+            ``cuts_inputs`` and ``filters`` say how they are read (:class:`hf_schatten.matrices.layout.Layout`);
             ``p_by_parameter`` (none) has the p of single parameters by name. ``p`` (a sequence gives each matrix of a
             parameter its own), ``momentum``, ``nesterov``, ``step_rule``, ``scale``, ``precondition`` and ``lr_ratio``
             may differ from the options'.

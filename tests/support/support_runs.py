@@ -151,7 +151,7 @@ def record_samples(monkeypatch) -> list[dict[str, int]]:
     take = Probe.take
 
     def recorded(probe: Probe) -> Sampled:
-        seen = {name: sample._seen for name, sample in probe._inputs.items()}
+        seen = {name: sample.seen for name, sample in probe._inputs.items()}
         if seen:
             samples.append(seen)
         return take(probe)
