@@ -39,6 +39,7 @@ _HEAD_NAME = re.compile(
     r"(^|_)(heads?|classifier|predictor|predictions?|scores?|logits|loss)$|^predict_|(^|_)score_"
     r"|^(class|bbox|box|boxes|mask)_(embed|labels)$|^qa_outputs$"
 )
+_NORM_NAME = re.compile(r"norm\d*$")
 _ROUTER_NAME = re.compile(r"(^|_)(router|routers|routing)($|_)")
 # Sizes of what a head writes, by the names that configurations have for them.
 _OUTPUT_SIZES = re.compile(r"^num_labels$|(^|_)vocab_size$|(^|_)codebook_size$|^num_classes$|(^|_)output_vocab")
@@ -122,6 +123,8 @@ class Anatomy:
             return "convolution before or between the layers (stem)"
         if self._is_embedder(place):
             return "part of an embedding"
+        if any(_NORM_NAME.search(name) for name, _ in place.upwards()):
+            return "part of a norm"
         if place.attributes and _POSITION_NAME.search(self._own_name(place, attribute)):
             return "position or relative bias"
         return None

@@ -106,4 +106,7 @@ def _by_head(cut: Cut, parent: nn.Module | None) -> Cut:
 
 
 def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):  # of another kind, or with several texts
+        return config

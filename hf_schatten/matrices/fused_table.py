@@ -210,12 +210,12 @@ def _linear(layer: Layer) -> Cut:
     if type(parent).__name__ == "MLPLayerWithBN":
         both = getattr(above, "queries_keys_values", None) is parent
         return _levit("q/k/v", 2)(layer) if both else _levit("k/v", 1)(layer)
-    return _modulation(layer) if "AdaLayerNorm" in type(parent).__name__ else WHOLE
+    return WHOLE
 
 
 def _modulation(layer: Layer) -> Cut:
     """Cut what modulates a norm: as many shifts, scales and gates of the width of the norm as fit."""
-    names = {2: "shift/scale", 3: "shift/scale/gate", 6: "shift1/scale1/gate1/shift2/scale2/gate2"}
+    names = {2: "shift/scale", 3: "shift/scale/gate"}
     count = layer.outputs // max(1, layer.inputs)
     return _parts(names[count], layer.inputs) if count in names else WHOLE
 

@@ -25,11 +25,11 @@ _READ_BY_OWNER = {
        for name in ("Gemma3", "T5Gemma2")},
 }  # fmt: skip
 
-# What parameters of other modules are called that are no matrices: they are added, looked up, or scale single features.
+# What parameters are called that are no matrices: they are added, looked up, scale features or gate a recurrence.
 _NO_MATRIX = re.compile(
-    r"bias|embed|embd|pos(?![a-z])|position|token|quer(y|ies)$|latent|probe|prompt|pad_|codevector|codebook|memory"
-    r"|scale|gamma|beta|alpha|temperature|time_mix|log_scale|translate|mask|grn|rel_pos|object_pointer|feature?_extensor"
-    r"|const$|^A(_log)?$|^D$|state|^hc_|^fn$|^base$|^b[12]$"
+    r"bias|(^|_)emb|pos(?![a-z])|position|token|quer(y|ies)$|latent|probe|prompt|pad_|codevector|codebook|memory"
+    r"|scale|gamma|beta|alpha|temperature|time_mix|translate|mask|rel_pos|object_pointer|feature?_extensor"
+    r"|(input|recurrent)_gate_weight|const$|^A(_log)?$|^D$|state|^hc_|^fn$|^base$|^b[12]$"
 )
 
 
@@ -67,6 +67,8 @@ def storage_of(anatomy: Anatomy, attribute: str, parameter: nn.Parameter, module
         return (
             Storage(Layout(transposed), matrix) if attribute == "weight" else Storage(None, f"{attribute} of {owner}")
         )
+    if max(parameter.shape) == parameter.numel():
+        return Storage(None, "vector or scalar")
     if (owner, attribute) in _READ_BY_OWNER:
         return Storage(_READ_BY_OWNER[owner, attribute], matrix)
     if _NO_MATRIX.search(attribute):
@@ -108,8 +110,11 @@ def _of_experts(anatomy: Anatomy, attribute: str, parameter: nn.Parameter, modul
             return Storage(None, f"{attribute} of {owner}, a vector for each expert")
         rows = len(parameter) // count
         parts = tuple((str(expert), rows) for expert in range(count))
-        doubt = f"whether the experts of {attribute!r} of {owner} are stored (out, in) or (in, out) is not known"
-        return Storage(Layout(parts=parts), reason, doubt)
+        alike = [name for name, stack in module.named_parameters(recurse=False) if stack.shape == parameter.shape]
+        # Tokens are rows: all but the last of several stacks read them.
+        writes = len(alike) > 1 and attribute == alike[-1]
+        doubt = "" if parameter.shape[1] in anatomy.expert_inputs(module) else f"{owner} does not say what a token is"
+        return Storage(Layout(writes, parts, cuts_inputs=writes), reason, doubt)
     stacks = [stack for stack in module.parameters(recurse=False) if stack.ndim == 3 and min(stack.shape[1:]) > 1]
     transposed = getattr(module, "is_transposed", None)
     doubt = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+# What transformers raises where a configuration does not fit a class, or a package is missing.
+_REFUSALS = (AssertionError, AttributeError, ImportError, KeyError, TypeError, ValueError)
 
 LAYERS = 2  # of one kind; kinds that differ in a list of the configuration have one each
 MOST_KINDS = 6
@@ -24,19 +28,49 @@ _DENSE = re.compile(r"first_k_dense|dense_layers|first_.*_dense|moe_layer_start"
 _RESNET = {"model_type": "resnet", "depths": [1, 1, 1, 1], "out_features": ["stage2", "stage3", "stage4"]}
 _OWN_BACKBONE = {"backbone_config": _RESNET, "use_timm_backbone": False, "backbone": None}
 OPTIONS: dict[str, dict[str, Any]] = {
-    **{name: {"prediction_length": 4} for name in ("autoformer", "informer", "time_series_transformer")},
-    **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), _OWN_BACKBONE),
+    "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8.0}},
+    "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 11]}},
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
-    **{name: {"head_dim": 32} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
+    "hunyuan_vl": {"text_config": {"head_dim": 32}},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
+    "moonshine_streaming": {"num_attention_heads": 8, "num_key_value_heads": 8},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen3_omni_moe": {"enable_audio_output": False},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
-}  # fmt: skip
+    "vitmatte": {
+        "backbone_config": {"model_type": "vitdet", "out_features": ["stage2"]},
+        "fusion_hidden_sizes": [32, 32, 32, 32],
+    },
+    **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), _OWN_BACKBONE),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 32}),
+    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 4}),
+}
 
-# Classes that cannot be made here, by what they need.
-UNAVAILABLE: dict[str, tuple[str, ...]] = {}
+# Types of which no class can be made here, and why.
+_INCOMPLETE = "its default configuration is incomplete, or does not allow few layers"
+UNAVAILABLE = {
+    **dict.fromkeys(
+        """edgetam edgetam_vision_model fast_vlm gemma3n gemma3n_vision omdet-turbo pe_audio_video
+        pe_audio_video_encoder pe_video pe_video_encoder perception_lm timm_backbone timm_wrapper""".split(),
+        "needs timm",
+    ),
+    "dinat": "needs natten",
+    "higgs_audio_v2_tokenizer": "needs torchaudio",
+    "layoutlmv2": "needs detectron2",
+    "voxtral_realtime_text": "transformers does not export it",
+    **dict.fromkeys(
+        """chameleon cohere_compass cohere_compass_text diffusion_gemma emu3 gemma4_assistant gemma4_unified_assistant
+        granite4_vision pp_ocrv5_server_det pp_ocrv6_medium_det qwen4_exp qwen4_exp_text t5gemma2_encoder
+        zamba""".split(),
+        _INCOMPLETE,
+    ),
+}
 
 
+@cache
 def architectures() -> dict[str, tuple[str, ...]]:
     """Return the names of the model classes of each type, those with a head first."""
     classes: dict[str, dict[str, None]] = {}
@@ -51,8 +85,22 @@ def architectures() -> dict[str, tuple[str, ...]]:
 def make(model_type: str, class_name: str) -> nn.Module:
     """Return a model without memory: full width, few layers."""
     config = small_config(model_type)
-    with torch.device("meta"):
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
         return getattr(transformers, class_name)(config)
+
+
+def make_first(model_type: str) -> tuple[str, nn.Module]:
+    """Return the first class of a type that can be made, with its name.
+
+    Raises:
+        ValueError: when none can.
+    """
+    for name in architectures()[model_type]:
+        try:
+            return name, make(model_type, name)
+        except _REFUSALS:
+            continue
+    raise ValueError(f"No class of {model_type!r} can be made from its default configuration.")
 
 
 def small_config(model_type: str) -> PreTrainedConfig:
