@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -53,33 +54,24 @@ class Place:
     module: nn.Module
     attributes: tuple[str, ...]  # of the path from the model, without the names of wrappers
     ancestors: tuple[nn.Module, ...]  # from the model down, without the module
+    in_layer: bool  # whether it lies in a layer of a transformer, or is one
+    own: tuple[tuple[str, nn.Module], ...]  # (attribute, module) from it up to what its layer or pretrained model has
 
     @property
     def parent(self) -> nn.Module | None:
         """The module that has it, None for the model."""
         return self.ancestors[-1] if self.ancestors else None
 
-    def upwards(self, *, into_layers: bool = True) -> Iterator[tuple[str, nn.Module]]:
-        """Yield (attribute, module) from the module up to what its layer, or its pretrained model, has.
-
-        With ``into_layers=False`` layers do not end it.
-        """
-        modules = (*self.ancestors[1:], self.module) if self.ancestors else ()
-        for attribute, module in zip(reversed(self.attributes), reversed(modules), strict=True):
-            if isinstance(module, PreTrainedModel) or (into_layers and _is_layer(module)):
-                return
-            yield attribute, module
+    @property
+    def within_pretrained(self) -> Iterator[nn.Module]:
+        """What it lies in, up to its innermost pretrained model."""
+        return takewhile(lambda module: not isinstance(module, PreTrainedModel), reversed(self.ancestors))
 
     @property
     def pretrained(self) -> PreTrainedModel | None:
         """The innermost pretrained model that it lies in."""
         found = (module for module in (self.module, *reversed(self.ancestors)) if isinstance(module, PreTrainedModel))
         return next(found, None)
-
-    @property
-    def in_layer(self) -> bool:
-        """Whether it lies in a layer of a transformer."""
-        return any(map(_is_layer, (self.module, *self.ancestors)))
 
 
 class Anatomy:
@@ -95,8 +87,12 @@ class Anatomy:
         modules = dict(model.named_modules())
         for path, module in modules.items():
             names = path.split(".") if path else []
-            above = tuple(modules[".".join(names[:depth])] for depth in range(len(names)))
-            self._places[id(module)] = Place(module, tuple(names), above)
+            parent = self._places[id(modules[path.rpartition(".")[0]])] if names else None
+            above = (*parent.ancestors, parent.module) if parent else ()
+            ends = isinstance(module, PreTrainedModel) or _is_layer(module)
+            own = ((names[-1], module), *parent.own) if parent and not ends else ()
+            in_layer = _is_layer(module) or (parent is not None and parent.in_layer)
+            self._places[id(module)] = Place(module, tuple(names), above, in_layer, own)
         layers = [place for place in self._places.values() if isinstance(place.module, LAYERS)]
         self._having_layers = {id(above) for place in layers for above in place.ancestors}
 
@@ -123,7 +119,7 @@ class Anatomy:
             return "convolution before or between the layers (stem)"
         if self._is_embedder(place):
             return "part of an embedding"
-        if any(_NORM_NAME.search(name) for name, _ in place.upwards()):
+        if any(_NORM_NAME.search(name) for name, _ in place.own):
             return "part of a norm"
         if place.attributes and _POSITION_NAME.search(self._own_name(place, attribute)):
             return "position or relative bias"
@@ -139,7 +135,7 @@ class Anatomy:
             return id(place.module) not in self._backbone
         if model.base_model is model or self._holds(model.base_model, place):
             return False
-        return not any(_POOLING_CLASS.search(type(module).__name__) for _, module in place.upwards())
+        return not any(_POOLING_CLASS.search(type(module).__name__) for _, module in place.own)
 
     @staticmethod
     def _holds(module: nn.Module, place: Place) -> bool:
@@ -148,7 +144,7 @@ class Anatomy:
     def _is_head(self, place: Place, attribute: str, parameter: nn.Parameter) -> bool:
         if place.in_layer:
             return False
-        for name, module in place.upwards():
+        for name, module in place.own:
             kind = type(module).__name__
             if id(module) in self._having_layers or _POOLING_CLASS.search(kind):
                 break
@@ -162,13 +158,13 @@ class Anatomy:
     def _is_stem(self, place: Place) -> bool:
         if not isinstance(place.module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
             return False
-        if any(_STEM_CLASS.search(type(module).__name__) for _, module in place.upwards(into_layers=False)):
+        if any(_STEM_CLASS.search(type(module).__name__) for module in place.within_pretrained):
             return True
         model = place.pretrained
         return not place.in_layer and model is not None and id(model) in self._having_layers
 
     def _is_embedder(self, place: Place) -> bool:
-        for name, module in place.upwards():
+        for name, module in place.own:
             if id(module) in self._having_layers:
                 return False
             if _EMBEDDER_CLASS.search(type(module).__name__) or _EMBEDDER_NAME.search(name):
@@ -240,13 +236,14 @@ def _is_layer(module: nn.Module) -> bool:
     """Return whether a module is one of the repeated layers of a network: attention, feed-forward or both."""
     if isinstance(module, LAYERS):
         return True
-    linears = (isinstance(inner, nn.Linear | Conv1D) for inner in module.modules())
-    return _LAYER_CLASS.search(type(module).__name__) is not None and sum(linears) > 1
+    if not _LAYER_CLASS.search(type(module).__name__):
+        return False
+    return sum(isinstance(inner, nn.Linear | Conv1D) for inner in module.modules()) > 1
 
 
 def _is_router(place: Place) -> bool:
     return any(
-        _ROUTER_CLASS.search(type(module).__name__) or _ROUTER_NAME.search(name) for name, module in place.upwards()
+        _ROUTER_CLASS.search(type(module).__name__) or _ROUTER_NAME.search(name) for name, module in place.own
     )
 
 

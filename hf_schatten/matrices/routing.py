@@ -107,12 +107,13 @@ def route_parameters(
     model = extract_model_from_parallel(model)
     anatomy = Anatomy(model)
     embeddings = embedding_parameters(model)
+    adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
     routes: list[Route] = []
     doubts: dict[str, None] = {}
     for raw_name, parameter in model.named_parameters():
         module = model.get_submodule(raw_name.rpartition(".")[0])
         name = _clean_name(raw_name)
-        adapter = adapter_of(model, raw_name)
+        adapter = adapter_of(model, raw_name) if adapted else None
         storage = _stored(anatomy, raw_name, parameter, module, adapter, embeddings=embeddings, exclude=exclude)
         destination: Destination = "frozen"
         if parameter.requires_grad:

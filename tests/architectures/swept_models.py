@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -82,10 +84,21 @@ def architectures() -> dict[str, tuple[str, ...]]:
     return {model_type: tuple(names) for model_type, names in sorted(classes.items())}
 
 
+@cache
+def families() -> tuple[str, ...]:
+    """Return a type of each module of transformers that has models, without those that are not to be had."""
+    of_module = {}
+    for model_type in architectures():
+        if model_type not in UNAVAILABLE:
+            of_module.setdefault(CONFIG_MAPPING[model_type].__module__, model_type)
+    return tuple(of_module.values())
+
+
 def make(model_type: str, class_name: str) -> nn.Module:
     """Return a model without memory: full width, few layers."""
     config = small_config(model_type)
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+    with torch.device("meta"), no_init_weights(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         return getattr(transformers, class_name)(config)
 
 

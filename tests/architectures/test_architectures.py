@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from swept_models import UNAVAILABLE, architectures, make, make_first
+from swept_models import UNAVAILABLE, architectures, families, make, make_first
 
 from hf_schatten import RoutingError, route_parameters
 
@@ -37,13 +37,13 @@ EXCEPTIONS = {
     r"SqueezeBert\w+:.*\.post_attention\.": "a projection and its norm in one module",
     r"PPDocLayoutV4\w+:.*\.global_pointer\.": "the pointer head scores pairs of boxes",
     r"VibeVoice\w+:.*\.diffusion_head\.": "the diffusion head writes noise",
-    r"VibeVoice\w+:.*\.stem\.stage\.": "whole blocks in what it calls a stem",
+    r"VibeVoice\w+:(.*\.)?stem\.stage\.": "whole blocks in what it calls a stem",
     r"(Eomt|Videomt)\w+:mask_head\.": "the mask head",
     r"\w+:(\w*head|\w*classifier|classification_head|flow_head)\.": "part of a head that is more than one layer",
     r"PPOCRV6\w+:head\.": "the head reads words from features",
     r"Zaya\w+:.*\.gate\.(down_proj|router_mlp)\.": "the router is a network",
     r"AXK2\w+:.*layernorm\.mlp\.": "a norm with a gate of its own",
-    r"\w+:.*\.(fc1|fc2|linear1|linear2|proj_in)\.weight$(?<=norm.linear1.weight)": "modulation of a norm",
+    r"RobertaPreLayerNorm\w+:roberta_prelayernorm\.": "a name of the model itself",
 }
 # Parameters that are not understood: they train with AdamW, and training says so.
 NOT_UNDERSTOOD = {"Glm5NextTextIndexer", "Inkling2DynamicShortConvolution", "Inkling2RelativeLogits", "InklingRelativeLogits"}
@@ -74,7 +74,7 @@ def check(class_name, model):
     assert not unknown
 
 
-@pytest.mark.parametrize("model_type", [each for each in architectures() if each not in UNAVAILABLE])
+@pytest.mark.parametrize("model_type", families()[::3])  # all of them take a minute; the slow test below has them
 def test_every_architecture_is_routed_by_what_its_modules_are(model_type):
     check(*make_first(model_type))
 
