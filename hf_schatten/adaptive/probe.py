@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.module_tracker import ModuleTracker
 
+from hf_schatten.adaptive.functional_uses import FunctionalUses
 from hf_schatten.adaptive.row_sample import RowSample
-from hf_schatten.adaptive.rows import Rows, input_rows, output_rows
+from hf_schatten.adaptive.rows import Rows, input_rows, output_rows, shows_inputs, token_rows
 from hf_schatten.matrices.layout import matrix_name
 
 _TRACKER = ModuleTracker()  # never entered: only asked whether backward runs
@@ -88,8 +89,13 @@ class Probe:
         self._outputs: _Samples = {}
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
-        self._handles = [model.register_forward_pre_hook(self._begin_forward, with_kwargs=True)]
-        self._handles += [module.register_forward_hook(self._hook(name)) for name, module in layers.items()]
+        self._functional = FunctionalUses(layers, self._offer_inputs)
+        self._handles = [
+            model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
+            model.register_forward_hook(lambda *_: self._functional.end(), always_call=True),
+        ]
+        called = {name: module for name, module in layers.items() if shows_inputs(name, module)}
+        self._handles += [module.register_forward_hook(self._hook(name)) for name, module in called.items()]
 
     @property
     def armed(self) -> bool:
@@ -128,9 +134,13 @@ class Probe:
         if self._armed and torch.is_grad_enabled() and not _inside_backward():
             masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
             self._masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
+            if module.training and not torch.compiler.is_compiling():
+                self._functional.begin()
 
     def _hook(self, name: str) -> Any:
         def sample_input(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if self._armed:
+                self._functional.called(name)
             if self._armed and module.training:
                 self._sample(name, module, args, output)
 
@@ -149,6 +159,10 @@ class Probe:
         if rows_of is not None:
             output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(gradient.detach()))())
         output.register_hook(lambda gradient: _call_and_forget(keeps))
+
+    def _offer_inputs(self, key: str, inputs: Tensor) -> None:
+        """Offer what a weight was multiplied with, (..., n), as rows that count."""
+        self._offer(self._inputs, key, token_rows(key, inputs, self._masks))()
 
     def _offer(self, samples: _Samples, key: str, rows: Rows, *, at_once: bool = False) -> Callable[[], None]:
         """Offer rows to the sample of this key; return what makes them count."""

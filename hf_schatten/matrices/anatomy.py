@@ -242,9 +242,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 
 def _is_router(place: Place) -> bool:
-    return any(
-        _ROUTER_CLASS.search(type(module).__name__) or _ROUTER_NAME.search(name) for name, module in place.own
-    )
+    return any(_ROUTER_CLASS.search(type(module).__name__) or _ROUTER_NAME.search(name) for name, module in place.own)
 
 
 def _outputs(module: nn.Module) -> int:

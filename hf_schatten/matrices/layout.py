@@ -127,6 +127,11 @@ def matrix_name(parameter_name: str, part_name: str) -> str:
     return f"{parameter_name}.{part_name}" if part_name else parameter_name
 
 
+def layer_kind(name: str) -> str:
+    """Return what layers of one kind have in common: their name with every number as ``*``."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
 def layer_name(name: str) -> str:
     """Return the name that a matrix is reported under: without "weight"."""
     return ".".join(component for component in name.split(".") if component != "weight")

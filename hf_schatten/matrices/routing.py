@@ -15,7 +15,7 @@ from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, 
 from hf_schatten.matrices.backbones import embedding_parameters, likely_head
 from hf_schatten.matrices.engines import refuse_emptied
 from hf_schatten.matrices.fused_projections import cut_of
-from hf_schatten.matrices.layout import Layout, matches
+from hf_schatten.matrices.layout import Layout, layer_kind, matches
 from hf_schatten.matrices.storage import Storage, storage_of
 from hf_schatten.option_text import parse_fused_parts
 from hf_schatten.private_api import WRAPPER_COMPONENTS
@@ -64,7 +64,7 @@ class Routing:
         for destination in get_args(Destination):
             for route in self.to(destination):
                 of_reason = kinds.setdefault((destination, route.reason), {})
-                of_reason.setdefault(_kind(route.name), []).append(route)
+                of_reason.setdefault(layer_kind(route.name), []).append(route)
         rows = iter(_aligned([_row(*kind) for of_reason in kinds.values() for kind in of_reason.items()]))
         lines, last = [next(rows)], None
         for (destination, reason), of_reason in kinds.items():
@@ -138,7 +138,7 @@ def route_parameters(
             layout = replace(layout, parts=cut.parts, blocks=cut.blocks)
         routes.append(Route(name, parameter, module, destination, storage.reason, layout, _decays(raw_name, module)))
         if storage.doubt:
-            doubts[f"{_kind(name)}: {storage.doubt}"] = None
+            doubts[f"{layer_kind(name)}: {storage.doubt}"] = None
     routing = Routing(tuple(routes), (*doubts, *_warnings(model, routes)))
     require_matches("exclude", exclude, [route.name for route in routes])
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
@@ -163,11 +163,6 @@ def _warnings(model: nn.Module, routes: Iterable[Route]) -> Iterator[str]:
 def _clean_name(name: str) -> str:
     """Remove the components that ``torch.compile`` and checkpoint wrappers insert into a parameter name."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
-
-
-def _kind(name: str) -> str:
-    """Return what layers of one kind have in common: their name with every number as ``*``."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _row(kind: str, routes: Sequence[Route]) -> Row:

@@ -46,7 +46,12 @@ EXCEPTIONS = {
     r"RobertaPreLayerNorm\w+:roberta_prelayernorm\.": "a name of the model itself",
 }
 # Parameters that are not understood: they train with AdamW, and training says so.
-NOT_UNDERSTOOD = {"Glm5NextTextIndexer", "Inkling2DynamicShortConvolution", "Inkling2RelativeLogits", "InklingRelativeLogits"}
+NOT_UNDERSTOOD = {
+    "Glm5NextTextIndexer",
+    "Inkling2DynamicShortConvolution",
+    "Inkling2RelativeLogits",
+    "InklingRelativeLogits",
+}
 
 
 def check(class_name, model):
