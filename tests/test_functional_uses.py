@@ -56,36 +56,33 @@ def x(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
-def made(name):
-    small = {"vocab_size": 13, "hidden_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
-    if name == "self-attention":
-        return Reader(attention(), *[x(1, 5, 12)] * 3)
-    if name == "cross-attention":
-        return Reader(attention(), x(1, 4, 12), x(1, 6, 12), x(1, 6, 12) + 1)
-    if name == "bilinear":
-        return Reader(nn.Bilinear(4, 5, 6), x(3, 4), x(3, 5))
-    if name == "conv1d":
-        return Reader(nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2), x(2, 6, 9))
-    if name == "conv3d":
-        return Reader(nn.Conv3d(5, 7, (2, 3, 1), padding="same", padding_mode="circular"), x(1, 5, 2, 3, 2))
-    if name == "conv2d":
-        return Reader(nn.Conv2d(5, 7, (2, 3), stride=(1, 2), padding=1), x(5, 4, 4))
-    if name == "conv_transpose1d":
-        return Reader(nn.ConvTranspose1d(9, 6, 3, stride=2), x(1, 9, 4))
-    if name == "conv_transpose2d":
-        return Reader(nn.ConvTranspose2d(9, 6, 2, stride=2, padding=1), x(1, 9, 2, 2))
-    if name == "mamba":
-        return Tokens(MambaForCausalLM(MambaConfig(**small, state_size=4, time_step_rank=8)), 5)
-    if name == "xlnet":
-        return Tokens(XLNetLMHeadModel(XLNetConfig(vocab_size=13, d_model=32, n_layer=1, n_head=2, d_inner=40)), 5)
-    sizes = {**small, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 40}
-    if name == "jetmoe":
-        config = JetMoeConfig(**sizes, kv_channels=16, num_local_experts=3, num_experts_per_tok=2)
-        return Tokens(JetMoeForCausalLM(config), 6)
-    config = Llama4TextConfig(
-        **sizes, intermediate_size_mlp=40, head_dim=16, num_local_experts=3, interleave_moe_layer_step=1
-    )
-    return Tokens(Llama4ForCausalLM(config), 6)
+SMALL = {"vocab_size": 13, "hidden_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+HEADED = {**SMALL, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 40}
+MADE = {
+    "bilinear": lambda: Reader(nn.Bilinear(4, 5, 6), x(3, 4), x(3, 5)),
+    "conv1d": lambda: Reader(nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2), x(2, 6, 9)),
+    "conv2d": lambda: Reader(nn.Conv2d(5, 7, (2, 3), stride=(1, 2), padding=1), x(5, 4, 4)),
+    "conv3d": lambda: Reader(nn.Conv3d(5, 7, (2, 3, 1), padding="same", padding_mode="circular"), x(1, 5, 2, 3, 2)),
+    "conv_transpose1d": lambda: Reader(nn.ConvTranspose1d(9, 6, 3, stride=2), x(1, 9, 4)),
+    "conv_transpose2d": lambda: Reader(nn.ConvTranspose2d(9, 6, 2, stride=2, padding=1), x(1, 9, 2, 2)),
+    "self-attention": lambda: Reader(attention(), *[x(1, 5, 12)] * 3),
+    "cross-attention": lambda: Reader(attention(), x(1, 4, 12), x(1, 6, 12), x(1, 6, 12) + 1),
+    "mamba": lambda: Tokens(MambaForCausalLM(MambaConfig(**SMALL, state_size=4, time_step_rank=8)), 5),
+    "xlnet": lambda: Tokens(
+        XLNetLMHeadModel(XLNetConfig(vocab_size=13, d_model=32, n_layer=1, n_head=2, d_inner=40)), 5
+    ),
+    "jetmoe": lambda: Tokens(
+        JetMoeForCausalLM(JetMoeConfig(**HEADED, kv_channels=16, num_local_experts=3, num_experts_per_tok=2)), 6
+    ),
+    "llama4": lambda: Tokens(
+        Llama4ForCausalLM(
+            Llama4TextConfig(
+                **HEADED, intermediate_size_mlp=40, head_dim=16, num_local_experts=3, interleave_moe_layer_step=1
+            )
+        ),
+        6,
+    ),
+}
 
 
 def sampled(model):
@@ -110,7 +107,7 @@ MODULES = ("bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_t
 )
 def test_gradients_lie_in_the_span_of_the_sampled_inputs(name, read):
     torch.manual_seed(0)
-    model = made(name)
+    model = MADE[name]()
     routes, inputs = sampled(model)
     told = 0
     for route in routes:
@@ -121,7 +118,8 @@ def test_gradients_lie_in_the_span_of_the_sampled_inputs(name, read):
             gradient = route.layout.matrix(route.parameter.grad, index)
             gradient = (gradient.mT if route.layout.transposed else gradient).double()
             if rows is None:  # an expert without tokens
-                assert "expert" in type(route.module).__name__.lower() and not gradient.any()
+                assert "expert" in type(route.module).__name__.lower()
+                assert not gradient.any()
                 continue
             assert rows.shape[1] == gradient.shape[1]
             inside = gradient @ torch.linalg.pinv(rows.double(), rtol=1e-6) @ rows.double()
@@ -132,7 +130,7 @@ def test_gradients_lie_in_the_span_of_the_sampled_inputs(name, read):
 
 def test_a_weight_that_is_read_in_another_module_is_not_sampled_twice():
     torch.manual_seed(0)
-    routes, inputs = sampled(made("self-attention"))
+    routes, inputs = sampled(MADE["self-attention"]())
     assert {route.name for route in routes} == {"module.in_proj_weight", "module.out_proj.weight"}
     assert {name: len(rows) for name, rows in inputs.items()} == {route.name: 5 for route in routes}
     torch.testing.assert_close(inputs["module.in_proj_weight"], x(1, 5, 12)[0], atol=0, rtol=0)

@@ -263,8 +263,8 @@ class Adaptation(Policy):
         if news:
             self._reported.update(news)
             logger.warning(
-                "No training input of %d of the routed matrices was seen on a due step: %s. Experts without tokens keep "
-                "their p, other matrices get the median of their kind. Their weights are read in a way that cannot be "
+                "No training input of %d of the routed matrices was seen on a due step: %s. They get the median p of "
+                "their kind, but experts without tokens keep theirs. Their weights are read in a way that cannot be "
                 "seen, or the model is in evaluation mode.",
                 len(news),
                 ", ".join(news[:5]) + (", …" if len(news) > 5 else ""),

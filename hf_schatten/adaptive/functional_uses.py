@@ -1,5 +1,6 @@
-"""What routed weights are multiplied with where no module's own forward does it: Mamba's ``dt_proj``, attention's
-``in_proj_weight``, experts that are read one by one.
+"""What weights are multiplied with that are read and not called.
+
+Such are Mamba's ``dt_proj``, attention's ``in_proj_weight`` and experts that their layer reads one by one.
 """
 
 from __future__ import annotations
@@ -150,7 +151,7 @@ def _of_attention(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> F
         identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         alone = kwargs | {"training": False, "need_weights": False}
         with torch.no_grad():
-            yield "", multi_head_attention_forward(*args[:10], 0.0, identity, None, **alone)[0]
+            yield "", multi_head_attention_forward(*(*args[:10], 0.0, identity, None), **alone)[0]
 
 
 _READERS: dict[Any, Callable[[_Use, tuple[Any, ...], dict[str, Any]], Found]] = {

@@ -127,7 +127,8 @@ def _patches(module: Any, inputs: Tensor) -> Rows:
 
     def pick(index: Tensor) -> Tensor:
         index = index.to(examples.device)
-        coordinates, position = [], index
+        coordinates: list[Tensor] = []
+        position = index
         for dim in reversed(range(dims)):
             start = position % counts[dim] * module.stride[dim]
             position = position // counts[dim]
@@ -137,7 +138,8 @@ def _patches(module: Any, inputs: Tensor) -> Rows:
             coordinates.insert(0, start.view(-1, *[1] * dims) + offsets.view(shape))  # (k, ..., kernel, ...)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         padded = pad(examples, [side for both in reversed(padding) for side in both], mode)
-        patches = padded[(position.view(-1, *[1] * dims), slice(None), *coordinates)]  # (k, kernel..., in)
+        example = position.view(-1, *[1] * dims)
+        patches = padded.movedim(1, -1)[(example, *coordinates)]  # (k, kernel..., in)
         return patches.movedim(-1, 1).flatten(1)
 
     return Rows("", len(examples) * math.prod(counts), pick)

@@ -7,7 +7,7 @@ transformers says what something is (its layers, its base models, its input and 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import takewhile
@@ -109,21 +109,19 @@ class Anatomy:
             module: that has it.
         """
         place = self.place(module)
-        if id(module) in self._routers or _is_router(place):
-            return "router of experts"
-        if not place.in_layer and self._outside_backbone(place):
-            return "outside the backbone (task head)"
-        if self._is_head(place, attribute, parameter):
-            return "head: writes labels, scores or boxes"
-        if self._is_stem(place):
-            return "convolution before or between the layers (stem)"
-        if self._is_embedder(place):
-            return "part of an embedding"
-        if any(_NORM_NAME.search(name) for name, _ in place.own):
-            return "part of a norm"
-        if place.attributes and _POSITION_NAME.search(self._own_name(place, attribute)):
-            return "position or relative bias"
-        return None
+        rules: tuple[tuple[str, Callable[[], bool]], ...] = (
+            ("router of experts", lambda: id(module) in self._routers or _is_router(place)),
+            ("outside the backbone (task head)", lambda: not place.in_layer and self._outside_backbone(place)),
+            ("head: writes labels, scores or boxes", lambda: self._is_head(place, parameter)),
+            ("convolution before or between the layers (stem)", lambda: self._is_stem(place)),
+            ("part of an embedding", lambda: self._is_embedder(place)),
+            ("part of a norm", lambda: any(_NORM_NAME.search(name) for name, _ in place.own)),
+            (
+                "position or relative bias",
+                lambda: bool(place.attributes and _POSITION_NAME.search(self._own_name(place, attribute))),
+            ),
+        )
+        return next((role for role, holds in rules if holds()), None)
 
     @staticmethod
     def _own_name(place: Place, attribute: str) -> str:
@@ -141,7 +139,7 @@ class Anatomy:
     def _holds(module: nn.Module, place: Place) -> bool:
         return any(above is module for above in (place.module, *place.ancestors))
 
-    def _is_head(self, place: Place, attribute: str, parameter: nn.Parameter) -> bool:
+    def _is_head(self, place: Place, parameter: nn.Parameter) -> bool:
         if place.in_layer:
             return False
         for name, module in place.own:

@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from hf_schatten.matrices.fused_table import FUSED, WHOLE, Cut, Layer, heads_of, known_cut
+from hf_schatten.matrices.fused_table import FUSED, WHOLE, Cut, Layer, known_cut
 from hf_schatten.matrices.layout import matches
 from hf_schatten.option_text import parse_fused_parts
 
 # Layers whose outputs are the heads of attention, and where their module keeps the size of one.
 _HEADED = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v"})
+_WHOLE = frozenset({"gate_proj", "up_proj", "down_proj", "o_proj", "out_proj"})  # by their names
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
 _ADAPTER = re.compile(r"\.lora_B\.[^.]+$")  # PEFT's: the outputs of a layer's adapter B are the layer's
@@ -52,14 +53,22 @@ def cut_of(
     return _by_head(cut, above[-1] if above else None) if split_heads else cut
 
 
-def fusion_suspected(name: str, outputs: int, inputs: int, configs: Iterable[Any]) -> str:
-    """Return what a projection that stays whole may hold by its number of outputs, "" where nothing speaks for it."""
-    attribute = _ADAPTER.sub("", name.removesuffix(".weight")).rpartition(".")[2]
-    if attribute in FUSED or attribute in _HEADED:
+def fusion_suspected(name: str, outputs: int, inputs: int, config: Any) -> str:
+    """Return what a projection that stays whole may hold by its number of outputs, "" where nothing speaks for it.
+
+    Args:
+        name: of its weight.
+        outputs: how many it has.
+        inputs: how many it has.
+        config: of the pretrained model that it lies in, or None.
+    """
+    attribute = name.removesuffix(".weight").rpartition(".")[2]
+    if attribute in FUSED or attribute in _HEADED or attribute in _WHOLE or config is None:
         return ""
-    for config in configs:
-        sizes = {key: value for key, value in vars(config).items() if type(value) is int}
-        heads, shared = heads_of(config)
+    for each in (config, _text_config(config)):
+        sizes = {key: value for key, value in vars(each).items() if type(value) is int}
+        heads = sizes.get("num_attention_heads", 0)
+        shared = sizes.get("num_key_value_heads", heads)
         size = sizes.get("head_dim") or (inputs // heads if heads else 0)
         width = sizes.get("intermediate_size") or sizes.get("ffn_dim") or 0
         if sizes.get("hidden_size", sizes.get("d_model")) != inputs or outputs in (inputs, width):

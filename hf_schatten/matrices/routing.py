@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -14,7 +14,7 @@ from hf_schatten.matrices.adapters import Adapter, adapter_of
 from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Anatomy
 from hf_schatten.matrices.backbones import embedding_parameters, likely_head
 from hf_schatten.matrices.engines import refuse_emptied
-from hf_schatten.matrices.fused_projections import cut_of
+from hf_schatten.matrices.fused_projections import Cut, cut_of, fusion_suspected
 from hf_schatten.matrices.layout import Layout, layer_kind, matches
 from hf_schatten.matrices.storage import Storage, storage_of
 from hf_schatten.option_text import parse_fused_parts
@@ -119,26 +119,23 @@ def route_parameters(
         if parameter.requires_grad:
             destination = "schatten_p" if storage.layout else "adamw"
         layout = storage.layout or Layout()
+        doubt = storage.doubt
         if storage.layout and not layout.parts:
-            outputs = layout.matrix_shape(parameter.shape, 0)[layout.transposed]
-            place = anatomy.place(adapter.layer if adapter and adapter.has_outputs_of_layer else module)
-            owner = adapter.adapted if adapter and adapter.has_outputs_of_layer else module
-            try:
-                cut = cut_of(
-                    name,
-                    outputs,
-                    owner,
-                    getattr(place.pretrained or model, "config", None),
-                    fused_parts=fused_parts,
-                    split_heads=split_heads,
-                    above=place.ancestors,
-                )
-            except ValueError as error:
-                raise RoutingError(str(error)) from error
+            cut, suspected = _cut(
+                anatomy,
+                name,
+                parameter,
+                module,
+                adapter,
+                layout=layout,
+                fused_parts=fused_parts,
+                split_heads=split_heads,
+            )
             layout = replace(layout, parts=cut.parts, blocks=cut.blocks)
+            doubt = doubt or suspected
         routes.append(Route(name, parameter, module, destination, storage.reason, layout, _decays(raw_name, module)))
-        if storage.doubt:
-            doubts[f"{layer_kind(name)}: {storage.doubt}"] = None
+        if doubt:
+            doubts[f"{layer_kind(name)}: {doubt}"] = None
     routing = Routing(tuple(routes), (*doubts, *_warnings(model, routes)))
     require_matches("exclude", exclude, [route.name for route in routes])
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
@@ -212,6 +209,39 @@ def _decays(name: str, module: nn.Module) -> bool:
     return not (isinstance(module, nn.LayerNorm) or _UNDECAYED.search(name.lower()))
 
 
+def _cut(
+    anatomy: Anatomy,
+    name: str,
+    parameter: nn.Parameter,
+    module: nn.Module,
+    adapter: Adapter | None,
+    *,
+    layout: Layout,
+    fused_parts: Sequence[str],
+    split_heads: bool,
+) -> tuple[Cut, str]:
+    """Return how the outputs of a parameter's matrices are cut, and what it may be where that is not known."""
+    shape = layout.matrix_shape(parameter.shape, 0)
+    outputs, inputs = shape[layout.transposed], shape[not layout.transposed]
+    of_layer = adapter is not None and adapter.has_outputs_of_layer
+    place = anatomy.place(adapter.layer if adapter and of_layer else module)
+    owner = adapter.adapted if adapter and of_layer else module
+    config = getattr(place.pretrained, "config", None)
+    try:
+        cut = cut_of(
+            name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, above=place.ancestors
+        )
+    except ValueError as error:
+        raise RoutingError(str(error)) from error
+    chosen = any(matches(parse_fused_parts(entry)[0], name) for entry in fused_parts)
+    if cut.parts or adapter or chosen or not place.in_layer or len(parameter.shape) > 2:
+        return cut, ""
+    held, kind = fusion_suspected(name, outputs, inputs, config), layer_kind(name)
+    advice = f"say fused_parts={kind}:{held}, or {kind}: to keep it"
+    doubt = f"its {outputs} outputs may be {held} in one, and are read as one matrix: {advice}"
+    return cut, doubt if held else ""
+
+
 def _stored(
     anatomy: Anatomy,
     name: str,
@@ -251,7 +281,7 @@ def _of_adapter(anatomy: Anatomy, adapter: Adapter, parameter: nn.Parameter, mod
     weight = getattr(adapted, "weight", None)
     reason = anatomy.role("weight", parameter if weight is None else weight, adapted)
     if reason is None and isinstance(adapted, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
-        convolution = storage_of(anatomy, "weight", weight, adapted)
+        convolution = storage_of(anatomy, "weight", cast(nn.Parameter, weight), adapted)
         reason = None if convolution.layout else convolution.reason
     if reason:
         return Storage(None, reason)

@@ -51,33 +51,34 @@ class Storage:
 def storage_of(anatomy: Anatomy, attribute: str, parameter: nn.Parameter, module: nn.Module) -> Storage:
     """Return what a parameter of two dimensions or more stores, by its name in the module that owns it."""
     owner = type(module).__name__
-    matrix = f"matrix of {owner} in the backbone"
-    if isinstance(module, ParametrizationList):
-        return Storage(None, "weight or spectral norm computes the weight of it")
-    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        return Storage(None, f"recurrent weight of {owner}")
     if isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
-        return _of_convolution(anatomy, attribute, module)
-    if isinstance(module, nn.MultiheadAttention) and attribute.endswith("proj_weight"):
-        return Storage(Layout(), matrix)
-    if isinstance(module, nn.Bilinear) and attribute == "weight":
-        return Storage(Layout(filters=True), matrix)
-    if isinstance(module, nn.Linear | Conv1D) or (attribute == "weight" and _is_like_linear(module, parameter)):
-        transposed = isinstance(module, Conv1D)
-        return (
-            Storage(Layout(transposed), matrix) if attribute == "weight" else Storage(None, f"{attribute} of {owner}")
-        )
-    if max(parameter.shape) == parameter.numel():
-        return Storage(None, "vector or scalar")
-    if (owner, attribute) in _READ_BY_OWNER:
-        return Storage(_READ_BY_OWNER[owner, attribute], matrix)
-    if _NO_MATRIX.search(attribute):
-        return Storage(None, f"{attribute} of {owner}")
-    if anatomy.experts(attribute, parameter, module):
-        return _of_experts(anatomy, attribute, parameter, module)
-    return Storage(
-        None, f"owned by {owner}", f"what {owner} does with {attribute!r} is not known, so it trains with AdamW"
+        return _of_convolution(attribute, module)
+    layout = _layout_of_standard(attribute, parameter, module) or _READ_BY_OWNER.get((owner, attribute))
+    if layout:
+        return Storage(layout, f"matrix of {owner} in the backbone")
+    rules = (
+        (isinstance(module, ParametrizationList), "weight or spectral norm computes the weight of it"),
+        (isinstance(module, nn.RNNBase | nn.RNNCellBase), f"recurrent weight of {owner}"),
+        (max(parameter.shape) == parameter.numel(), "vector or scalar"),
+        (isinstance(module, nn.Linear | Conv1D) or _NO_MATRIX.search(attribute), f"{attribute} of {owner}"),
     )
+    reason = next((reason for holds, reason in rules if holds), None)
+    if reason is None and anatomy.experts(attribute, parameter, module):
+        return _of_experts(anatomy, attribute, parameter, module)
+    doubt = f"what {owner} does with {attribute!r} is not known, so it trains with AdamW"
+    return Storage(None, reason) if reason else Storage(None, f"owned by {owner}", doubt)
+
+
+def _layout_of_standard(attribute: str, parameter: nn.Parameter, module: nn.Module) -> Layout | None:
+    """Return the layout of a weight of torch's layers and of those that are called as ``nn.Linear`` is."""
+    if isinstance(module, nn.MultiheadAttention):
+        return Layout() if attribute.endswith("proj_weight") else None
+    if attribute != "weight":
+        return None
+    if isinstance(module, nn.Bilinear):
+        return Layout(filters=True)
+    linear = isinstance(module, nn.Linear | Conv1D) or _is_like_linear(module, parameter)
+    return Layout(transposed=isinstance(module, Conv1D)) if linear else None
 
 
 def _is_like_linear(module: nn.Module, parameter: nn.Parameter) -> bool:
@@ -86,7 +87,7 @@ def _is_like_linear(module: nn.Module, parameter: nn.Parameter) -> bool:
     return parameter.ndim == 2 and sizes == tuple(parameter.shape)
 
 
-def _of_convolution(anatomy: Anatomy, attribute: str, module: nn.Module) -> Storage:
+def _of_convolution(attribute: str, module: nn.Module) -> Storage:
     owner = type(module).__name__
     assert isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
     if attribute != "weight":  # weight_g and weight_v of the older weight norm

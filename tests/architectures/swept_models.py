@@ -47,8 +47,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "fusion_hidden_sizes": [32, 32, 32, 32],
     },
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), _OWN_BACKBONE),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral"), {"head_dim": 32}),
-    **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), {"prediction_length": 4}),
+    **{name: {"head_dim": 32} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
+    **{name: {"prediction_length": 4} for name in ("autoformer", "informer", "time_series_transformer")},
 }
 
 # Types of which no class can be made here, and why.
@@ -56,7 +56,7 @@ _INCOMPLETE = "its default configuration is incomplete, or does not allow few la
 UNAVAILABLE = {
     **dict.fromkeys(
         """edgetam edgetam_vision_model fast_vlm gemma3n gemma3n_vision omdet-turbo pe_audio_video
-        pe_audio_video_encoder pe_video pe_video_encoder perception_lm timm_backbone timm_wrapper""".split(),
+        pe_audio_video_encoder pe_video pe_video_encoder perception_lm timm_backbone timm_wrapper""".split(),  # noqa: SIM905
         "needs timm",
     ),
     "dinat": "needs natten",
@@ -66,7 +66,7 @@ UNAVAILABLE = {
     **dict.fromkeys(
         """chameleon cohere_compass cohere_compass_text diffusion_gemma emu3 gemma4_assistant gemma4_unified_assistant
         granite4_vision pp_ocrv5_server_det pp_ocrv6_medium_det qwen4_exp qwen4_exp_text t5gemma2_encoder
-        zamba""".split(),
+        zamba""".split(),  # noqa: SIM905
         _INCOMPLETE,
     ),
 }
