@@ -115,9 +115,9 @@ class Anatomy:
             ("head: writes labels, scores or boxes", lambda: self._is_head(place, parameter)),
             ("convolution before or between the layers (stem)", lambda: self._is_stem(place)),
             ("part of an embedding", lambda: self._is_embedder(place)),
-            ("part of a norm", lambda: any(_NORM_NAME.search(name) for name, _ in place.own)),
+            ("part of a norm", lambda: any(_is_norm(*each) for each in place.own)),
             (
-                "position or relative bias",
+                "bias of positions or experts",
                 lambda: bool(place.attributes and _POSITION_NAME.search(self._own_name(place, attribute))),
             ),
         )
@@ -237,6 +237,11 @@ def _is_layer(module: nn.Module) -> bool:
     if not _LAYER_CLASS.search(type(module).__name__):
         return False
     return sum(isinstance(inner, nn.Linear | Conv1D) for inner in module.modules()) > 1
+
+
+def _is_norm(name: str, module: nn.Module) -> bool:
+    """Return whether a module is a norm, and not a layer of attention between two of them (DBRX)."""
+    return _NORM_NAME.search(name) is not None and "Attention" not in type(module).__name__
 
 
 def _is_router(place: Place) -> bool:

@@ -39,6 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
     "moonshine_streaming": {"num_attention_heads": 8, "num_key_value_heads": 8},
+    "hunyuan_v1_moe": {"head_dim": 32, "num_experts": 4},
+    "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "num_experts": 4},
     "nemotron": {"num_key_value_heads": 8},
     "qwen3_omni_moe": {"enable_audio_output": False},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
@@ -47,7 +49,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "fusion_hidden_sizes": [32, 32, 32, 32],
     },
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), _OWN_BACKBONE),
-    **{name: {"head_dim": 32} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "hunyuan_vl_text", "ministral")},
+    **{name: {"head_dim": 32} for name in ("hunyuan_v1_dense", "hunyuan_vl_text", "ministral")},
     **{name: {"prediction_length": 4} for name in ("autoformer", "informer", "time_series_transformer")},
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
+from architecture_table import PAGE, page
 from swept_models import UNAVAILABLE, architectures, families, make, make_first
 
 from hf_schatten import RoutingError, route_parameters
@@ -23,7 +24,7 @@ MATRICES = re.compile(
 OTHERS = re.compile(
     r"""(^|\.)( embed_tokens | embed_positions | word_embeddings | \w*position_embeddings | token_type_embeddings | wte
     | wpe | shared | lm_head | classifier | score | qa_outputs | router | wg | A_log | D | \w*relative_attention_bias
-    | relative_position_bias\w* | rel_pos\w* | patch_embed\w* | class_embed | bbox_embed | \w*(?<![a-z])norm[12]?
+    | relative_position_bias\w* | rel_pos\w* | patch_embed\w* | class_embed | bbox_embed | (?!norm_attn)\w*(?<![a-z])norm[12]?
     | \w*layer_?norm | LayerNorm | cls_token | mask_token | stem | \w*gate_bias | class_predictor | enc_score_head
     )(\.|$)""",
     re.VERBOSE,
@@ -104,3 +105,8 @@ def test_every_class_is_routed_by_what_its_modules_are(model_type):
 def test_what_is_left_out_cannot_be_made(model_type):
     with pytest.raises(ValueError, match="can be made"):
         make_first(model_type)
+
+
+@pytest.mark.slow
+def test_the_page_says_how_every_architecture_is_routed():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python tests/architectures/architecture_table.py"
