@@ -1,4 +1,4 @@
-"""How options are written: ``--optim_args``, values as text, and the small languages of three of them.
+"""How options are written: ``--optim_args``, values as text, and the small languages of four of them.
 
 Knows no option but those that no longer exist, about which it says what to write instead.
 """
@@ -191,10 +191,26 @@ def parse_override(entry: str) -> tuple[str, float]:
     Raises:
         OptionError: when it is no such text.
     """
-    pattern, separator, p = entry.rpartition(":")
+    return _parse_pattern_and_number("p_overrides", entry, "p", "*.c_proj:inf")
+
+
+def parse_lr_ratio(entry: str) -> tuple[str, float]:
+    """Return pattern and factor of an entry ``pattern:factor`` of ``lr_ratios``.
+
+    Raises:
+        OptionError: when it is no such text, or the factor is not a positive finite number.
+    """
+    pattern, factor = _parse_pattern_and_number("lr_ratios", entry, "factor", "model.layers.0.*:0.5")
+    if not 0 < factor < math.inf:
+        raise OptionError(f"lr_ratios has {entry!r}, whose factor is not a positive finite number.")
+    return pattern, factor
+
+
+def _parse_pattern_and_number(option: str, entry: str, number: str, example: str) -> tuple[str, float]:
+    pattern, separator, value = entry.rpartition(":")
     if not (pattern and separator):
-        raise OptionError(f"p_overrides has {entry!r}, which is not pattern:p; write for example *.c_proj:inf.")
-    return pattern, parse_value("p_overrides", p, "float")
+        raise OptionError(f"{option} has {entry!r}, which is not pattern:{number}; write for example {example}.")
+    return pattern, parse_value(option, value, "float")
 
 
 def parse_schedule(text: str) -> tuple[float, float, int | None]:

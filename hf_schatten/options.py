@@ -12,6 +12,7 @@ from hf_schatten.option_text import (
     OptionError,
     json_ready,
     parse_fused_parts,
+    parse_lr_ratio,
     parse_override,
     parse_schedule,
     parse_target,
@@ -104,6 +105,8 @@ class SchattenOptions:
             MuAdam); see :mod:`hf_schatten.optim.preconditioning`.
         schatten_lr_ratio: learning rate of the matrices divided by the learning rate of everything else;
             both follow the one schedule. Default 1.
+        lr_ratios: ``pattern:factor`` pairs, joined by ``;``, that multiply the learning rates of parameters, whatever
+            their update: ``*.layers.0.*:0.5``. The first that matches counts. Default none.
         ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
         compute_dtype: dtype of the matrix products of an update: ``float32``, ``bfloat16``, or ``auto`` (default):
             ``bfloat16`` on an accelerator, and for sides of 128 or more on a CPU with AVX-512 BF16; else ``float32``,
@@ -150,6 +153,7 @@ class SchattenOptions:
     coupling_weights: CouplingWeights | WeightFunction = "uniform"
     precondition: Precondition = "none"
     schatten_lr_ratio: float = 1.0
+    lr_ratios: tuple[str, ...] = ()
     ns_steps: int = 5
     compute_dtype: ComputeDtype = "auto"
     target: str | TargetFunction = POWER
@@ -174,8 +178,9 @@ class SchattenOptions:
             ("ns_steps", f"one of {', '.join(map(str, NS_STEPS))}", self.ns_steps in NS_STEPS),
         ):
             self._require(holds, name, rule)
-        for entry in self.fused_parts:
-            parse_fused_parts(entry)
+        for parse, entries in ((parse_fused_parts, self.fused_parts), (parse_lr_ratio, self.lr_ratios)):
+            for entry in entries:
+                parse(entry)
         self._check_step_rule()
         self._check_target()
 
@@ -286,6 +291,11 @@ class SchattenOptions:
     def overrides(self) -> dict[str, float]:
         """The p of ``p_overrides`` by pattern."""
         return dict(map(parse_override, self.p_overrides))
+
+    @property
+    def rate_factors(self) -> dict[str, float]:
+        """The factors of ``lr_ratios`` by pattern."""
+        return dict(map(parse_lr_ratio, self.lr_ratios))
 
     @property
     def schedule(self) -> tuple[float, float, int | None]:

@@ -15,6 +15,7 @@ from torch.utils.module_tracker import ModuleTracker
 from hf_schatten.adaptive.functional_uses import FunctionalUses
 from hf_schatten.adaptive.row_sample import RowSample
 from hf_schatten.adaptive.rows import Rows, input_rows, output_rows, shows_inputs, token_rows
+from hf_schatten.matrices.backbones import outermost_models
 from hf_schatten.matrices.layout import matrix_name
 
 _TRACKER = ModuleTracker()  # never entered: only asked whether backward runs
@@ -60,7 +61,7 @@ class Probe:
     Counts each training forward once, as soon as a gradient comes back to its output. So evaluation, ``no_grad``, the
     forward of gradient checkpointing of either kind that is not differentiated, and the pass of DoRA that only
     measures a norm do not count. All micro-batches of an accumulated step contribute; padding does not (an
-    ``attention_mask`` that the model gets by keyword).
+    ``attention_mask`` by keyword, of the model or of each model of transformers in it).
 
     Rows are copied then, too, where autograd keeps the layer's input until then anyway: earlier copies would add to
     the peak of memory, which lies before the backward pass.
@@ -90,10 +91,10 @@ class Probe:
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
         self._functional = FunctionalUses(layers, self._offer_inputs)
-        self._handles = [
-            model.register_forward_pre_hook(self._begin_forward, with_kwargs=True),
-            model.register_forward_hook(lambda *_: self._functional.end(), always_call=True),
-        ]
+        masked: list[nn.Module] = [*outermost_models(model)] or [model]
+        self._handles = [each.register_forward_pre_hook(self._begin_forward, with_kwargs=True) for each in masked]
+        self._handles.append(model.register_forward_pre_hook(self._watch))
+        self._handles.append(model.register_forward_hook(lambda *_: self._functional.end(), always_call=True))
         called = {name: module for name, module in layers.items() if shows_inputs(name, module)}
         self._handles += [module.register_forward_hook(self._hook(name)) for name, module in called.items()]
 
@@ -134,8 +135,10 @@ class Probe:
         if self._armed and torch.is_grad_enabled() and not _inside_backward():
             masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
             self._masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
-            if module.training and not torch.compiler.is_compiling():
-                self._functional.begin()
+
+    def _watch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._armed and module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._functional.begin()
 
     def _hook(self, name: str) -> Any:
         def sample_input(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

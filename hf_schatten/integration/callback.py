@@ -87,7 +87,7 @@ class SchattenCallback(TrainerCallback):
         Logs without a training loss are metrics that ``evaluate`` and ``train`` return, and stay as they are.
         """
         schatten, logs = unwrap_optimizer(kwargs.get("optimizer")), kwargs.get("logs") or {}
-        if schatten is None or "loss" not in logs:
+        if schatten is None or not logs.keys() & {"loss", "learning_rate"}:  # SetFit calls the loss otherwise
             return
         entry: dict[str, float] = {}
         skipped = schatten.skipped_steps()

@@ -14,9 +14,10 @@ from hf_schatten.adaptive.schedule import ScheduledP
 from hf_schatten.adaptive.transfer import Transfer
 from hf_schatten.distributed.processes import is_main_process
 from hf_schatten.integration.checkpoint import load_learned_p
+from hf_schatten.integration.rules import Rules
 from hf_schatten.matrices.engines import refuse_unsupported_engines
 from hf_schatten.matrices.layout import matches, matrix_name
-from hf_schatten.matrices.routing import Route, require_matches, route_parameters
+from hf_schatten.matrices.routing import Route, RoutingError, require_matches, route_parameters
 from hf_schatten.optim.matrix import Group
 from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.schatten_p import SchattenP
@@ -34,6 +35,8 @@ def create_schatten_optimizer(
     weight_decay: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
+    param_groups: Iterable[Mapping[str, Any]] | None = None,
+    target_modules: str | Sequence[str] | None = None,
     verbose: bool = True,
     **fields: Any,
 ) -> SchattenP:
@@ -50,6 +53,11 @@ def create_schatten_optimizer(
         weight_decay: decoupled weight decay of matrices and embeddings; vectors get none. Default 0.1.
         betas: AdamW's decays, the second of them the preconditioner's too. Default (0.9, 0.999).
         eps: AdamW's epsilon, and the preconditioner's. Default 1e-8.
+        param_groups: as a Trainer makes them: their ``weight_decay``, and ``lr`` where they have one, are those of
+            their parameters, and what is in none of them is not trained. Default none: vectors get no weight decay.
+        target_modules: the modules whose matrices use the Schatten-p update, as ``optim_target_modules`` of
+            ``TrainingArguments``: parts of names, regular expressions, or ``"all-linear"``. Default none: all of the
+            backbone.
         verbose: print the routing table, and a fitted target's accuracy, on the main process, unless the option
             ``report`` is ``none``. Default True.
         **fields: of :class:`SchattenOptions`, in place of ``options``, such as ``p=4`` or ``p_interval=50``.
@@ -57,7 +65,7 @@ def create_schatten_optimizer(
     Raises:
         OptionError: on an unknown or malformed option.
         ValueError: when a function given as target has values that are not finite, or all zero.
-        RoutingError: when no matrix is routed, or a pattern matches nothing.
+        RoutingError: when no matrix is routed, a pattern matches nothing, or groups have parameters of another model.
         CheckpointError: when the checkpoint of ``p_init`` cannot be read, or has no matrix of this model.
         UnsupportedEngineError: when the model is wrapped by DeepSpeed or FSDP version 1.
     """
@@ -65,13 +73,23 @@ def create_schatten_optimizer(
     talks = verbose and options.report != "none" and is_main_process()
     say: Callable[[object], None] = partial(print, flush=True) if talks else lambda text: None
     refuse_unsupported_engines(model)
-    parts, heads = options.fused_parts, options.split_heads
-    routing = route_parameters(model, options.exclude, fused_parts=parts, split_heads=heads)
+    routing = route_parameters(
+        model,
+        options.exclude,
+        fused_parts=options.fused_parts,
+        split_heads=options.split_heads,
+        target_modules=target_modules,
+    )
     say(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}")
     if is_main_process():
         for warning in routing.warnings:
             logger.warning(warning)
-    matrices, others = routing.to("schatten_p"), routing.to("adamw")
+    rules = Rules.of(options, routing, weight_decay, param_groups)
+    if options.lr_ratios:
+        say(rules)
+    matrices, others = rules.trained(routing.to("schatten_p")), rules.trained(routing.to("adamw"))
+    if not matrices:
+        raise RoutingError("The parameter groups have no matrix for the Schatten-p update: use optim='adamw_torch'.")
     names = [name for route in matrices for name in _matrix_names(route)]
     require_matches("p_overrides", options.overrides, names)
     first_p = dict.fromkeys(names, options.initial_p)
@@ -82,9 +100,8 @@ def create_schatten_optimizer(
     overrides = reversed(options.overrides.items())  # so that of several that match, the first counts
     overridden = {name: p for pattern, p in overrides for name in names if matches(pattern, name)}
     groups = [
-        *_spectral_groups(matrices, weight_decay, options.initial_p, first_p | overridden),
-        *_adamw_group((route for route in others if route.decay), weight_decay),
-        *_adamw_group((route for route in others if not route.decay), 0.0),
+        *_spectral_groups(matrices, rules, options.initial_p, first_p | overridden),
+        *_adamw_groups(others, rules),
     ]
     optimizer = SchattenP(groups, options, lr=lr, betas=betas, eps=eps)
     if options.target != POWER:
@@ -99,25 +116,26 @@ def _matrix_names(route: Route) -> list[str]:
     return [matrix_name(route.name, part) for part in route.layout.part_names(route.parameter.shape)]
 
 
-def _spectral_groups(
-    routes: Iterable[Route], weight_decay: float, p: float, first_p: Mapping[str, float]
-) -> list[Group]:
-    """Return one parameter group for each layout; their number does not depend on any p, which a resume may change."""
+def _spectral_groups(routes: Iterable[Route], rules: Rules, p: float, first_p: Mapping[str, float]) -> list[Group]:
+    """Return one parameter group for each layout and group of the caller's."""
     groups: dict[Any, Group] = {}
     for route in routes:
-        own = {"params": [], "p_by_parameter": {}, "weight_decay": weight_decay, "spectral": True}
-        group = groups.setdefault(route.layout, own | vars(route.layout))
-        group["params"].append((route.name, route.parameter))
+        group = groups.setdefault(
+            (route.layout, rules.number[route.name]), rules.group(route, spectral=True) | vars(route.layout)
+        )
+        rules.add(route, group)
         each_p = tuple(first_p[name] for name in _matrix_names(route))
         if set(each_p) != {p}:
-            group["p_by_parameter"][route.name] = each_p
+            group.setdefault("p_by_parameter", {})[route.name] = each_p
     return list(groups.values())
 
 
-def _adamw_group(routes: Iterable[Route], weight_decay: float) -> list[Group]:
-    """Return the parameter group of these routes as a list, empty when there are none."""
-    named = [(route.name, route.parameter) for route in routes]
-    return [{"params": named, "weight_decay": weight_decay, "spectral": False}] if named else []
+def _adamw_groups(routes: Iterable[Route], rules: Rules) -> list[Group]:
+    """Return one parameter group for each group of the caller's, in their order."""
+    groups: dict[int, Group] = {}
+    for route in routes:
+        rules.add(route, groups.setdefault(rules.number[route.name], rules.group(route, spectral=False)))
+    return [groups[number] for number in sorted(groups)]
 
 
 def _policy(

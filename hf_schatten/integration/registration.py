@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
+from torch import nn
 from transformers import PrinterCallback, ProgressCallback, TrainingArguments
 from transformers.trainer_optimizer import OptimizerContext
 from transformers.training_args import OptimizerNames
@@ -14,6 +15,8 @@ from hf_schatten.integration.callback import SchattenCallback
 from hf_schatten.integration.factory import create_schatten_optimizer
 from hf_schatten.integration.terminal import SchattenPrinterCallback, SchattenProgressCallback
 from hf_schatten.matrices.engines import UnsupportedEngineError
+from hf_schatten.matrices.routing import RoutingError
+from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
 Handler: TypeAlias = Callable[[OptimizerContext], tuple[Any, dict[str, Any]]]
@@ -67,17 +70,35 @@ def _full_name(handler: Handler) -> tuple[str, str]:
 
 
 def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
-    """Return what Trainer calls to make the optimizer: a factory and its keyword arguments."""
+    """Return what Trainer calls with its parameter groups to make the optimizer, and keyword arguments."""
     _refuse_unsupported_arguments(context.args)
-    options = SchattenOptions.from_optim_args(context.args.optim_args)
-    own = {"weight_decay": context.args.weight_decay, "options": options}
-    return _Factory, {**context.optimizer_kwargs, **context.adam_kwargs, **own}
+    own = {
+        "options": SchattenOptions.from_optim_args(context.args.optim_args),
+        "target_modules": context.args.optim_target_modules,
+        "routed_model": context.model,
+    }
+    return _OfParameterGroups, {**context.optimizer_kwargs, **context.adam_kwargs, **own}
 
 
-class _Factory:
-    """The callable that Trainer expects from handlers of optimizers that need the whole model."""
+class _OfParameterGroups(SchattenP):
+    """What Trainer calls with its parameter groups, whose weight decays and learning rates count.
 
-    __call__ = staticmethod(create_schatten_optimizer)
+    It is a class of optimizers, and not a factory, for a Trainer gives its groups to these alone: with them come the
+    rules of ``get_decay_parameter_names`` and of trainers that make groups of their own.
+    """
+
+    def __new__(cls, params: Iterable[dict[str, Any]], routed_model: nn.Module | None, **kwargs: Any) -> Any:
+        """Return the optimizer of a model.
+
+        Raises:
+            RoutingError: without a model, or when the groups have parameters of another.
+        """
+        if routed_model is None:
+            raise RoutingError(
+                "optim='schatten_p' needs the model, whose modules say what is a matrix: call "
+                "get_optimizer_cls_and_kwargs(args, model)."
+            )
+        return create_schatten_optimizer(routed_model, param_groups=params, **kwargs)
 
 
 def _refuse_unsupported_arguments(args: TrainingArguments) -> None:

@@ -14,6 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from hf_schatten.integration.active_adapters import keeping_adapters, save_adapters
 from hf_schatten.integration.callback import unwrap_optimizer
 from hf_schatten.integration.checkpoint import (
     STATE_FILE,
@@ -146,6 +147,7 @@ class SchattenTrainerMixin(_Base):
         if self.args.should_save:
             assert self.lr_scheduler is not None  # made with the optimizer
             write_refusal(output_dir)
+            save_adapters(self.model, output_dir)
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_FILE.resolve()))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -173,10 +175,14 @@ class SchattenTrainerMixin(_Base):
             raise CheckpointError(message) from error
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        with naming_damaged_files(resume_from_checkpoint):
+        with (
+            naming_damaged_files(resume_from_checkpoint),
+            keeping_adapters(model or self.model, resume_from_checkpoint),
+        ):
             # Under FSDP, the weights are in a file of its own, by the model's names.
             if self.is_fsdp_enabled or not load_converted_weights(model or self.model, resume_from_checkpoint):
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                own = () if model is None else (model,)  # which other trainers' loading does not take
+                super()._load_from_checkpoint(resume_from_checkpoint, *own)
 
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled or not load_converted_weights(self.model, str(self.state.best_model_checkpoint)):

@@ -50,7 +50,7 @@ class Adapter(NamedTuple):
         experts = getattr(self.layer, "num_experts", 1)
         if experts == 1:
             return None
-        first = self.attribute.endswith("_A")
+        first = self.attribute.endswith("A")
         rank = shape[0 if first else 1] // experts
         parts = tuple((str(expert), rank if first else 1) for expert in range(experts))
         return Layout(parts=parts) if first else Layout(parts=parts, blocks=rank, cuts_inputs=True)

@@ -16,7 +16,7 @@ def backbone_modules(model: nn.Module) -> set[int]:
     beside a frozen one, the whole model is the backbone.
     """
     trained: list[nn.Module] = [
-        inner for inner in _outermost(model) if any(each.requires_grad for each in inner.parameters())
+        inner for inner in outermost_models(model) if any(each.requires_grad for each in inner.parameters())
     ]
     return {id(module) for inner in trained or [model] for module in getattr(inner, "base_model", inner).modules()}
 
@@ -33,7 +33,7 @@ def likely_head(model: nn.Module) -> tuple[str, nn.Linear] | None:
     transformers.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if not layers or any(True for _ in _outermost(model)):
+    if not layers or any(True for _ in outermost_models(model)):
         return None
     taken = {module.in_features for _, module in layers}
     return None if layers[-1][1].out_features in taken else layers[-1]
@@ -43,12 +43,13 @@ def _trains(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
-def _outermost(module: nn.Module) -> Iterator[PreTrainedModel]:
+def outermost_models(module: nn.Module) -> Iterator[PreTrainedModel]:
+    """Yield the models of transformers inside a module, or itself, and none that lies in another."""
     if isinstance(module, PreTrainedModel):
         yield module
     else:
         for child in module.children():
-            yield from _outermost(child)
+            yield from outermost_models(child)
 
 
 def _embeddings(model: nn.Module) -> Iterator[nn.Module]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, cast, get_args
+from typing import Literal, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
@@ -17,6 +17,7 @@ from hf_schatten.matrices.engines import refuse_emptied
 from hf_schatten.matrices.fused_projections import Cut, cut_of, fusion_suspected
 from hf_schatten.matrices.layout import Layout, layer_kind, matches
 from hf_schatten.matrices.storage import Storage, storage_of
+from hf_schatten.matrices.target_modules import TargetModules
 from hf_schatten.option_text import parse_fused_parts
 from hf_schatten.private_api import WRAPPER_COMPONENTS
 
@@ -83,6 +84,7 @@ def route_parameters(
     *,
     fused_parts: Sequence[str] = (),
     split_heads: bool = False,
+    target_modules: str | Sequence[str] | None = None,
 ) -> Routing:
     """Decide for every parameter of a model which update it gets.
 
@@ -99,12 +101,15 @@ def route_parameters(
         fused_parts: ``pattern:part/part`` of projections that are not known, or known wrongly; see
             :func:`hf_schatten.option_text.parse_fused_parts`.
         split_heads: read queries, keys and values as a matrix for each head.
+        target_modules: the modules whose matrices go to the Schatten-p update, inside the backbone or not: parts of
+            names, regular expressions, or ``"all-linear"``, which is the default's rule. Default none: the backbone.
 
     Raises:
         RoutingError: when no matrix is routed, a pattern matches nothing, or parts do not divide the outputs.
         UnsupportedEngineError: when no matrix is routed because DeepSpeed ZeRO has emptied the parameters.
     """
     model = extract_model_from_parallel(model)
+    targets = TargetModules(target_modules)
     anatomy = Anatomy(model)
     embeddings = embedding_parameters(model)
     adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
@@ -114,7 +119,9 @@ def route_parameters(
         module = model.get_submodule(raw_name.rpartition(".")[0])
         name = _clean_name(raw_name)
         adapter = adapter_of(model, raw_name) if adapted else None
-        storage = _stored(anatomy, raw_name, parameter, module, adapter, embeddings=embeddings, exclude=exclude)
+        storage = _stored(
+            anatomy, raw_name, parameter, module, adapter, targets=targets, embeddings=embeddings, exclude=exclude
+        )
         destination: Destination = "frozen"
         if parameter.requires_grad:
             destination = "schatten_p" if storage.layout else "adamw"
@@ -136,7 +143,12 @@ def route_parameters(
         routes.append(Route(name, parameter, module, destination, storage.reason, layout, _decays(raw_name, module)))
         if doubt:
             doubts[f"{layer_kind(name)}: {doubt}"] = None
-    routing = Routing(tuple(routes), (*doubts, *_warnings(model, routes)))
+    routing = Routing(tuple(routes), (*doubts, *(() if targets.given else _warnings(model, routes))))
+    for entry in targets.unused([route.name for route in routing.to("schatten_p")]):
+        raise RoutingError(
+            f"target_modules={entry!r} (optim_target_modules of TrainingArguments) names no module with a matrix for "
+            "the Schatten-p update: embeddings, what is tied to them, and vectors use AdamW."
+        )
     require_matches("exclude", exclude, [route.name for route in routes])
     patterns = [parse_fused_parts(entry)[0] for entry in fused_parts]
     require_matches("fused_parts", patterns, [route.name for route in routing.to("schatten_p")])
@@ -249,47 +261,51 @@ def _stored(
     module: nn.Module,
     adapter: Adapter | None,
     *,
+    targets: TargetModules,
     embeddings: set[int],
     exclude: Sequence[str],
 ) -> Storage:
     """Return what a parameter stores for this package: no matrices where another rule than its module's decides."""
     home = adapter.adapted if adapter else module  # an adapter goes where the weight would that it adapts
-    weights = {id(parameter)} | ({id(weight) for weight in home.parameters(recurse=False)} if adapter else set())
+    own = {id(parameter)} | ({id(weight) for weight in home.parameters(recurse=False)} if adapter else set())
     rules = (
         (not parameter.requires_grad, "requires no gradient"),
         (any(matches(pattern, _clean_name(name)) for pattern in exclude), "excluded by option"),
-        (not embeddings.isdisjoint(weights), "embedding, or tied to one"),
+        (not embeddings.isdisjoint(own), "embedding, or tied to one"),
         (parameter.ndim < 2, "vector or scalar"),
     )
     reason = next((reason for holds, reason in rules if holds), None)
     if reason:
         return Storage(None, reason)
-    attribute = name.rpartition(".")[2]
-    storage = _of_adapter(anatomy, adapter, parameter, module) if adapter else None
-    if storage is None:
-        role = anatomy.role(attribute, parameter, module)
-        storage = Storage(None, role) if role else storage_of(anatomy, attribute, parameter, module)
-    if storage.layout and 1 in storage.layout.matrix_shape(parameter.shape, 0):
+    attribute, weight = name.rpartition(".")[2], getattr(home, "weight", None)
+    role = anatomy.role("weight" if adapter else attribute, parameter if weight is None else weight, home)
+    if role and not targets.given:
+        return Storage(None, role)
+    if adapter:
+        storage = _of_adapter(anatomy, adapter, parameter, module)
+    else:
+        storage = storage_of(anatomy, attribute, parameter, module)
+    if storage.layout is None:
+        return storage
+    if 1 in storage.layout.matrix_shape(parameter.shape, 0):
         return Storage(None, "a side of length 1")
-    return storage
+    if targets.given and not targets.has(_clean_name(name)):
+        return Storage(None, "not in target_modules")
+    return storage if role else replace(storage, reason=f"{storage.reason} in the backbone")
 
 
 def _of_adapter(anatomy: Anatomy, adapter: Adapter, parameter: nn.Parameter, module: nn.Module) -> Storage:
     """Return what an adapter stores: matrices where the weight is one that it adapts, and it is a factor."""
     owner, adapted = type(adapter.layer).__name__, adapter.adapted
-    matrix = f"matrix of {owner} in the backbone"
-    weight = getattr(adapted, "weight", None)
-    reason = anatomy.role("weight", parameter if weight is None else weight, adapted)
-    if reason is None and isinstance(adapted, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
-        convolution = storage_of(anatomy, "weight", cast(nn.Parameter, weight), adapted)
-        reason = None if convolution.layout else convolution.reason
-    if reason:
-        return Storage(None, reason)
+    if isinstance(adapted, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        convolution = storage_of(anatomy, "weight", parameter, adapted)
+        if convolution.layout is None:
+            return convolution
     if of_experts := adapter.layout(tuple(parameter.shape)):
-        return Storage(of_experts, matrix)
+        return Storage(of_experts, f"matrix of {owner}")
     if not adapter.is_factor or (parameter.ndim > 2 and isinstance(module, nn.ParameterDict | nn.ParameterList)):
         return Storage(None, f"owned by {owner}")
-    return Storage(Layout(filters=parameter.ndim > 2), matrix)
+    return Storage(Layout(filters=parameter.ndim > 2), f"matrix of {owner}")
 
 
 def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:

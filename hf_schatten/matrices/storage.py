@@ -55,7 +55,7 @@ def storage_of(anatomy: Anatomy, attribute: str, parameter: nn.Parameter, module
         return _of_convolution(attribute, module)
     layout = _layout_of_standard(attribute, parameter, module) or _READ_BY_OWNER.get((owner, attribute))
     if layout:
-        return Storage(layout, f"matrix of {owner} in the backbone")
+        return Storage(layout, f"matrix of {owner}")
     rules = (
         (isinstance(module, ParametrizationList), "weight or spectral norm computes the weight of it"),
         (isinstance(module, nn.RNNBase | nn.RNNCellBase), f"recurrent weight of {owner}"),
@@ -98,13 +98,13 @@ def _of_convolution(attribute: str, module: nn.Module) -> Storage:
         return Storage(None, f"{owner} in groups, each with channels of its own")
     transposed = isinstance(module, TRANSPOSED_CONVOLUTIONS)  # whose weight is stored (in, out, ...)
     filters = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)  # with more dimensions they are known by their number
-    return Storage(Layout(transposed, filters=filters), f"matrix of {owner} in the backbone")
+    return Storage(Layout(transposed, filters=filters), f"matrix of {owner}")
 
 
 def _of_experts(anatomy: Anatomy, attribute: str, parameter: nn.Parameter, module: nn.Module) -> Storage:
     """Return the layout of stacked experts: how each is stored, and whether it is a fused gate and up-projection."""
     owner = type(module).__name__
-    reason = f"matrix of {owner} in the backbone"
+    reason = f"matrix of {owner}"
     count = anatomy.experts(attribute, parameter, module)
     if parameter.ndim == 2:
         if min(parameter.shape) <= count or "bias" in attribute:

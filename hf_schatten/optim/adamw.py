@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch.optim.adamw import adamw
 
 from hf_schatten.distributed.sharded import local
 from hf_schatten.optim.finite_gradients import FiniteGradients
-from hf_schatten.optim.matrix import STEP, Group, State, by_device, state_dtype
+from hf_schatten.optim.matrix import STEP, Group, State, by_device, named_parameters, state_dtype
 
 AVERAGE, SQUARES = "exp_avg", "exp_avg_sq"  # as torch.optim.AdamW names them
 
@@ -29,8 +30,22 @@ def adamw_step(
     group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State], gradients: FiniteGradients
 ) -> None:
     """Update those parameters of a group that have a gradient, in place; none where one of these is not finite."""
-    for device, together in by_device(parameters).items():
-        _step_on(device, group, together, [states[parameter] for parameter in together], gradients)
+    for ratio, alike in _by_ratio(group, parameters).items():
+        for device, together in by_device(alike).items():
+            states_of = [states[parameter] for parameter in together]
+            _step_on(device, group, together, states_of, gradients, ratio=ratio)
+
+
+def _by_ratio(group: Group, parameters: Sequence[Tensor]) -> dict[float, Sequence[Tensor]]:
+    """Return the parameters by what multiplies their learning rate."""
+    ratios = group["lr_ratio_by_parameter"]
+    if not ratios:
+        return {1.0: parameters}
+    ratio_of = {id(parameter): ratios.get(name, 1.0) for name, parameter in named_parameters(group)}
+    alike: dict[float, Any] = {}
+    for parameter in parameters:
+        alike.setdefault(ratio_of[id(parameter)], []).append(parameter)
+    return alike
 
 
 def _step_on(
@@ -39,6 +54,8 @@ def _step_on(
     parameters: Sequence[Tensor],
     states: Sequence[State],
     gradients: FiniteGradients,
+    *,
+    ratio: float,
 ) -> None:
     finite = gradients.keeps(parameters).amin()
     fused = device.type in _FUSED
@@ -63,7 +80,7 @@ def _step_on(
         amsgrad=False,
         beta1=beta1,
         beta2=beta2,
-        lr=group["lr"],
+        lr=group["lr"] * ratio,
         weight_decay=group["weight_decay"],
         eps=group["eps"],
         maximize=False,

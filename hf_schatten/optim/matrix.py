@@ -119,7 +119,8 @@ class Matrix:
     @property
     def learning_rate(self) -> float:
         """The present learning rate of the matrix."""
-        return float(self.group["lr"]) * self.group["lr_ratio"]
+        own = self.group["lr_ratio_by_parameter"].get(self.parameter_name, 1.0)
+        return float(self.group["lr"]) * self.group["lr_ratio"] * own
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return this matrix, (r, c) as stored, of a tensor of the parameter's shape."""

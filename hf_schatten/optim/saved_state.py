@@ -22,7 +22,7 @@ STATE_ELSEWHERE = "schatten_p_state_file"  # marks a state_dict without state, a
 OPTIONS = "schatten_p_options"  # where a state_dict has the options of the run
 
 # Options of a group that say what its parameters are, and not how they are updated.
-_STRUCTURE = "spectral", *LAYOUT, "p", "p_by_parameter", "param_names"
+_STRUCTURE = "spectral", *LAYOUT, "p", "p_by_parameter", "lr_ratio_by_parameter", "param_names"
 _STATE_DICT = "The optimizer's saved state"  # in messages, where no file is known
 
 

@@ -62,7 +62,8 @@ class SchattenP(Optimizer):
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
             chooses the Schatten-p update, False chooses AdamW; ``transposed``, ``parts``, ``blocks``,
             ``cuts_inputs`` and ``filters`` say how they are read (:class:`hf_schatten.matrices.layout.Layout`);
-            ``p_by_parameter`` (none) has the p of single parameters by name. ``p`` (a sequence gives each matrix of a
+            ``p_by_parameter`` (none) has the p of single parameters by name, ``lr_ratio_by_parameter`` (none) what
+            multiplies their learning rates, those of AdamW's too. ``p`` (a sequence gives each matrix of a
             parameter its own), ``momentum``, ``nesterov``, ``step_rule``, ``scale``, ``precondition`` and ``lr_ratio``
             may differ from the options'.
         options: of the update. Default None: made of the other arguments.
@@ -116,6 +117,7 @@ class SchattenP(Optimizer):
             "scale": self.options.scale,
             "precondition": self.options.precondition,
             "lr_ratio": self.options.schatten_lr_ratio,
+            "lr_ratio_by_parameter": {},
             "betas": betas,
             "eps": eps,
         }

@@ -1,7 +1,7 @@
 """Writes docs/architectures.md, how every architecture of transformers is routed: run it as a script.
 
-``python tests/architectures/architecture_table.py`` makes a model of each type without weights, routes it, and writes a
-row. ``test_architectures.py`` fails where the page and the package differ.
+``python tests/architectures/architecture_table.py`` makes a model of each type without weights, routes it, and writes
+a row. ``test_architectures.py`` fails where the page and the package differ.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _INTRODUCTION = """\
 How `hf_schatten.route_parameters` routes one model of each type in transformers {version}, made from its default
 configuration with few layers. `python tests/architectures/architecture_table.py` writes this page.
 
-- **matrices**: kinds of parameters that train with the Schatten-p update; a kind is what differs in layer numbers alone.
+- **matrices**: kinds of parameters that train with the Schatten-p update. A kind differs in layer numbers alone.
 - **AdamW**: kinds with two dimensions or more that train with AdamW, and why. Vectors and scalars always do.
 - **parts**: fused projections, and the parts that each is cut into.
 - **experts**: stacks in which each expert is a matrix, with the number of experts of the default configuration.

@@ -9,8 +9,9 @@ from typing import Any
 
 import peft
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, T5Config
+from transformers import LlamaConfig, PreTrainedTokenizerFast, T5Config
 
 VOCABULARY, LENGTH, LABELS = 64, 16, 4
 
@@ -99,3 +100,19 @@ _T5_DECODER = [
     *(f"layer.2.{name}" for name in _FEED_FORWARD),
 ]
 T5 = layers("encoder.block", 2, _T5_ENCODER) | layers("decoder.block", 2, _T5_DECODER)
+
+
+WORDS = [f"w{i}" for i in range(30)]
+
+
+def in_steps(start: int, stride: int, length: int) -> str:
+    """Return words of which each is a number of places after the last."""
+    return " ".join(WORDS[(start + stride * i) % len(WORDS)] for i in range(length))
+
+
+def word_tokenizer(*special: str) -> PreTrainedTokenizerFast:
+    """Return a tokenizer with a token for each word, after those for padding, the end and others that are special."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *special, *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
-from support_models import LLAMA, T5, adapted, adapters, layers, llama_config, maker, same_base, t5_config
+from support_models import LLAMA, T5, adapted, adapters, in_steps, layers, llama_config, maker, same_base, t5_config
 from support_runs import (
     DUE,
     FIRST_P,
@@ -22,13 +22,12 @@ from support_runs import (
     optimizer_of,
     record_samples,
     routed,
+    trl_is_behind,
     weights,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import (
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     T5ForConditionalGeneration,
@@ -40,30 +39,6 @@ import hf_schatten
 from hf_schatten import SchattenTrainer
 
 THEME = "Trainers"
-
-# trl sets it under the name that transformers is about to drop.
-trl_is_behind = pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
-
-WORDS = [f"w{i}" for i in range(30)]
-
-
-@pytest.fixture
-def tokenizer():
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-
-
-def in_steps(start, stride, length):
-    return " ".join(WORDS[(start + stride * i) % len(WORDS)] for i in range(length))
-
-
-@pytest.fixture
-def trl_arguments(tmp_path):
-    """Return the settings of a run in trl's terms, whose defaults bf16 and gradient checkpointing stay."""
-    quiet = {"output_dir": str(tmp_path / "run"), "report_to": "none", "use_cpu": True, "disable_tqdm": True}
-    return RUN | quiet | {"optim": "schatten_p", "lr_scheduler_type": "cosine", "logging_steps": 1}
 
 
 @pytest.mark.supports(THEME, "`Trainer`", "exact resume from its own `optimizer.pt`")
@@ -102,17 +77,6 @@ def test_sft_trainer(tokenizer, trl_arguments, monkeypatch):
         assert len(set(counts.values())) == 1  # of all layers, whether checkpointed or not
         assert counts.popitem()[1] < 8 * 11  # padding left out
     assert trainer.train_dataset.num_rows == len(lengths)
-
-
-@pytest.fixture
-def preferences():
-    """Return pairs in which the answer that goes on is preferred to the one that stays."""
-    return Dataset.from_list(
-        [
-            {"prompt": in_steps(i, 1, 3), "chosen": " " + in_steps(i + 3, 1, 3), "rejected": " " + in_steps(i, 0, 4)}
-            for i in range(32)
-        ]
-    )
 
 
 def check_each_forward_once(samples, rows):
