@@ -58,7 +58,7 @@ def row(model_type: str) -> str:
     spectral = [route for route in kinds.values() if route.destination == "schatten_p"]
     others = Counter(_why(route) for route in kinds.values() if route.destination == "adamw")
     why = ", ".join(f"{reason} {count}" for reason, count in sorted(others.items()))
-    parts = sorted({_parts(route) for route in spectral if 0 < len(route.layout.parts) < 10})
+    parts = sorted({_parts(route) for route in spectral if route.layout.parts and not _one_under_the_other(route)})
     experts = sorted({_experts(route) for route in spectral if _stacks(route)})
     doubts = sorted({text.partition(":")[0].rpartition(".")[2] for text in routing.warnings})
     cells = (model_type, f"`{class_name}`", str(len(spectral)), why, *map(", ".join, (parts, experts, doubts)))
@@ -82,7 +82,11 @@ def _parts(route: Route) -> str:
 
 
 def _stacks(route: Route) -> bool:
-    return route.layout.has_experts(route.parameter.shape) or len(route.layout.parts) > 10
+    return route.layout.has_experts(route.parameter.shape) or _one_under_the_other(route)
+
+
+def _one_under_the_other(route: Route) -> bool:
+    return "Expert" in type(route.module).__name__ and route.parameter.ndim == 2
 
 
 def _experts(route: Route) -> str:

@@ -25,7 +25,8 @@ OTHERS = re.compile(
     r"""(^|\.)( embed_tokens | embed_positions | word_embeddings | \w*position_embeddings | token_type_embeddings | wte
     | wpe | shared | lm_head | classifier | score | qa_outputs | router | wg | A_log | D | \w*relative_attention_bias
     | relative_position_bias\w* | rel_pos\w* | patch_embed\w* | class_embed | bbox_embed
-    | (?!norm_attn)\w*(?<![a-z])norm[12]? | \w*layer_?norm | LayerNorm | cls_token | mask_token | stem | \w*gate_bias | class_predictor | enc_score_head
+    | (?!norm_attn)\w*(?<![a-z])norm[12]? | \w*layer_?norm | LayerNorm | cls_token | mask_token | stem
+    | \w*gate_bias | class_predictor | enc_score_head
     )(\.|$)""",
     re.VERBOSE,
 )
