@@ -49,7 +49,7 @@ class FunctionalUses(TorchFunctionMode):
         """Watch the forward that begins, if any weight is left to look for."""
         if self._watched and not self._watching:
             weights = ((name, getattr(module, name.rpartition(".")[2])) for name, module in self._watched.items())
-            self._weights = {weight.untyped_storage().data_ptr(): (name, weight) for name, weight in weights}
+            self._weights = {address: (name, each) for name, each in weights if (address := _address(each))}
             self._watching = True
             self.__enter__()
 
@@ -83,7 +83,7 @@ class FunctionalUses(TorchFunctionMode):
         """Yield the names of the watched weights of which arguments are views, with both."""
         for view in args:
             if isinstance(view, Tensor):
-                name, weight = self._weights.get(view.untyped_storage().data_ptr(), ("", view))
+                name, weight = self._weights.get(_address(view), ("", view))
                 if name in self._watched:
                     yield name, _Use(view, weight)
 
@@ -96,6 +96,11 @@ class FunctionalUses(TorchFunctionMode):
                 self._offer(f"{name}.{part}" if part else name, inputs)
 
         product.register_hook(offer)
+
+
+def _address(tensor: Tensor) -> int:
+    """Return where the storage of a tensor and of all its views begins, 0 of one without memory or in shards."""
+    return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
 
 
 def _by_expert(use: _Use, inputs: Tensor) -> Found:
