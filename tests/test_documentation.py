@@ -627,5 +627,5 @@ def test_lines_are_no_longer_than_those_of_code(page):
 
 
 def test_the_pages_are_there():
-    pages = ["README", "distributed", "how_it_works", "multi_node", "options", "troubleshooting"]
+    pages = ["README", "architectures", "distributed", "how_it_works", "multi_node", "options", "troubleshooting"]
     assert [page.stem for page in PAGES] == pages

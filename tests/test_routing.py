@@ -12,6 +12,9 @@ from transformers import (
     BertForSequenceClassification,
     CLIPConfig,
     CLIPModel,
+    DbrxConfig,
+    DbrxForCausalLM,
+    LlamaConfig,
     MixtralConfig,
     MixtralForCausalLM,
     Phi3Config,
@@ -20,6 +23,8 @@ from transformers import (
     T5ForConditionalGeneration,
     Trainer,
 )
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.models.llama.modeling_llama import LlamaPreTrainedModel
 
 from hf_schatten import RoutingError, UnsupportedEngineError, create_schatten_optimizer, route_parameters
 from hf_schatten.matrices.layout import matches
@@ -130,7 +135,7 @@ def test_a_cnn_routes_its_filters_but_not_the_first_nor_depthwise_ones():
     routing = route_parameters(model)
     assert names(routing, "schatten_p") == {"1.weight"}
     assert reasons(routing)["0.weight"] == "convolution of an image's channels"
-    assert reasons(routing)["2.weight"] == "owned by Conv2d"
+    assert reasons(routing)["2.weight"] == "Conv2d in groups, each with channels of its own"
 
 
 def test_clip_which_has_no_input_embeddings_keeps_every_embedding():
@@ -299,3 +304,120 @@ def test_weight_decay_goes_where_a_trainer_puts_it(gpt2, llama):
         routes = route_parameters(model).routes  # without the second name of a tied weight
         expected = set(Trainer.get_decay_parameter_names(None, model)) & {route.name for route in routes}
         assert {route.name for route in routes if route.decay} == expected
+
+
+class Mixture(nn.Module):
+    """Experts in parameters of three dimensions with names of their own, and a router that is called otherwise."""
+
+    def __init__(self, stored, count=3, width=8, hidden=10):
+        super().__init__()
+        self.choice = nn.Linear(width, count)
+        up, down = ((hidden, width), (width, hidden)) if stored == "(out, in)" else ((width, hidden), (hidden, width))
+        self.first = nn.Parameter(torch.zeros(count, *up))
+        self.second = nn.Parameter(torch.zeros(count, *down))
+
+
+@pytest.mark.parametrize("stored", ["(out, in)", "(in, out)"])
+def test_experts_are_known_by_the_router_beside_them_and_stored_as_tokens_tell(stored):
+    routing = route_parameters(nn.ModuleList([Mixture(stored)]))
+    assert reasons(routing)["0.choice.weight"] == "router of experts"
+    layouts = {route.name: route.layout for route in routing.to("schatten_p")}
+    assert set(layouts) == {"0.first", "0.second"}
+    assert {layout.transposed for layout in layouts.values()} == {stored == "(in, out)"}
+    assert all(layout.part_names((3, 8, 10)) == ["0", "1", "2"] for layout in layouts.values())
+    assert not routing.warnings
+
+
+def test_a_router_beside_a_list_of_experts_is_known_by_their_number():
+    class SparseLayer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.select = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+            self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    routing = route_parameters(SparseLayer())
+    assert reasons(routing)["select.1.weight"] == "router of experts"
+    assert {f"experts.{i}.weight" for i in range(4)} <= names(routing, "schatten_p")
+
+
+@pytest.mark.parametrize(
+    ("module", "shapes"),
+    [
+        (nn.MultiheadAttention(8, 2), {"in_proj_weight": [(8, 8)] * 3, "out_proj.weight": [(8, 8)]}),
+        (
+            nn.MultiheadAttention(8, 2, kdim=6, vdim=5),
+            {f"{part}_proj_weight": [(8, n)] for part, n in zip("qkv", (8, 6, 5), strict=True)}
+            | {"out_proj.weight": [(8, 8)]},
+        ),
+        (nn.Conv1d(6, 7, 3), {"weight": [(7, 18)]}),
+        (nn.Conv3d(6, 7, (1, 2, 3)), {"weight": [(7, 36)]}),
+        (nn.ConvTranspose1d(6, 7, 3), {"weight": [(6, 21)]}),
+        (nn.ConvTranspose2d(6, 7, 3), {"weight": [(6, 63)]}),
+        (nn.Bilinear(3, 4, 5), {"weight": [(5, 12)]}),
+    ],
+)
+def test_torchs_own_layers_are_read_as_matrices(module, shapes):
+    routes = route_parameters(module).to("schatten_p")
+    found = {
+        route.name: [
+            route.layout.matrix_shape(route.parameter.shape, index)
+            for index in range(len(route.layout.part_names(route.parameter.shape)))
+        ]
+        for route in routes
+    }
+    assert found == shapes
+
+
+def test_what_is_not_understood_is_said():
+    class Mixer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.kernel = nn.Linear(4, 5), nn.Parameter(torch.zeros(4, 5))
+
+    routing = route_parameters(Mixer())
+    assert names(routing, "adamw") == {"layer.bias", "kernel"}
+    assert "kernel: what Mixer does with 'kernel' is not known, so it trains with AdamW" in routing.warnings
+
+
+def test_a_fused_projection_that_is_not_known_is_found_by_its_size():
+    class Block(GradientCheckpointingLayer):
+        def __init__(self, config):
+            super().__init__()
+            self.all_three = nn.Linear(config.hidden_size, 8 * (4 + 2 * 2), bias=False)
+            self.both = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+            self.one = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+
+    class Model(LlamaPreTrainedModel):
+        def __init__(self, config):
+            super().__init__(config)
+            self.blocks = nn.ModuleList([Block(config)])
+
+    config = LlamaConfig(hidden_size=32, intermediate_size=40, num_attention_heads=4, num_key_value_heads=2)
+    model = Model(config)
+    found = [text for text in route_parameters(model).warnings if "in one" in text]
+    assert len(found) == 2
+    assert "fused_parts=blocks.*.all_three.weight:q/k/v" in found[0]
+    assert "fused_parts=blocks.*.both.weight:gate/up" in found[1]
+    said = route_parameters(model, fused_parts=["*.all_three:q*2/k/v", "*.both:"])
+    assert not said.warnings
+
+
+def test_dbrx_which_stores_experts_one_under_the_other_has_a_matrix_for_each():
+    config = DbrxConfig(
+        d_model=16,
+        n_heads=2,
+        n_layers=1,
+        vocab_size=30,
+        ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 2, "moe_top_k": 1},
+        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 10000.0},
+    )
+    routing = route_parameters(DbrxForCausalLM(config))
+    experts = {route.name.rpartition(".")[2]: route for route in routing.to("schatten_p") if "experts" in route.name}
+    assert set(experts) == {"w1", "v1", "w2"}
+    for name, route in experts.items():
+        shape = route.parameter.shape
+        assert route.layout.part_names(shape) == ["0", "1"]
+        assert route.layout.matrix_shape(shape, 1) == (24, 16)
+        assert route.layout.transposed == (name == "w2")
+        stored = torch.arange(shape.numel()).view(shape)
+        assert torch.equal(route.layout.matrix(stored, 1), stored[24:])

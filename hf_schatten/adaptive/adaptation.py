@@ -27,6 +27,7 @@ from hf_schatten.adaptive.update_sizes import UpdateSizes
 from hf_schatten.distributed.processes import mean_over_processes
 from hf_schatten.distributed.sharded import local
 from hf_schatten.exponent import exponent_of, p_of
+from hf_schatten.matrices.layout import layer_kind
 from hf_schatten.optim.matrix import Matrix
 from hf_schatten.optim.policy import Optimized, Policy
 from hf_schatten.options import SchattenOptions
@@ -193,15 +194,18 @@ class Adaptation(Policy):
         """Return the factors of each matrix whose input was sampled."""
         sampled = self._probe.take()
         inputs = {name: Factor(rows) for name, rows in sampled.inputs.items()}
+        input_of = {  # of the matrix alone where its projection reads several inputs, as cross-attention does
+            matrix.name: inputs.get(matrix.name) or inputs.get(matrix.input_name) for matrix in matrices
+        }
         return {
             matrix.name: (
-                inputs[matrix.input_name],
+                factor,
                 Factor(of_part(sampled.outputs[matrix.parameter_name], matrix))
                 if matrix.parameter_name in sampled.outputs
                 else None,
             )
             for matrix in matrices
-            if matrix.input_name in inputs
+            if (factor := input_of[matrix.name]) is not None
         }
 
     def _result(self, job: Future[Measurement]) -> Measurement | None:
@@ -238,11 +242,28 @@ class Adaptation(Policy):
             matrix.statistics.copy_(average[row])
             matrix.statistics_weight.copy_(weight[row])
             matrix.p.copy_(torch.where(valid[row], p[row], matrix.p))
+        self._give_median(matrices, (weight > 0).tolist())
         self.choices = [
             Choice(matrices[row].name, measured.step, *spectra, *self._curve(objective[row]), float(s[row]))
             for row, spectra in measured.spectra.items()
         ]
         self.estimates += 1
+
+    @staticmethod
+    def _give_median(matrices: Sequence[Matrix], ever: Sequence[bool]) -> None:
+        """Give the matrices of parameters that were never measured the median p of their kind, or of all.
+
+        Those whose parameter has other matrices that were, such as experts without tokens, keep their p.
+        """
+        measured = [matrix for matrix, each in zip(matrices, ever, strict=True) if each]
+        parameters = {matrix.parameter_name for matrix in measured}
+        of_kind: dict[str, list[Tensor]] = {}
+        for matrix in measured:
+            of_kind.setdefault(layer_kind(matrix.name), []).append(matrix.p)
+        for matrix in matrices if measured else ():
+            if matrix.parameter_name not in parameters:
+                several = of_kind.get(layer_kind(matrix.name)) or [other.p for other in measured]
+                matrix.p.copy_(_median(torch.stack(several)))
 
     def _curve(self, objective: Tensor) -> tuple[Tensor, Tensor]:
         """Return exponents and objective at fewer points, on the host."""
@@ -255,9 +276,14 @@ class Adaptation(Policy):
         if news:
             self._reported.update(news)
             logger.warning(
-                "No training input of %d of the routed matrices was seen on a due step, so their p stays as it is: "
-                "%s. %s",
+                "No training input of %d of the routed matrices was seen on a due step: %s. They get the median p of "
+                "their kind, but experts without tokens keep theirs. %s",
                 len(news),
                 ", ".join(news[:5]) + (", …" if len(news) > 5 else ""),
                 self._probe.why_unsampled(),
             )
+
+
+def _median(p: Tensor) -> Tensor:
+    """Return the median in the order of the exponents 1/p, in which a negative p lies beyond inf."""
+    return p_of(exponent_of(p.double()).median()).to(p.dtype)

@@ -15,8 +15,9 @@ from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
+from hf_schatten.adaptive.functional_uses import FunctionalUses
 from hf_schatten.adaptive.row_sample import RowSample
-from hf_schatten.adaptive.rows import Rows, input_rows, output_rows
+from hf_schatten.adaptive.rows import Rows, input_rows, output_rows, shows_inputs, token_rows
 from hf_schatten.matrices.backbones import outermost_models
 from hf_schatten.matrices.layout import matrix_name
 
@@ -134,6 +135,7 @@ class Probe:
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
         _PROBES.add(self)
+        self._functional = FunctionalUses(self._layers, self._offer_inputs)
         self._handles: list[RemovableHandle] = []
         if all("training" in vars(module) for module in (self._model, *self._layers.values())):
             self._attach()
@@ -142,8 +144,11 @@ class Probe:
         begin = _Hook(self, Probe._begin_forward)
         masked: list[nn.Module] = [*outermost_models(self._model)] or [self._model]
         self._handles += [each.register_forward_pre_hook(begin, with_kwargs=True) for each in masked]
+        self._handles.append(self._model.register_forward_pre_hook(_Hook(self, Probe._watch)))
+        self._handles.append(self._model.register_forward_hook(_Hook(self, Probe._end_watch), always_call=True))
         for name, module in self._layers.items():
-            self._handles.append(module.register_forward_hook(_Hook(self, Probe._sample_forward, name)))
+            if shows_inputs(name, module):
+                self._handles.append(module.register_forward_hook(_Hook(self, Probe._sample_forward, name)))
         weakref.finalize(self, _remove, self._handles)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -202,7 +207,7 @@ class Probe:
     def why_unsampled(self) -> str:
         """Return, as a sentence, why layers may have had no training forward, and what to do."""
         if self._model.training:
-            return "Their modules' forward is not called, or these modules are in evaluation mode."
+            return "Their weights are read in a way that cannot be seen, or these modules are in evaluation mode."
         return "The model is in evaluation mode, as from_pretrained returns it: call model.train() before training."
 
     def remove(self) -> None:
@@ -221,7 +226,16 @@ class Probe:
             masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
             self._masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
 
+    def _watch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._armed and module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._functional.begin()
+
+    def _end_watch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._functional.end()
+
     def _sample_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._armed:
+            self._functional.called(name)
         if self._armed and module.training:
             self._sample(name, module, args, output)
 
@@ -238,6 +252,10 @@ class Probe:
         if rows_of is not None:
             output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(gradient.detach()))())
         output.register_hook(lambda gradient: _call_and_forget(keeps))
+
+    def _offer_inputs(self, key: str, inputs: Tensor) -> None:
+        """Offer what a weight was multiplied with, (..., n), as rows that count."""
+        self._offer(self._inputs, key, token_rows(key, inputs, self._masks))()
 
     def _offer(self, samples: _Samples, key: str, rows: Rows, *, at_once: bool = False) -> Callable[[], None]:
         """Offer rows to the sample of this key; return what makes them count."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from hf_schatten.private_api import apply_gate
+from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from hf_schatten.private_api import apply_gate, has_gate
 
 Masks = Mapping[str, Tensor]
+
+_CONVOLUTIONS = CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS
+_EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,23 @@ class Rows:
     pick: Callable[[Tensor], Tensor]  # from indices (k,) on the host, below `count`, to a copy of those rows, (k, n)
 
 
+def shows_inputs(name: str, module: nn.Module) -> bool:
+    """Return whether a module's forward is called with the inputs of its routed parameter, by the parameter's name.
+
+    Other modules read their parameters and hand on something else: see :class:`FunctionalUses`.
+    """
+    attribute = name.rpartition(".")[2]
+    if has_gate(module):  # the experts of transformers, which share this interface
+        return attribute in _EXPERTS
+    weight = getattr(module, attribute)
+    return attribute == "weight" and (weight.ndim != 3 or isinstance(module, (nn.Bilinear, *_CONVOLUTIONS)))
+
+
+def token_rows(name: str, inputs: Tensor, masks: Masks) -> Rows:
+    """Return the rows of real tokens of inputs (..., n)."""
+    return _tokens(inputs.reshape(-1, inputs.shape[-1]), _real_tokens(name, inputs.shape[:-1], masks))
+
+
 def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks) -> Iterator[Rows]:
     """Yield the input rows of a routed parameter, by its name and what its module's forward was called with.
 
@@ -33,27 +55,34 @@ def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks
     two-dimensional attention masks (batch, length) by argument name, nonzero for real tokens.
     """
     attribute = name.rpartition(".")[2]
-    if isinstance(module, nn.Conv2d):
+    if isinstance(module, CONVOLUTIONS):
         yield _patches(module, args[0])
+    elif isinstance(module, TRANSPOSED_CONVOLUTIONS):
+        yield _tokens(_channels_last(args[0].detach(), module).flatten(0, -2), None)
+    elif isinstance(module, nn.Bilinear):
+        first, second = (each.detach() for each in args[:2])
+        yield token_rows(name, (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2), masks)
     elif getattr(module, attribute).ndim == 3:
         yield from _expert_rows(attribute, module, args[0], args[1], masks)
     else:
-        inputs = args[0].detach()
-        rows = inputs.reshape(-1, inputs.shape[-1])
-        yield _tokens(rows, _real_tokens(name, inputs.shape[:-1], masks))
+        yield token_rows(name, args[0].detach(), masks)
 
 
 def output_rows(name: str, module: nn.Module, masks: Masks) -> Callable[[Tensor], Rows] | None:
     """Return what makes rows (k, out), one for each of :func:`input_rows`, of the gradient of a parameter's output.
 
-    None for a layer of experts, whose outputs exist inside its forward only.
+    None for a layer of experts, whose outputs exist inside its forward only, and for a transposed convolution, whose
+    outputs overlap.
     """
-    if getattr(module, name.rpartition(".")[2]).ndim == 3:
+    in_channels = isinstance(module, CONVOLUTIONS)
+    stacked = getattr(module, name.rpartition(".")[2]).ndim == 3 and not isinstance(
+        module, (nn.Bilinear, *_CONVOLUTIONS)
+    )
+    if stacked or isinstance(module, TRANSPOSED_CONVOLUTIONS):
         return None
-    in_channels = isinstance(module, nn.Conv2d)
 
     def rows_of(gradient: Tensor) -> Rows:
-        gradient = gradient.movedim(-3, -1) if in_channels else gradient
+        gradient = _channels_last(gradient, module) if in_channels else gradient
         rows = gradient.reshape(-1, gradient.shape[-1])
         return _tokens(rows, None if in_channels else _real_tokens(name, gradient.shape[:-1], masks))
 
@@ -79,32 +108,47 @@ def _real_tokens(name: str, leading: torch.Size, masks: Masks) -> Tensor | None:
     return None
 
 
-def _patches(module: nn.Conv2d, inputs: Tensor) -> Rows:
-    """What the filters see: rows (in · h · w), one for each image and position."""
-    inputs = inputs.detach()
-    images = inputs if inputs.ndim == 4 else inputs.unsqueeze(0)  # (N, in, H, W)
-    (top, bottom), (left, right) = _padding(module)
-    (h, w), (step_y, step_x), (gap_y, gap_x) = module.kernel_size, module.stride, module.dilation
-    down = (images.shape[2] + top + bottom - gap_y * (h - 1) - 1) // step_y + 1
-    across = (images.shape[3] + left + right - gap_x * (w - 1) - 1) // step_x + 1
+def _channels_last(features: Tensor, module: Any) -> Tensor:
+    """Return features (N, channels, ...) or (channels, ...) of a convolution with the channels at the end."""
+    return features.movedim(-len(module.kernel_size) - 1, -1)
+
+
+def _patches(module: Any, inputs: Tensor) -> Rows:
+    """What the filters see: rows (in · kernel), one for each example and position."""
+    inputs, dims = inputs.detach(), len(module.kernel_size)
+    examples = inputs if inputs.ndim == dims + 2 else inputs.unsqueeze(0)  # (N, in, ...)
+    padding = _padding(module)
+    counts = [
+        (size + sum(both) - gap * (kernel - 1) - 1) // step + 1
+        for size, both, kernel, step, gap in zip(
+            examples.shape[2:], padding, module.kernel_size, module.stride, module.dilation, strict=True
+        )
+    ]
 
     def pick(index: Tensor) -> Tensor:
-        index = index.to(images.device)[:, None, None]  # (k, 1, 1)
-        position = index % (down * across)
-        y = position // across * step_y + gap_y * torch.arange(h, device=images.device)[:, None]  # (k, h, 1)
-        x = position % across * step_x + gap_x * torch.arange(w, device=images.device)  # (k, 1, w)
+        index = index.to(examples.device)
+        coordinates: list[Tensor] = []
+        position = index
+        for dim in reversed(range(dims)):
+            start = position % counts[dim] * module.stride[dim]
+            position = position // counts[dim]
+            offsets = module.dilation[dim] * torch.arange(module.kernel_size[dim], device=examples.device)
+            shape = [1] * dims
+            shape[dim] = -1
+            coordinates.insert(0, start.view(-1, *[1] * dims) + offsets.view(shape))  # (k, ..., kernel, ...)
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        padded = pad(images, (left, right, top, bottom), mode)
-        patches = padded[index // (down * across), :, y, x]  # (k, h, w, in)
-        return patches.permute(0, 3, 1, 2).flatten(1)
+        padded = pad(examples, [side for both in reversed(padding) for side in both], mode)
+        example = position.view(-1, *[1] * dims)
+        patches = padded.movedim(1, -1)[(example, *coordinates)]  # (k, kernel..., in)
+        return patches.movedim(-1, 1).flatten(1)
 
-    return Rows("", len(images) * down * across, pick)
+    return Rows("", len(examples) * math.prod(counts), pick)
 
 
-def _padding(module: nn.Conv2d) -> list[tuple[int, int]]:
-    """Return what a convolution adds on either side, of the height and of the width."""
+def _padding(module: Any) -> list[tuple[int, int]]:
+    """Return what a convolution adds on either side of each dimension."""
     if module.padding == "valid":
-        return [(0, 0), (0, 0)]
+        return [(0, 0)] * len(module.kernel_size)
     if module.padding == "same":
         total = [gap * (size - 1) for gap, size in zip(module.dilation, module.kernel_size, strict=True)]
         return [(both // 2, both - both // 2) for both in total]
@@ -129,9 +173,11 @@ def _expert_rows(attribute: str, experts: nn.Module, hidden: Tensor, chosen: Ten
 @torch.no_grad()
 def _activated(experts: Any, expert: int, pick: Callable[[Tensor], Tensor], index: Tensor) -> Tensor:
     """What an expert's ``down_proj`` gets, which exists inside its forward only."""
-    weight = experts.gate_up_proj[expert]
+    gated = getattr(experts, "has_gate", True)
+    first, bias = ("gate_up_proj", "gate_up_proj_bias") if gated else ("up_proj", "up_proj_bias")
+    weight = getattr(experts, first)[expert]
     hidden = pick(index).to(weight.dtype)
-    gate_up = hidden @ (weight if getattr(experts, "is_transposed", False) else weight.mT)
+    features = hidden @ (weight if getattr(experts, "is_transposed", False) else weight.mT)
     if getattr(experts, "has_bias", False):
-        gate_up += experts.gate_up_proj_bias[expert]
-    return apply_gate(experts, gate_up)
+        features += getattr(experts, bias)[expert]
+    return apply_gate(experts, features) if gated else experts.act_fn(features)

@@ -208,7 +208,7 @@ def _slabs(parameter: Tensor, items: Sequence[Item], count: int) -> Iterator[Sla
     by_expert: dict[str, list[Item]] = {}
     for item in items:
         by_expert.setdefault(item.expert, []).append(item)
-    if parameter.ndim != 3:
+    if "" in by_expert:
         yield Slab(parameter, 0, parameter.shape[0], by_expert[""])
         return
     share = _rows_each(parameter, count)

@@ -9,37 +9,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from hf_schatten.matrices.fused_table import FUSED, WHOLE, Cut, Layer, known_cut
 from hf_schatten.matrices.layout import matches
 from hf_schatten.option_text import parse_fused_parts
 
-Parts = tuple[tuple[str, int], ...]
-
 # Layers whose outputs are the heads of attention, and where their module keeps the size of one.
 _HEADED = frozenset({"q_proj", "k_proj", "v_proj", "query", "key", "value", "q", "k", "v"})
+_WHOLE = frozenset({"gate_proj", "up_proj", "down_proj", "o_proj", "out_proj"})  # by their names
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim")
 
 _ADAPTER = re.compile(r"\.lora_B\.[^.]+$")  # PEFT's: the outputs of a layer's adapter B are the layer's
-
-
-class Cut(NamedTuple):
-    """How the outputs of a layer are cut: name and number of outputs of each part, () for one matrix; blocks."""
-
-    parts: Parts = ()
-    blocks: int = 1
-
-    @property
-    def outputs(self) -> int:
-        """How many outputs the layer has."""
-        return self.blocks * sum(size for _, size in self.parts)
-
-
-WHOLE = Cut()
 
 
 def cut_of(
@@ -50,12 +34,12 @@ def cut_of(
     *,
     fused_parts: Iterable[str] = (),
     split_heads: bool = False,
-    parent: nn.Module | None = None,
+    above: Sequence[nn.Module] = (),
 ) -> Cut:
     """Return how the outputs of a named layer are cut; :data:`WHOLE` where it is no known projection.
 
     The first of ``fused_parts`` that matches is used. With ``split_heads``, queries, keys and values are cut further,
-    into heads of the size that ``parent``, the module that has the owner, says.
+    into heads of the size that the module that has the owner says, the last one of those ``above``.
 
     Raises:
         ValueError: when an entry's parts do not divide the outputs.
@@ -63,12 +47,37 @@ def cut_of(
     cut = _given(name, outputs, fused_parts)
     if cut is None:
         attribute = _ADAPTER.sub("", name.removesuffix(".weight")).rpartition(".")[2]
-        cut = _FUSED[attribute](outputs, owner, _text_config(config)) if attribute in _FUSED else WHOLE
-        if cut.outputs != outputs:  # a projection of the same name that is another
-            cut = WHOLE
+        cut = known_cut(Layer(attribute, outputs, owner, tuple(reversed(above)), _text_config(config)))
         if split_heads and attribute in _HEADED:
             cut = Cut((("", outputs),))
-    return _by_head(cut, parent) if split_heads else cut
+    return _by_head(cut, above[-1] if above else None) if split_heads else cut
+
+
+def fusion_suspected(name: str, outputs: int, inputs: int, config: Any) -> str:
+    """Return what a projection that stays whole may hold by its number of outputs, "" where nothing speaks for it.
+
+    Args:
+        name: of its weight.
+        outputs: how many it has.
+        inputs: how many it has.
+        config: of the pretrained model that it lies in, or None.
+    """
+    attribute = name.removesuffix(".weight").rpartition(".")[2]
+    if attribute in FUSED or attribute in _HEADED or attribute in _WHOLE or config is None:
+        return ""
+    for each in (config, _text_config(config)):
+        sizes = {key: value for key, value in vars(each).items() if type(value) is int}
+        heads = sizes.get("num_attention_heads", 0)
+        shared = sizes.get("num_key_value_heads", heads)
+        size = sizes.get("head_dim") or (inputs // heads if heads else 0)
+        width = sizes.get("intermediate_size") or sizes.get("ffn_dim") or 0
+        if sizes.get("hidden_size", sizes.get("d_model")) != inputs or outputs in (inputs, width):
+            continue
+        if outputs == (heads + 2 * shared) * size:
+            return "q/k/v"
+        if width and outputs == 2 * width:
+            return "gate/up"
+    return ""
 
 
 def _given(name: str, outputs: int, fused_parts: Iterable[str]) -> Cut | None:
@@ -105,82 +114,8 @@ def _by_head(cut: Cut, parent: nn.Module | None) -> Cut:
     return Cut(tuple(parts))
 
 
-def _qkv(queries: int, shared: int, blocks: int = 1) -> Cut:
-    """Return the cut into queries and, of ``shared`` outputs each, keys and values."""
-    return Cut((("q", queries), ("k", shared), ("v", shared)), blocks)
-
-
-def _thirds(outputs: int, blocks: int = 1) -> Cut:
-    """Return the cut of each block into three equal parts; of no blocks, one that does not add up."""
-    size = outputs // (3 * blocks) if blocks else 0
-    return _qkv(size, size, blocks)
-
-
-def _vision_qkv(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    inputs = getattr(owner, "in_features", 0)
-    # With fewer heads of keys and values (EXAONE 4.5), queries are as large as the inputs.
-    return _qkv(inputs, (outputs - inputs) // 2) if inputs < outputs < 3 * inputs else _thirds(outputs)
-
-
-def _c_attn(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    if getattr(config, "model_type", None) == "gpt_bigcode":
-        if not config.multi_query:
-            return _thirds(outputs, _heads(config)[0])
-        shared = config.hidden_size // config.num_attention_heads
-        return _qkv(outputs - 2 * shared, shared)
-    inputs = owner.nx if isinstance(owner, Conv1D) else getattr(owner, "in_features", 0)
-    if outputs == 2 * inputs:  # cross-attention, whose queries have a layer of their own
-        return Cut((("k", inputs), ("v", inputs)))
-    return _thirds(outputs) if outputs == 3 * inputs else WHOLE
-
-
-def _qkv_proj(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    model_type, (heads, shared) = getattr(config, "model_type", None), _heads(config)
-    if model_type == "codegen":
-        size = outputs // 12
-        return Cut((("q", size), ("v", size), ("k", size)), 4)
-    if model_type == "minimax":
-        return _thirds(outputs, heads)
-    size = outputs // max(1, heads + 2 * shared)
-    return _qkv(heads * size, shared * size)
-
-
-def _query_key_value(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    model_type, (heads, _) = getattr(config, "model_type", None), _heads(config)
-    if model_type in {"gpt_neox", "gpt_neox_japanese", "bloom", "persimmon"}:
-        return _thirds(outputs, heads)
-    if model_type != "falcon":
-        return WHOLE
-    size = config.hidden_size // heads
-    if config.new_decoder_architecture:
-        return _qkv(heads // config.num_kv_heads * size, size, config.num_kv_heads)
-    return _qkv(heads * size, size) if config.multi_query else _thirds(outputs, heads)
-
-
-def _gate_up(outputs: int, owner: nn.Module, config: Any) -> Cut:
-    if getattr(owner, "is_concatenated", True):
-        return Cut((("gate", outputs // 2), ("up", outputs // 2)))
-    return Cut((("gate", 1), ("up", 1)), outputs // 2)
-
-
 def _text_config(config: Any) -> Any:
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def _heads(config: Any) -> tuple[int, int]:
-    """Return the numbers of heads of queries, and of keys and values."""
-    heads = getattr(config, "num_attention_heads", 0)
-    return heads, getattr(config, "num_key_value_heads", None) or heads
-
-
-# By layer name: from the outputs, the owner and the configuration of the text model to the cut. Where it does not add
-# up to the outputs, the projection stays whole.
-_FUSED: Mapping[str, Callable[[int, nn.Module, Any], Cut]] = {
-    "c_attn": _c_attn,
-    "qkv_proj": _qkv_proj,
-    "query_key_value": _query_key_value,
-    "qkv": _vision_qkv,
-    "qkv_linear": lambda outputs, owner, config: _thirds(outputs),
-    "Wqkv": lambda outputs, owner, config: _thirds(3 * getattr(owner, "in_features", 0)),
-    "gate_up_proj": _gate_up,
-}
+    try:
+        return config.get_text_config()
+    except (AttributeError, ValueError):  # of another kind, or with several texts
+        return config

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from hf_schatten.matrices.adapters import Adapter, adapter_of
-from hf_schatten.matrices.backbones import backbone_modules, embedding_parameters, likely_head
+from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, Anatomy
+from hf_schatten.matrices.backbones import embedding_parameters, likely_head
 from hf_schatten.matrices.engines import refuse_emptied
-from hf_schatten.matrices.fused_projections import cut_of
-from hf_schatten.matrices.layout import Layout, matches
+from hf_schatten.matrices.fused_projections import Cut, cut_of, fusion_suspected
+from hf_schatten.matrices.layout import Layout, layer_kind, matches
+from hf_schatten.matrices.storage import Storage, storage_of
 from hf_schatten.matrices.target_modules import TargetModules
 from hf_schatten.option_text import parse_fused_parts
-from hf_schatten.private_api import WRAPPER_COMPONENTS, has_gate
+from hf_schatten.private_api import WRAPPER_COMPONENTS
 
 Destination = Literal["schatten_p", "adamw", "frozen"]
 Row = tuple[str, str, str, str]  # of the table: tensors, parameters, name, shape
 _COLUMNS, _GAP = 100, "  "
 _PARTS_SHOWN = 4  # of a fused projection, by name
-_IMAGE_CHANNELS = 4  # a convolution of so few channels reads images: an embedding
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -65,7 +65,7 @@ class Routing:
         for destination in get_args(Destination):
             for route in self.to(destination):
                 of_reason = kinds.setdefault((destination, route.reason), {})
-                of_reason.setdefault(_kind(route.name), []).append(route)
+                of_reason.setdefault(layer_kind(route.name), []).append(route)
         rows = iter(_aligned([_row(*kind) for of_reason in kinds.values() for kind in of_reason.items()]))
         lines, last = [next(rows)], None
         for (destination, reason), of_reason in kinds.items():
@@ -88,12 +88,12 @@ def route_parameters(
 ) -> Routing:
     """Decide for every parameter of a model which update it gets.
 
-    A weight goes to the Schatten-p update when an ``nn.Linear``, a transformers ``Conv1D``, an ``nn.Conv2d`` that does
-    not read images (more than four channels, one group) or a layer of experts of transformers owns it, it lies in the
-    backbone, both its sides are longer than 1, and it is neither an input or output embedding nor tied to one. The
-    owning module decides, not the number of dimensions, so that routers, relative position biases and task heads stay
-    with AdamW. An adapter's factors go where the weight would that they adapt. The backbone is that of the models of
-    transformers inside the model; a model without one that trains is its own: name its output head in ``exclude``.
+    A parameter goes to the Schatten-p update when its module multiplies with it (:mod:`hf_schatten.matrices.storage`):
+    linear layers, convolutions of one group, attention's projections, stacks of experts, a matrix for each. What the
+    module is for decides too (:mod:`hf_schatten.matrices.anatomy`): embeddings and what is tied to one, stems, heads,
+    routers of experts and position biases stay with AdamW, and so does a matrix with a side of length 1. An adapter's
+    factors go where the weight would that they adapt. The backbone is that of the models of transformers inside the
+    model; a model without one that trains is its own: name its output head in ``exclude``.
 
     Args:
         model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
@@ -112,27 +112,40 @@ def route_parameters(
     require_module(model)
     model = extract_model_from_parallel(model)
     targets = TargetModules(target_modules)
-    backbone, embeddings = backbone_modules(model), embedding_parameters(model)
-    routes = []
+    anatomy = Anatomy(model)
+    embeddings = embedding_parameters(model)
+    adapted = any(hasattr(module, "adapter_layer_names") for module in model.modules())
+    routes: list[Route] = []
+    doubts: dict[str, None] = {}
     for raw_name, parameter in model.named_parameters():
         module = model.get_submodule(raw_name.rpartition(".")[0])
         name = _clean_name(raw_name)
-        adapter = adapter_of(model, raw_name)
-        destination, reason = _destination(
-            name,
-            parameter,
-            module,
-            adapter,
-            targets,
-            in_backbone=id(module) in backbone,
-            embeddings=embeddings,
-            exclude=exclude,
+        adapter = adapter_of(model, raw_name) if adapted else None
+        storage = _stored(
+            anatomy, raw_name, parameter, module, adapter, targets=targets, embeddings=embeddings, exclude=exclude
         )
-        layout = Layout()
-        if destination == "schatten_p":
-            layout = _layout(model, name, parameter, module, adapter, fused_parts=fused_parts, split_heads=split_heads)
-        routes.append(Route(name, parameter, module, destination, reason, layout, _decays(raw_name, module)))
-    routing = Routing(tuple(routes), () if targets.given else tuple(_warnings(model, routes)))
+        destination: Destination = "frozen"
+        if parameter.requires_grad:
+            destination = "schatten_p" if storage.layout else "adamw"
+        layout = storage.layout or Layout()
+        doubt = storage.doubt
+        if storage.layout and not layout.parts:
+            cut, suspected = _cut(
+                anatomy,
+                name,
+                parameter,
+                module,
+                adapter,
+                layout=layout,
+                fused_parts=fused_parts,
+                split_heads=split_heads,
+            )
+            layout = replace(layout, parts=cut.parts, blocks=cut.blocks)
+            doubt = doubt or suspected
+        routes.append(Route(name, parameter, module, destination, storage.reason, layout, _decays(raw_name, module)))
+        if doubt:
+            doubts[f"{layer_kind(name)}: {doubt}"] = None
+    routing = Routing(tuple(routes), (*doubts, *(() if targets.given else _warnings(model, routes))))
     for entry in targets.unused([route.name for route in routing.to("schatten_p")]):
         raise RoutingError(
             f"target_modules={entry!r} (optim_target_modules of TrainingArguments) names no module with a matrix for "
@@ -171,11 +184,6 @@ def _warnings(model: nn.Module, routes: Iterable[Route]) -> Iterator[str]:
 def _clean_name(name: str) -> str:
     """Remove the components that ``torch.compile`` and checkpoint wrappers insert into a parameter name."""
     return ".".join(part for part in name.split(".") if part not in WRAPPER_COMPONENTS)
-
-
-def _kind(name: str) -> str:
-    """Return what layers of one kind have in common: their name with every number as ``*``."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _row(kind: str, routes: Sequence[Route]) -> Row:
@@ -225,81 +233,91 @@ def _decays(name: str, module: nn.Module) -> bool:
     return not (isinstance(module, nn.LayerNorm) or _UNDECAYED.search(name.lower()))
 
 
-def _destination(
-    name: str,
-    parameter: nn.Parameter,
-    module: nn.Module,
-    adapter: Adapter | None,
-    targets: TargetModules,
-    *,
-    in_backbone: bool,
-    embeddings: set[int],
-    exclude: Sequence[str],
-) -> tuple[Destination, str]:
-    owner = type(adapter.layer if adapter else module).__name__
-    place = adapter.adapted if adapter else module  # an adapter goes where the weight would that it adapts
-    weights = {id(parameter), *map(id, adapter.adapted.parameters(recurse=False))} if adapter else {id(parameter)}
-    of_experts = adapter and adapter.layout(tuple(parameter.shape))
-    sides = of_experts.matrix_shape(parameter.shape, 0) if of_experts else _matrix_shape(parameter)
-    rules: tuple[tuple[bool, Destination, str], ...] = (
-        (not parameter.requires_grad, "frozen", "requires no gradient"),
-        (any(matches(pattern, name) for pattern in exclude), "adamw", "excluded by option"),
-        (not embeddings.isdisjoint(weights), "adamw", "embedding, or tied to one"),
-        (parameter.ndim < 2, "adamw", "vector or scalar"),
-        (
-            isinstance(place, nn.Conv2d) and place.in_channels <= _IMAGE_CHANNELS,
-            "adamw",
-            "convolution of an image's channels",
-        ),
-        (not _holds_matrices(name, parameter, module, adapter), "adamw", f"owned by {owner}"),
-        (not targets.given and not in_backbone, "adamw", "outside the backbone (task head)"),
-        (min(sides) == 1, "adamw", "a side of length 1"),
-        (targets.given and not targets.has(name), "adamw", "not in target_modules"),
-        (True, "schatten_p", f"matrix of {owner}" + " in the backbone" * in_backbone),
-    )
-    return next((destination, reason) for holds, destination, reason in rules if holds)
-
-
-def _holds_matrices(name: str, parameter: nn.Parameter, module: nn.Module, adapter: Adapter | None) -> bool:
-    if adapter and (not adapter.is_factor or isinstance(module, nn.ParameterDict | nn.ParameterList)):
-        return adapter.is_factor and parameter.ndim == 2
-    if isinstance(module, nn.Conv2d):
-        return module.groups == 1
-    if parameter.ndim == 3:  # the experts of transformers, which share this interface
-        known = name.rpartition(".")[2] in ("gate_up_proj", "down_proj")
-        return known and getattr(module, "num_experts", None) == len(parameter) and has_gate(module)
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def _matrix_shape(parameter: nn.Parameter) -> tuple[int, int]:
-    """Return the shape of a parameter's matrices as stored, (size, 1) of a vector."""
-    shape = parameter.shape[-2:] if parameter.ndim == 3 else parameter.shape
-    return shape[:1].numel(), shape[1:].numel()
-
-
-def _layout(
-    model: nn.Module,
+def _cut(
+    anatomy: Anatomy,
     name: str,
     parameter: nn.Parameter,
     module: nn.Module,
     adapter: Adapter | None,
     *,
+    layout: Layout,
     fused_parts: Sequence[str],
     split_heads: bool,
-) -> Layout:
-    if adapter and (of_experts := adapter.layout(tuple(parameter.shape))):
-        return of_experts
-    transposed = isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
-    outputs = _matrix_shape(parameter)[1 if transposed else 0]
-    outputs_of_layer = adapter is not None and adapter.has_outputs_of_layer
-    place = adapter.layer if adapter and outputs_of_layer else module
-    owner, config = adapter.adapted if adapter and outputs_of_layer else module, getattr(model, "config", None)
-    parent = next((other for other in model.modules() if place in other.children()), None) if split_heads else None
+) -> tuple[Cut, str]:
+    """Return how the outputs of a parameter's matrices are cut, and what it may be where that is not known."""
+    shape = layout.matrix_shape(parameter.shape, 0)
+    outputs, inputs = shape[layout.transposed], shape[not layout.transposed]
+    of_layer = adapter is not None and adapter.has_outputs_of_layer
+    place = anatomy.place(adapter.layer if adapter and of_layer else module)
+    owner = adapter.adapted if adapter and of_layer else module
+    config = getattr(place.pretrained, "config", None)
     try:
-        cut = cut_of(name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, parent=parent)
+        cut = cut_of(
+            name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, above=place.ancestors
+        )
     except ValueError as error:
         raise RoutingError(str(error)) from error
-    return Layout(transposed, cut.parts, cut.blocks)
+    chosen = any(matches(parse_fused_parts(entry)[0], name) for entry in fused_parts)
+    if cut.parts or adapter or chosen or not place.in_layer or len(parameter.shape) > 2:
+        return cut, ""
+    held, kind = fusion_suspected(name, outputs, inputs, config), layer_kind(name)
+    advice = f"say fused_parts={kind}:{held}, or {kind}: to keep it"
+    doubt = f"its {outputs} outputs may be {held} in one, and are read as one matrix: {advice}"
+    return cut, doubt if held else ""
+
+
+def _stored(
+    anatomy: Anatomy,
+    name: str,
+    parameter: nn.Parameter,
+    module: nn.Module,
+    adapter: Adapter | None,
+    *,
+    targets: TargetModules,
+    embeddings: set[int],
+    exclude: Sequence[str],
+) -> Storage:
+    """Return what a parameter stores for this package: no matrices where another rule than its module's decides."""
+    home = adapter.adapted if adapter else module  # an adapter goes where the weight would that it adapts
+    own = {id(parameter)} | ({id(weight) for weight in home.parameters(recurse=False)} if adapter else set())
+    rules = (
+        (not parameter.requires_grad, "requires no gradient"),
+        (any(matches(pattern, _clean_name(name)) for pattern in exclude), "excluded by option"),
+        (not embeddings.isdisjoint(own), "embedding, or tied to one"),
+        (parameter.ndim < 2, "vector or scalar"),
+    )
+    reason = next((reason for holds, reason in rules if holds), None)
+    if reason:
+        return Storage(None, reason)
+    attribute, weight = name.rpartition(".")[2], getattr(home, "weight", None)
+    role = anatomy.role("weight" if adapter else attribute, parameter if weight is None else weight, home)
+    if role and not targets.given:
+        return Storage(None, role)
+    if adapter:
+        storage = _of_adapter(anatomy, adapter, parameter, module)
+    else:
+        storage = storage_of(anatomy, attribute, parameter, module)
+    if storage.layout is None:
+        return storage
+    if 1 in storage.layout.matrix_shape(parameter.shape, 0):
+        return Storage(None, "a side of length 1")
+    if targets.given and not targets.has(_clean_name(name)):
+        return Storage(None, "not in target_modules")
+    return storage if role else replace(storage, reason=f"{storage.reason} in the backbone")
+
+
+def _of_adapter(anatomy: Anatomy, adapter: Adapter, parameter: nn.Parameter, module: nn.Module) -> Storage:
+    """Return what an adapter stores: matrices where the weight is one that it adapts, and it is a factor."""
+    owner, adapted = type(adapter.layer).__name__, adapter.adapted
+    if isinstance(adapted, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+        convolution = storage_of(anatomy, "weight", parameter, adapted)
+        if convolution.layout is None:
+            return convolution
+    if of_experts := adapter.layout(tuple(parameter.shape)):
+        return Storage(of_experts, f"matrix of {owner}")
+    if not adapter.is_factor or (parameter.ndim > 2 and isinstance(module, nn.ParameterDict | nn.ParameterList)):
+        return Storage(None, f"owned by {owner}")
+    return Storage(Layout(filters=parameter.ndim > 2), f"matrix of {owner}")
 
 
 def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:

@@ -55,8 +55,8 @@ class SchattenP(Optimizer):
 
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups of them. A group's ``spectral`` (default True)
-            chooses the Schatten-p update, False chooses AdamW; ``transposed``, ``parts``, ``blocks`` and
-            ``cuts_inputs`` say how its parameters are read as matrices (:class:`hf_schatten.matrices.layout.Layout`);
+            chooses the Schatten-p update, False chooses AdamW; ``transposed``, ``parts``, ``blocks``,
+            ``cuts_inputs`` and ``filters`` say how they are read (:class:`hf_schatten.matrices.layout.Layout`);
             ``p_by_parameter`` (none) has the p of single parameters by name, ``lr_ratio_by_parameter`` (none) what
             multiplies their learning rates, those of AdamW's too. ``p`` (a sequence gives each matrix of a
             parameter its own), ``momentum``, ``nesterov``, ``step_rule``, ``scale``, ``precondition`` and ``lr_ratio``

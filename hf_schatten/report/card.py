@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_schatten.exponent import exponent_of, is_close, p_label
-from hf_schatten.matrices.layout import layer_name
+from hf_schatten.matrices.layout import layer_kind, layer_name
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report.log import summary
 
@@ -146,7 +146,7 @@ def _p_paragraphs(options: SchattenOptions, learned_p: Mapping[str, float]) -> l
     extremes = ", ".join(f"{name} {p_label(p)}" for name, p in summary(learned_p).items())
     kinds: dict[str, dict[str, float]] = {}
     for name, p in learned_p.items():
-        kinds.setdefault(_kind(name), {})[name] = p
+        kinds.setdefault(layer_kind(layer_name(name)), {})[name] = p
     header = ("layers", "matrices", "min", "median", "max")
     rows = [(f"`{kind}`", str(len(ps)), *map(p_label, summary(ps).values())) for kind, ps in kinds.items()]
     paragraphs = [f"Over all {len(learned_p)} matrices: {extremes}.", _table(header, rows)]
@@ -163,11 +163,6 @@ def _below_p_max(options: SchattenOptions, learned_p: Mapping[str, float]) -> li
     smallest = f", of which these {len(listed)} have the smallest p" if len(listed) < len(inside) else ""
     rows = ((f"`{layer_name(name)}`", p_label(p)) for name, p in inside.items() if name in listed)
     return [f"{counted}{smallest}:", _table(("layer", "p"), rows)]
-
-
-def _kind(name: str) -> str:
-    """Return what a matrix has in common with those of other blocks: its name with stars for numbers."""
-    return ".".join("*" if part.isdigit() else part for part in layer_name(name).split("."))
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -1,0 +1,150 @@
+"""What is sampled of weights that no module is called with, and of convolutions: the gradient tells what was right.
+
+The gradient of a weight is a sum of products of output gradients and inputs. So its rows lie in the span of the inputs
+of the matrix, and with fewer inputs than features no other rows span it.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    JetMoeConfig,
+    JetMoeForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    MambaConfig,
+    MambaForCausalLM,
+    XLNetConfig,
+    XLNetLMHeadModel,
+)
+
+from hf_schatten import route_parameters
+from hf_schatten.adaptive.probe import Probe
+from hf_schatten.matrices.layout import matrix_name
+
+
+class Reader(nn.Module):
+    """Calls a module with inputs that it is made with."""
+
+    def __init__(self, module, *inputs, **options):
+        super().__init__()
+        self.module, self.inputs, self.options = module, inputs, options
+
+    def forward(self):
+        output = self.module(*self.inputs, **self.options)
+        return output[0] if isinstance(output, tuple) else output
+
+
+class Tokens(nn.Module):
+    """Calls a language model with tokens."""
+
+    def __init__(self, model, count):
+        super().__init__()
+        self.module, self.tokens = model, torch.arange(count)[None] % 13
+
+    def forward(self):
+        return self.module(input_ids=self.tokens).logits
+
+
+def attention(**options):
+    return nn.MultiheadAttention(12, 2, batch_first=True, **options)
+
+
+def x(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+SMALL = {"vocab_size": 13, "hidden_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+HEADED = {**SMALL, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 40}
+MADE = {
+    "bilinear": lambda: Reader(nn.Bilinear(4, 5, 6), x(3, 4), x(3, 5)),
+    "conv1d": lambda: Reader(nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2), x(2, 6, 9)),
+    "conv2d": lambda: Reader(nn.Conv2d(5, 7, (2, 3), stride=(1, 2), padding=1), x(5, 4, 4)),
+    "conv3d": lambda: Reader(nn.Conv3d(5, 7, (2, 3, 1), padding="same", padding_mode="circular"), x(1, 5, 2, 3, 2)),
+    "conv_transpose1d": lambda: Reader(nn.ConvTranspose1d(9, 6, 3, stride=2), x(1, 9, 4)),
+    "conv_transpose2d": lambda: Reader(nn.ConvTranspose2d(9, 6, 2, stride=2, padding=1), x(1, 9, 2, 2)),
+    "self-attention": lambda: Reader(attention(), *[x(1, 5, 12)] * 3),
+    "cross-attention": lambda: Reader(attention(), x(1, 4, 12), x(1, 6, 12), x(1, 6, 12) + 1),
+    "mamba": lambda: Tokens(MambaForCausalLM(MambaConfig(**SMALL, state_size=4, time_step_rank=8)), 5),
+    "xlnet": lambda: Tokens(
+        XLNetLMHeadModel(XLNetConfig(vocab_size=13, d_model=32, n_layer=1, n_head=2, d_inner=40)), 5
+    ),
+    "jetmoe": lambda: Tokens(
+        JetMoeForCausalLM(JetMoeConfig(**HEADED, kv_channels=16, num_local_experts=3, num_experts_per_tok=2)), 6
+    ),
+    "llama4": lambda: Tokens(
+        Llama4ForCausalLM(
+            Llama4TextConfig(
+                **HEADED, intermediate_size_mlp=40, head_dim=16, num_local_experts=3, interleave_moe_layer_step=1
+            )
+        ),
+        6,
+    ),
+}
+
+
+def sampled(model):
+    routes = route_parameters(model).to("schatten_p")
+    probe = Probe(model, {route.name: route.module for route in routes}, 1000)
+    probe.arm(True)
+    model.train()().square().sum().backward()
+    inputs = probe.take().inputs
+    probe.remove()
+    return routes, inputs
+
+
+MODULES = ("bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        *((name, 1) for name in MODULES),
+        *(("self-attention", 4), ("cross-attention", 4), ("mamba", 7), ("xlnet", 7), ("jetmoe", 3), ("llama4", 9)),
+    ],
+)
+def test_gradients_lie_in_the_span_of_the_sampled_inputs(name, read):
+    torch.manual_seed(0)
+    model = MADE[name]()
+    routes, inputs = sampled(model)
+    told = 0
+    for route in routes:
+        shape = route.parameter.shape
+        for index, part in enumerate(route.layout.part_names(shape)):
+            own = matrix_name(route.name, part)
+            rows = inputs.get(own, inputs.get(matrix_name(route.name, route.layout.expert(shape, index))))
+            gradient = route.layout.matrix(route.parameter.grad, index)
+            gradient = (gradient.mT if route.layout.transposed else gradient).double()
+            if rows is None:  # an expert without tokens
+                assert "expert" in type(route.module).__name__.lower()
+                assert not gradient.any()
+                continue
+            assert rows.shape[1] == gradient.shape[1]
+            inside = gradient @ torch.linalg.pinv(rows.double(), rtol=1e-6) @ rows.double()
+            torch.testing.assert_close(inside, gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4)
+            told += gradient.any() and len(rows) < rows.shape[1]
+    assert told >= read, "too few matrices have fewer rows than features, so that nothing was shown"
+
+
+def test_a_weight_that_is_read_in_another_module_is_not_sampled_twice():
+    torch.manual_seed(0)
+    routes, inputs = sampled(MADE["self-attention"]())
+    assert {route.name for route in routes} == {"module.in_proj_weight", "module.out_proj.weight"}
+    assert {name: len(rows) for name, rows in inputs.items()} == {route.name: 5 for route in routes}
+    torch.testing.assert_close(inputs["module.in_proj_weight"], x(1, 5, 12)[0], atol=0, rtol=0)
+
+
+def test_sampling_leaves_random_numbers_alone():
+    def after(armed):
+        torch.manual_seed(0)
+        model = Reader(attention(dropout=0.5), *[x(1, 5, 12)] * 3)
+        probe = Probe(model, {"module.out_proj.weight": model.module.out_proj}, 9)
+        probe.arm(armed)
+        output = model()
+        probe.remove()
+        return output, torch.get_rng_state()
+
+    for plain, watched in zip(after(False), after(True), strict=True):
+        assert torch.equal(plain, watched)
