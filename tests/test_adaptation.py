@@ -301,7 +301,7 @@ def test_stable_rank_and_relative_size_are_those_of_the_step():
         stable_rank, relative_size = run.optimizer.policy.updates[name]
         sigma = torch.linalg.svdvals(update.double())
         torch.testing.assert_close(stable_rank.item(), (sigma.square().sum() / sigma[0] ** 2).item(), atol=0, rtol=0.1)
-        torch.testing.assert_close(relative_size, update.norm() / weight.norm(), atol=1e-7, rtol=1e-3)
+        torch.testing.assert_close(relative_size.float(), update.norm() / weight.norm(), atol=1e-7, rtol=1e-3)
 
 
 def test_a_choice_holds_what_p_was_chosen_from():

@@ -324,5 +324,5 @@ def test_a_model_in_evaluation_mode_is_told_of(gpt2, caplog):
     gpt2(input_ids=rows, labels=rows).loss.backward()
     with caplog.at_level(logging.WARNING):
         optimizer.step()
-    assert "so their p stays as it is" in caplog.text
+    assert "They get the median p of their kind" in caplog.text
     assert "in evaluation mode, as from_pretrained returns it: call model.train() before training" in caplog.text

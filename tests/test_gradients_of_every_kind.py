@@ -162,6 +162,7 @@ def test_what_is_unfrozen_later_is_warned_of_once_with_a_fix_that_works(caplog):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
     optimizer = hf_schatten.create_schatten_optimizer(model, 0.1, verbose=False)
+    caplog.clear()
 
     def train():
         model(torch.ones(2, 4)).square().sum().backward()
@@ -187,6 +188,7 @@ def test_what_is_unfrozen_and_added_at_once_is_not_warned_of(caplog):
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
     model[0].requires_grad_(False)
     optimizer = hf_schatten.create_schatten_optimizer(model, 0.1, verbose=False)
+    caplog.clear()
     model[0].requires_grad_(True)
     optimizer.add_param_group({"params": list(model[0].named_parameters("0"))[:1], "spectral": True})
     optimizer.add_param_group({"params": list(model[0].named_parameters("0"))[1:], "spectral": False})

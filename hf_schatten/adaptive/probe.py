@@ -231,7 +231,8 @@ class Probe:
             self._functional.begin()
 
     def _end_watch(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._functional.end()
+        if not torch.compiler.is_compiling():
+            self._functional.end()
 
     def _sample_forward(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._armed:

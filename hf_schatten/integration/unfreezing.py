@@ -15,23 +15,24 @@ logger = logging.getLogger(__name__)
 
 def watch_frozen(model: nn.Module, optimizer: Optimizer) -> None:
     """Warn before a step, once, where a parameter that is frozen now has a gradient and no group of the optimizer."""
-    frozen = {
-        name: weakref.ref(parameter) for name, parameter in model.named_parameters() if not parameter.requires_grad
-    }
+    # By their modules: a parameter that anything refers to weakly cannot be moved to another device.
+    frozen = [
+        (f"{path}.{name}".lstrip("."), weakref.ref(module), name)
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if not parameter.requires_grad
+    ]
     if not frozen:
         return
     handle: RemovableHandle | None = None
 
     def warn(optimizer: Optimizer, *arguments: Any) -> None:
-        thawed = [
-            name
-            for name, reference in frozen.items()
-            if (parameter := reference()) is not None and parameter.grad is not None
-        ]
+        present = ((name, getattr(module(), attribute, None)) for name, module, attribute in frozen)
+        thawed = {name: each for name, each in present if each is not None and each.grad is not None}
         if not thawed:
             return
         known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        unknown = [name for name in thawed if id(frozen[name]()) not in known]
+        unknown = [name for name, parameter in thawed.items() if id(parameter) not in known]
         if unknown:
             logger.warning(
                 "%d parameters that were frozen when the optimizer was made are trained now, and no group of it has "

@@ -340,7 +340,7 @@ def test_resmlp_routes_its_sublayers_and_not_its_ends(resmlp):
     assert [route.name for route in routing.to("schatten_p")] == matrices
     reasons = {route.name: route.reason for route in routing.to("adamw")}
     assert reasons["classifier.weight"] == "outside the backbone (task head)"
-    assert reasons["resmlp.patches.weight"].startswith("convolution of an image's channels")
+    assert reasons["resmlp.patches.weight"].startswith("convolution before or between the layers")
 
 
 def test_inputs_across_patches_are_sampled_by_channel(resmlp):

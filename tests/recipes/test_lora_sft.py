@@ -385,7 +385,7 @@ def test_the_first_step_leaves_what_has_no_gradient(base):
             assert torch.equal(weight, before[name]) == ("lora_A" in name)
             parts = [p for key, p in learned.items() if key.startswith(name)]  # of c_attn's B: q, k and v
             assert parts
-            assert all((p == 7) == ("lora_A" in name) for p in parts)
+            assert 7 not in parts  # a factor that was not measured yet has the median of the others
     step()
     for name, weight in model.named_parameters():
         if name in before:
