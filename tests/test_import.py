@@ -34,11 +34,7 @@ def test_the_import_loads_nothing_but_the_package_and_what_a_trainer_loads():
     assert not [name for name in names if f"{name}.".startswith(tuple(f"{later}." for later in LATER))]
     packages = {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names)
     assert packages <= {"hf_schatten", "torch", "transformers", "accelerate", "safetensors", "numpy"}
-
-
-def test_no_module_that_it_loads_names_them_at_its_top():
-    """What transformers has loaded already would not show in a process."""
-    names = loaded("", "import hf_schatten")
+    # What transformers has loaded already does not show in a process: no module names it at its top.
     for name in names:
         if name.partition(".")[0] == "hf_schatten":
             tree = ast.parse(Path(importlib.import_module(name).__file__).read_text(encoding="utf-8"))

@@ -267,12 +267,12 @@ def step_on_one(first: int) -> None:
     for step in range(first + 1 if process_rank() == 0 else first):
         backward(model, step)
         optimizer.step()
-    dist.monitored_barrier(timeout=timedelta(seconds=20))
+    dist.monitored_barrier(timeout=timedelta(seconds=10))
 
 
 @pytest.mark.parametrize("first", [0, 4])
 def test_a_process_that_steps_alone_ends_with_the_cause(first, tmp_path):
-    ends = outcomes(step_on_one, COUNT, tmp_path, first, timeout=timedelta(seconds=5))
+    ends = outcomes(step_on_one, COUNT, tmp_path, first, timeout=timedelta(seconds=2))
     assert "take the steps of SchattenP together, and not all came" in ends[0].error
     assert "share_work=false" in ends[0].error
     assert ends[1].exit_code != 0

@@ -38,7 +38,7 @@ def interpreted(kernels, monkeypatch):
         monkeypatch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: kernels)
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [pytest.param(80, marks=pytest.mark.slow), 90])
 def test_kernels_compile_for_a_gpu_that_is_not_here(capability):
     """An A100 and an H100; of shared memory an A100 has 163 KiB for a block."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -167,6 +167,6 @@ def test_setfit(trl_arguments, make_encoder, tmp_path):
     trainer.train()
     learned = optimizer_of(inner).learned_p()
     assert learned.keys() == {f"{BODY}{name}" for name in (*ENCODER, POOLER)}
-    assert [name for name, p in learned.items() if p == FIRST_P] == [f"{BODY}{POOLER}"]
+    assert FIRST_P not in learned.values()  # the pooler, which nothing uses, has the median of the others
     assert "schatten_p_median" in {key for entry in inner.state.log_history for key in entry}
     assert set(model.predict([in_steps(i, i % 2, LENGTH) for i in range(4)]).tolist()) <= {0, 1}
