@@ -41,11 +41,12 @@ SETTINGS = {
     # An expert has few tokens: its p amplifies what float32 rounds.
     "experts": ALIKE | {"width": 32, "experts": 5, "dtype": torch.float64},
     "many experts": {"p": 2.0, "buffer": MIB, "width": 64, "experts": 48},
+    "idle experts": {"p": 2.0, "width": 32, "experts": 31, "chosen": 1, "scale": "match_rms_adamw"},
 }
 MEASURED = [name for name, options in SETTINGS.items() if "p" not in options]
 
 
-def model_of(width=30, experts=0):
+def model_of(width=30, experts=0, chosen=8):
     """Return a GPT-2, or with experts a Mixtral, each of whose layers is a module of its own for FSDP."""
     torch.manual_seed(0)
     heads = 1 if experts or width % 2 else 2
@@ -58,7 +59,7 @@ def model_of(width=30, experts=0):
             num_attention_heads=heads,
             num_key_value_heads=heads,
             num_local_experts=experts,
-            num_experts_per_tok=min(experts, 8),
+            num_experts_per_tok=min(experts, chosen),
             max_position_embeddings=LENGTH,
             **tokens,
         )
@@ -71,9 +72,9 @@ def model_of(width=30, experts=0):
     return model, model.transformer.h
 
 
-def train(width=30, experts=0, bad_step=None, shares=1, dtype=torch.float32, mesh=None, **options):
+def train(width=30, experts=0, chosen=8, bad_step=None, shares=1, dtype=torch.float32, mesh=None, **options):
     """Train on one process' share of the global batch; return weights, p, sizes of updates, and what was moved."""
-    model, layers = model_of(width, experts)
+    model, layers = model_of(width, experts, chosen)
     model.to(dtype)
     if experts and dtype == torch.float64:
         model.set_experts_implementation("eager")  # torch's grouped product knows no float64
@@ -126,6 +127,7 @@ def train(width=30, experts=0, bad_step=None, shares=1, dtype=torch.float32, mes
         else {},
         "statistics": torch.stack([matrix.statistics for matrix in optimizer.matrices()]),
         "skipped": optimizer.skipped_steps(),
+        "absence": torch.cat([optimizer.state[W]["absence"] for W in dict.fromkeys(parameters)]),
         "moved": moved,
         "computed": sum(computed),
         "rows": [W.to_local().shape[0] if isinstance(W, DTensor) else W.shape[0] for W in parameters],
@@ -259,6 +261,15 @@ def test_experts_stay_where_they_are_and_buffers_of_stacks_are_bounded(alone, pa
         assert result["many experts"]["computed"] <= 0.6 * alone["many experts"]["computed"]
     experts = 48 * 3 * 64 * 68
     assert sum(sum(result["many experts"]["moved"]) for result in pair) <= STEPS * 2 * 4 * 1.2 * experts
+
+
+def test_gradients_of_zeros_are_known_on_all_processes(alone, pair):
+    absence = alone["idle experts"]["absence"]
+    assert (absence == 0).any()
+    assert (absence > 0).any()
+    for results in pair:
+        torch.testing.assert_close(results["idle experts"]["absence"], absence, rtol=1e-12, atol=0.0)
+        assert not results["fixed p"]["absence"].any()
 
 
 def test_shards_are_uneven(pair):
