@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.local_sgd import LocalSGD
 from processes import outcomes, together
 from torch import Tensor, nn
 
@@ -133,6 +135,18 @@ def local_sgd() -> Weights:
     return result(optimizer, model)
 
 
+def local_sgd_of_accelerate() -> Weights:
+    model = model_of()
+    accelerator = Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(model, optimizer_of(model, p=4.0))
+    with LocalSGD(accelerator=accelerator, model=prepared, local_sgd_steps=4) as averaging:
+        for step in range(1, STEPS):
+            backward(prepared, 100 * process_rank() + step)
+            optimizer.step()
+            averaging.step()
+    return result(optimizer.optimizer, model)
+
+
 def local_sgd_of_one_process() -> Weights:
     models = [model_of() for _ in range(COUNT)]
     optimizers = [optimizer_of(model, p=4.0) for model in models]
@@ -198,7 +212,8 @@ def all_cases() -> dict[str, Any]:
     warnings, found = Warnings(), {}
     for name, case in ALONE.items():
         found[name] = {"weights": case(process_rank()), "warnings": warnings.taken()}
-    found["local sgd"] = {"weights": local_sgd(), "warnings": warnings.taken()}
+    for case in (local_sgd, local_sgd_of_accelerate):
+        found[case.__name__] = {"weights": case(), "warnings": warnings.taken()}
     for name, settings in TOGETHER.items():
         found[name] = {"weights": averaged(**settings), "warnings": warnings.taken()}
     return found
@@ -229,7 +244,8 @@ def test_a_process_that_trains_for_itself_gets_what_it_would_get_without_the_oth
         ("other_models", "step other parameters, or by other rules"),
         ("other_options", "step other parameters, or by other rules"),
         ("a_rank_without_matrices", "step other parameters"),
-        ("local sgd", "gradients of the processes differ"),
+        ("local_sgd", "gradients of the processes differ"),
+        ("local_sgd_of_accelerate", "gradients of the processes differ"),
         ("zero", "step other parameters"),
     ],
 )
@@ -247,10 +263,11 @@ def test_each_optimizer_finds_out_for_itself(pair):
         assert not results["two in turn"]["warnings"]
 
 
-def test_averages_of_weights_are_those_of_copies_that_train_alone(pair):
+@pytest.mark.parametrize("name", ["local_sgd", "local_sgd_of_accelerate"])
+def test_averages_of_weights_are_those_of_copies_that_train_alone(name, pair):
     expected = local_sgd_of_one_process()
     for results in pair:
-        assert_same(results["local sgd"]["weights"], expected)
+        assert_same(results[name]["weights"], expected)
 
 
 @pytest.mark.parametrize("name", TOGETHER)
