@@ -48,7 +48,7 @@ _HIDDEN_SIZES = re.compile(r"hidden_size$|^d_model$|^(n_)?embd$|_dim$|^dim$")
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """A module, and what it lies in."""
 
     module: nn.Module
@@ -82,23 +82,23 @@ class Anatomy:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._places: dict[int, Place] = {}
+        self._sites: dict[int, Site] = {}
         self._backbone = backbone_modules(model)
         modules = dict(model.named_modules())
         for path, module in modules.items():
             names = path.split(".") if path else []
-            parent = self._places[id(modules[path.rpartition(".")[0]])] if names else None
+            parent = self._sites[id(modules[path.rpartition(".")[0]])] if names else None
             above = (*parent.ancestors, parent.module) if parent else ()
             ends = isinstance(module, PreTrainedModel) or _is_layer(module)
             own = ((names[-1], module), *parent.own) if parent and not ends else ()
             in_layer = _is_layer(module) or (parent is not None and parent.in_layer)
-            self._places[id(module)] = Place(module, tuple(names), above, in_layer, own)
-        layers = [place for place in self._places.values() if isinstance(place.module, LAYERS)]
-        self._having_layers = {id(above) for place in layers for above in place.ancestors}
+            self._sites[id(module)] = Site(module, tuple(names), above, in_layer, own)
+        layers = [site for site in self._sites.values() if isinstance(site.module, LAYERS)]
+        self._having_layers = {id(above) for site in layers for above in site.ancestors}
 
-    def place(self, module: nn.Module) -> Place:
+    def site(self, module: nn.Module) -> Site:
         """Return where a module lies."""
-        return self._places[id(module)]
+        return self._sites[id(module)]
 
     def role(self, attribute: str, parameter: nn.Parameter, module: nn.Module) -> str | None:
         """Return why a parameter of two dimensions or more is no matrix of the network's body, None where it is.
@@ -108,61 +108,61 @@ class Anatomy:
             parameter: the parameter.
             module: that has it.
         """
-        place = self.place(module)
+        site = self.site(module)
         rules: tuple[tuple[str, Callable[[], bool]], ...] = (
-            ("router of experts", lambda: id(module) in self._routers or _is_router(place)),
-            ("outside the backbone (task head)", lambda: not place.in_layer and self._outside_backbone(place)),
-            ("head: writes labels, scores or boxes", lambda: self._is_head(place, parameter)),
-            ("convolution before or between the layers (stem)", lambda: self._is_stem(place)),
-            ("part of an embedding", lambda: self._is_embedder(place)),
-            ("part of a norm", lambda: any(_is_norm(*each) for each in place.own)),
+            ("router of experts", lambda: id(module) in self._routers or _is_router(site)),
+            ("outside the backbone (task head)", lambda: not site.in_layer and self._outside_backbone(site)),
+            ("head: writes labels, scores or boxes", lambda: self._is_head(site, parameter)),
+            ("convolution before or between the layers (stem)", lambda: self._is_stem(site)),
+            ("part of an embedding", lambda: self._is_embedder(site)),
+            ("part of a norm", lambda: any(_is_norm(*each) for each in site.own)),
             (
                 "bias of positions or experts",
-                lambda: bool(place.attributes and _POSITION_NAME.search(self._own_name(place, attribute))),
+                lambda: bool(site.attributes and _POSITION_NAME.search(self._own_name(site, attribute))),
             ),
         )
         return next((role for role, holds in rules if holds()), None)
 
     @staticmethod
-    def _own_name(place: Place, attribute: str) -> str:
-        return place.attributes[-1] if attribute == "weight" else attribute
+    def _own_name(site: Site, attribute: str) -> str:
+        return site.attributes[-1] if attribute == "weight" else attribute
 
-    def _outside_backbone(self, place: Place) -> bool:
-        model = place.pretrained
+    def _outside_backbone(self, site: Site) -> bool:
+        model = site.pretrained
         if model is None:
-            return id(place.module) not in self._backbone
-        if model.base_model is model or self._holds(model.base_model, place):
+            return id(site.module) not in self._backbone
+        if model.base_model is model or self._holds(model.base_model, site):
             return False
-        return not any(_POOLING_CLASS.search(type(module).__name__) for _, module in place.own)
+        return not any(_POOLING_CLASS.search(type(module).__name__) for _, module in site.own)
 
     @staticmethod
-    def _holds(module: nn.Module, place: Place) -> bool:
-        return any(above is module for above in (place.module, *place.ancestors))
+    def _holds(module: nn.Module, site: Site) -> bool:
+        return any(above is module for above in (site.module, *site.ancestors))
 
-    def _is_head(self, place: Place, parameter: nn.Parameter) -> bool:
-        if place.in_layer:
+    def _is_head(self, site: Site, parameter: nn.Parameter) -> bool:
+        if site.in_layer:
             return False
-        for name, module in place.own:
+        for name, module in site.own:
             kind = type(module).__name__
             if id(module) in self._having_layers or _POOLING_CLASS.search(kind):
                 break
             if _HEAD_NAME.search(name) or _HEAD_CLASS.search(kind):
                 return True
-        model, outputs = place.pretrained, len(parameter)
+        model, outputs = site.pretrained, len(parameter)
         if model is None or outputs == parameter[0].numel() or outputs in _sizes(model.config, _HIDDEN_SIZES):
             return False
         return outputs in _sizes(model.config, _OUTPUT_SIZES)
 
-    def _is_stem(self, place: Place) -> bool:
-        if not isinstance(place.module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
+    def _is_stem(self, site: Site) -> bool:
+        if not isinstance(site.module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
             return False
-        if any(_STEM_CLASS.search(type(module).__name__) for module in place.within_pretrained):
+        if any(_STEM_CLASS.search(type(module).__name__) for module in site.within_pretrained):
             return True
-        model = place.pretrained
-        return not place.in_layer and model is not None and id(model) in self._having_layers
+        model = site.pretrained
+        return not site.in_layer and model is not None and id(model) in self._having_layers
 
-    def _is_embedder(self, place: Place) -> bool:
-        for name, module in place.own:
+    def _is_embedder(self, site: Site) -> bool:
+        for name, module in site.own:
             if id(module) in self._having_layers:
                 return False
             if _EMBEDDER_CLASS.search(type(module).__name__) or _EMBEDDER_NAME.search(name):
@@ -175,8 +175,8 @@ class Anatomy:
         Experts are counted by the module's or its parent's own number of experts, by the scores of a router beside
         them, or, where the class says that it has experts, by the first dimension.
         """
-        place = self.place(module)
-        owners = [owner for owner in (module, place.parent) if owner is not None]
+        site = self.site(module)
+        owners = [owner for owner in (module, site.parent) if owner is not None]
         counts = {
             value
             for owner in owners
@@ -196,8 +196,8 @@ class Anatomy:
 
     def expert_inputs(self, module: nn.Module) -> set[int]:
         """Return the sizes that may be those of a token: what the routers beside read, and the hidden size."""
-        place = self.place(module)
-        beside = [owner for owner in (module, place.parent) if owner is not None]
+        site = self.site(module)
+        beside = [owner for owner in (module, site.parent) if owner is not None]
         sizes = {inputs for owner in beside for inputs, _ in _linear_children(owner) if inputs}
         for name in ("input_size", "in_features", "hidden_size", "hidden_dim"):
             if type(getattr(module, name, None)) is int:
@@ -216,18 +216,18 @@ class Anatomy:
 
     def _mixtures(self) -> Iterator[tuple[nn.Module, int]]:
         """Yield each module that has experts, with their number."""
-        for place in list(self._places.values()):
-            module = place.module
-            if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1 and place.parent is not None:
-                names = (place.attributes[-1], type(module).__name__, type(next(iter(module.children()))).__name__)
+        for site in list(self._sites.values()):
+            module = site.module
+            if isinstance(module, nn.ModuleList | nn.ModuleDict) and len(module) > 1 and site.parent is not None:
+                names = (site.attributes[-1], type(module).__name__, type(next(iter(module.children()))).__name__)
                 if any(_MIXTURE.search(name) for name in names):
-                    yield place.parent, len(module)
+                    yield site.parent, len(module)
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3 and not isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS):
                     count = self.experts(name, parameter, module)
                     if count:
-                        inside = _EXPERT.search(type(module).__name__) and place.parent is not None
-                        yield (place.parent if inside else module), count  # type: ignore[misc]
+                        inside = _EXPERT.search(type(module).__name__) and site.parent is not None
+                        yield (site.parent if inside else module), count  # type: ignore[misc]
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -244,8 +244,8 @@ def _is_norm(name: str, module: nn.Module) -> bool:
     return _NORM_NAME.search(name) is not None and "Attention" not in type(module).__name__
 
 
-def _is_router(place: Place) -> bool:
-    return any(_ROUTER_CLASS.search(type(module).__name__) or _ROUTER_NAME.search(name) for name, module in place.own)
+def _is_router(site: Site) -> bool:
+    return any(_ROUTER_CLASS.search(type(module).__name__) or _ROUTER_NAME.search(name) for name, module in site.own)
 
 
 def _outputs(module: nn.Module) -> int:

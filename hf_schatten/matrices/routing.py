@@ -248,17 +248,17 @@ def _cut(
     shape = layout.matrix_shape(parameter.shape, 0)
     outputs, inputs = shape[layout.transposed], shape[not layout.transposed]
     of_layer = adapter is not None and adapter.has_outputs_of_layer
-    place = anatomy.place(adapter.layer if adapter and of_layer else module)
+    site = anatomy.site(adapter.layer if adapter and of_layer else module)
     owner = adapter.adapted if adapter and of_layer else module
-    config = getattr(place.pretrained, "config", None)
+    config = getattr(site.pretrained, "config", None)
     try:
         cut = cut_of(
-            name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, above=place.ancestors
+            name, outputs, owner, config, fused_parts=fused_parts, split_heads=split_heads, above=site.ancestors
         )
     except ValueError as error:
         raise RoutingError(str(error)) from error
     chosen = any(matches(parse_fused_parts(entry)[0], name) for entry in fused_parts)
-    if cut.parts or adapter or chosen or not place.in_layer or len(parameter.shape) > 2:
+    if cut.parts or adapter or chosen or not site.in_layer or len(parameter.shape) > 2:
         return cut, ""
     held, kind = fusion_suspected(name, outputs, inputs, config), layer_kind(name)
     advice = f"say fused_parts={kind}:{held}, or {kind}: to keep it"
