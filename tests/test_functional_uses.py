@@ -148,3 +148,33 @@ def test_sampling_leaves_random_numbers_alone():
 
     for plain, watched in zip(after(False), after(True), strict=True):
         assert torch.equal(plain, watched)
+
+
+USES = {
+    "linear by keyword": lambda W: torch.nn.functional.linear(W, weight=W),
+    "product by keyword": lambda W: torch.matmul(W, other=W.mT),
+    "product with itself": lambda W: W @ W.mT,
+    "sum of squares": lambda W: torch.einsum("ij,ij->", W, W),
+    "Gram matrix": lambda W: torch.einsum("ij,kj->ik", W, W),
+    "diagonal": lambda W: torch.einsum("ij,kk->ij", W, torch.eye(3)),
+    "list of operands": lambda W: torch.einsum("ij,kj->ik", [W, W]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_other_uses_of_a_weight_break_no_forward(use):
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            penalty = USES[use](self.layer.weight).sum()  # before the layer is known to be called
+            return self.layer(x).sum() + penalty
+
+    model, rows = Penalised(), torch.randn(3, 4)
+    probe = Probe(model, {"layer.weight": model.layer}, 8)
+    probe.arm(True)
+    model(rows).backward()
+    torch.testing.assert_close(probe.take().inputs["layer.weight"], rows, rtol=0, atol=0)
+    assert model.layer.weight.grad.isfinite().all()

@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import hf_schatten
 from hf_schatten import SchattenP
+from hf_schatten.integration.checkpoint import load_optimizer, save_optimizer
 
 BETA = 0.9
 
@@ -268,3 +270,17 @@ def test_a_state_of_before_gradients_of_zeros_were_counted_is_loaded():
     fresh.load_state_dict(state)
     step(fresh, torch.randn(6, 4))
     assert fresh.state[weight]["absence"].tolist() == [0.0]
+
+
+def test_a_file_of_before_gradients_of_zeros_were_counted_is_loaded(tmp_path):
+    weight = nn.Parameter(torch.ones(6, 4))
+    saved, fresh = optimizer_of(weight), optimizer_of(weight)
+    step(saved, torch.randn(6, 4))
+    save_optimizer(saved, tmp_path)
+    tensors = load_file(tmp_path / "optimizer.safetensors")
+    save_file(
+        {name: each for name, each in tensors.items() if "absence" not in name}, tmp_path / "optimizer.safetensors"
+    )
+    load_optimizer(fresh, tmp_path)
+    assert fresh.state[weight]["absence"].tolist() == [0.0]
+    assert fresh.steps_taken() == 1

@@ -118,11 +118,13 @@ def _by_expert(use: _Use, inputs: Tensor) -> Found:
 
 
 def _of_linear(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
-    if use.view is args[1]:
+    if len(args) > 1 and use.view is args[1]:
         yield from _by_expert(use, args[0])
 
 
 def _of_product(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+    if len(args) < 2:  # the other by keyword
+        return
     left, right = args[:2]
     if use.view is right:
         yield from _by_expert(use, left)
@@ -135,9 +137,11 @@ def _of_einsum(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Foun
     if len(args) != 3 or not isinstance(args[0], str) or "." in args[0]:
         return
     operands, _, result = args[0].replace(" ", "").partition("->")
-    labels = dict(zip(operands.split(","), args[1:], strict=True))
-    (own,) = (each for each, operand in labels.items() if operand is use.view)
-    other, inputs = next((each, operand) for each, operand in labels.items() if operand is not use.view)
+    pairs = list(zip(operands.split(","), args[1:], strict=True))
+    pairs.sort(key=lambda pair: pair[1] is not use.view)
+    (own, first), (other, inputs) = pairs
+    if first is inputs or len(set(other)) < len(other):  # a product of the weight with itself, or a diagonal
+        return
     summed = [label for label in own if label in other and label not in result]
     kept = [label for label in other if label not in summed]
     moved = inputs.detach().permute([other.index(label) for label in (*kept, *summed)])
@@ -146,6 +150,8 @@ def _of_einsum(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Foun
 
 def _of_attention(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
     """Yield what ``nn.MultiheadAttention`` projects, and what its output projection gets."""
+    if len(args) < 12:  # some by keyword, as torch's own layer does not give them
+        return
     query, key, value, packed, projection = *args[:3], args[5], args[11]
     weight = use.view
     if weight is packed and query is key is value:

@@ -182,8 +182,8 @@ class Probe:
         if name := self._sampled_twice():
             self._warned = True
             logger.warning(
-                "The inputs of %s, and perhaps of other layers, are sampled for two optimizers: call stop_following() "
-                "of the one that is no longer used, or delete it.",
+                "Two optimizers sample the inputs of %s, and perhaps of other layers: call stop_following() on the "
+                "one that you no longer use, or delete it.",
                 name,
             )
 

@@ -41,7 +41,7 @@ _ALONE = (
 _MISSING = (
     "The processes of a group take the steps of SchattenP together, and not all came to {step}. Let all of them "
     "step, or step before torch.distributed is initialised. Where each trains for itself, set share_work=false and p "
-    "to a number or p=schedule."
+    "to a number."
 )
 
 

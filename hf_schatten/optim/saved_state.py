@@ -191,10 +191,7 @@ class Loading:
             known = {name: states[number] for name, number in numbers.items() if number in states}
             require_same_state(_STATE_DICT, known, self._expected)
             saved = [self._to_load(*pair) for pair in zip(self._present, saved, strict=True)]
-        self._given = {
-            **state_dict,
-            "param_groups": saved,
-        }  # torch refuses other numbers of groups
+        self._given = {**state_dict, "param_groups": saved}  # torch refuses other numbers of groups
         return self._given
 
     def restore(self, states: Mapping[Tensor, dict[str, Tensor]]) -> None:

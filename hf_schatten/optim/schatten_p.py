@@ -181,13 +181,13 @@ class SchattenP(Optimizer):
         loss = None if closure is None else torch.enable_grad()(closure)()
         self._groups.check_edited(self.param_groups, self.state, self.matrices, self._managed)
         self.create_state()
+        momenta = Momenta(gradients := FiniteGradients(self.param_groups))
         if self.options.share_work or self.policy is not None:  # else, nothing is exchanged
             self._agreement.renew(self.param_groups, self.options)
         if self.policy is not None:
             self.policy.before_update(self)
         elif not self._calls:
             warn_of_missing(self.options)
-        momenta = Momenta(gradients := FiniteGradients(self.param_groups))
         for group in self.param_groups:
             parameters = gradients.of(group["params"])
             if group["spectral"]:
