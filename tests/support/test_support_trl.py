@@ -8,12 +8,14 @@ import pytest
 from datasets import Dataset
 from support_models import LLAMA, in_steps, llama_config, maker
 from support_runs import (
+    DUE,
     STEPS,
     check_equal,
     check_estimates,
     check_run,
     losses,
     optimizer_of,
+    record_samples,
     routed,
     trl_is_behind,
     weights,
@@ -114,5 +116,44 @@ def test_distillation_trainer(tokenizer, trl_arguments):
     assert routed(trainer) == LLAMA
     check_estimates(trainer)
     assert losses(trainer)[-1] < losses(trainer)[0]
+    assert not any(module._forward_hooks for module in trainer.teacher_model.modules())
+    assert set(optimizer_of(trainer).state) == set(trainer.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.supports(
+    THEME, "trl's `GKDTrainer` (experimental)", "exact resume; generation by student or teacher is not sampled"
+)
+@pytest.mark.parametrize("generated", ["by the student", "by the teacher", "nothing"])
+def test_gkd_trainer(generated, tokenizer, trl_arguments, monkeypatch):
+    from trl.experimental.gkd import GKDConfig, GKDTrainer
+
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    samples, teacher = record_samples(monkeypatch), make()
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": in_steps(i, 1, 3)},
+                {"role": "assistant", "content": in_steps(i + 3, 1, 4)},
+            ]
+        }
+        for i in range(32)
+    ]
+    options = {"lmbda": float(generated == "by the student"), "seq_kd": generated == "by the teacher"}
+    arguments = GKDConfig(**trl_arguments, **options, max_new_tokens=4, max_length=16)
+    trainer = check_run(
+        make,
+        Dataset.from_list(rows),
+        arguments,
+        LLAMA,
+        GKDTrainer,
+        teacher_model=teacher,
+        processing_class=tokenizer,
+    )
+    assert len(samples) == len(DUE) + 1  # the last one after the resume, too
+    for counts in samples:
+        (count,) = set(counts.values())  # of all layers
+        assert 8 * (3 + 1) <= count <= 8 * (3 + 4)
+        assert count == 8 * (3 + 4) or generated != "nothing"
     assert not any(module._forward_hooks for module in trainer.teacher_model.modules())
     assert set(optimizer_of(trainer).state) == set(trainer.model.parameters())
