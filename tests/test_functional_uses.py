@@ -6,10 +6,15 @@ of the matrix, and with fewer inputs than features no other rows span it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import peft
 import pytest
 import torch
 from torch import nn
 from transformers import (
+    DbrxConfig,
+    DbrxForCausalLM,
     JetMoeConfig,
     JetMoeForCausalLM,
     Llama4ForCausalLM,
@@ -20,7 +25,7 @@ from transformers import (
     XLNetLMHeadModel,
 )
 
-from hf_schatten import route_parameters
+from hf_schatten import create_schatten_optimizer, route_parameters
 from hf_schatten.adaptive.probe import Probe
 from hf_schatten.matrices.layout import matrix_name
 
@@ -56,6 +61,21 @@ def x(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+class LowRank(nn.Module):
+    """Multiplies with A and B as AdaLoRA does, with a number for each rank."""
+
+    def __init__(self):
+        super().__init__()
+        config = peft.AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=["0"])
+        self.module = peft.get_peft_model(nn.Sequential(nn.Linear(12, 9), nn.Linear(9, 2)), config)
+        for name, parameter in self.module.named_parameters():
+            if "lora_E" in name:
+                nn.init.normal_(parameter)
+
+    def forward(self):
+        return self.module(x(2, 12))
+
+
 SMALL = {"vocab_size": 13, "hidden_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
 HEADED = {**SMALL, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 40}
 MADE = {
@@ -63,8 +83,11 @@ MADE = {
     "conv1d": lambda: Reader(nn.Conv1d(6, 8, 3, stride=2, padding=1, dilation=2), x(2, 6, 9)),
     "conv2d": lambda: Reader(nn.Conv2d(5, 7, (2, 3), stride=(1, 2), padding=1), x(5, 4, 4)),
     "conv3d": lambda: Reader(nn.Conv3d(5, 7, (2, 3, 1), padding="same", padding_mode="circular"), x(1, 5, 2, 3, 2)),
+    "conv1d in groups": lambda: Reader(nn.Conv1d(6, 8, 5, groups=2, padding=2), x(1, 6, 9)),
+    "conv2d in groups": lambda: Reader(nn.Conv2d(6, 9, (2, 3), groups=3), x(6, 4, 4)),
     "conv_transpose1d": lambda: Reader(nn.ConvTranspose1d(9, 6, 3, stride=2), x(1, 9, 4)),
     "conv_transpose2d": lambda: Reader(nn.ConvTranspose2d(9, 6, 2, stride=2, padding=1), x(1, 9, 2, 2)),
+    "conv_transpose2d in groups": lambda: Reader(nn.ConvTranspose2d(10, 6, 2, stride=2, groups=2), x(1, 10, 2, 2)),
     "self-attention": lambda: Reader(attention(), *[x(1, 5, 12)] * 3),
     "cross-attention": lambda: Reader(attention(), x(1, 4, 12), x(1, 6, 12), x(1, 6, 12) + 1),
     "mamba": lambda: Tokens(MambaForCausalLM(MambaConfig(**SMALL, state_size=4, time_step_rank=8)), 5),
@@ -73,6 +96,20 @@ MADE = {
     ),
     "jetmoe": lambda: Tokens(
         JetMoeForCausalLM(JetMoeConfig(**HEADED, kv_channels=16, num_local_experts=3, num_experts_per_tok=2)), 6
+    ),
+    "adalora": LowRank,
+    "dbrx": lambda: Tokens(
+        DbrxForCausalLM(
+            DbrxConfig(
+                d_model=32,
+                n_heads=2,
+                n_layers=1,
+                vocab_size=13,
+                attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+                ffn_config={"ffn_hidden_size": 40, "hidden_size": 32, "moe_num_experts": 3, "moe_top_k": 2},
+            )
+        ),
+        6,
     ),
     "llama4": lambda: Tokens(
         Llama4ForCausalLM(
@@ -87,34 +124,39 @@ MADE = {
 
 def sampled(model):
     routes = route_parameters(model).to("schatten_p")
-    probe = Probe(model, {route.name: route.module for route in routes}, 1000)
+    probe = Probe(model, {route.name: route.module for route in routes}, 1000, outputs=True)
     probe.arm(True)
     model.train()().square().sum().backward()
-    inputs = probe.take().inputs
+    found = probe.take()
     probe.remove()
-    return routes, inputs
+    return routes, found
 
 
 MODULES = ("bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
 
 
 @pytest.mark.parametrize(
-    ("name", "read"),
+    ("name", "read", "written"),
     [
-        *((name, 1) for name in MODULES),
-        *(("self-attention", 4), ("cross-attention", 4), ("mamba", 7), ("xlnet", 7), ("jetmoe", 3), ("llama4", 9)),
+        *((name, 1, 1) for name in MODULES[:-2]),
+        *((name, 1, 0) for name in MODULES[-2:]),
+        *(("conv1d in groups", 2, 2), ("conv2d in groups", 3, 3), ("conv_transpose2d in groups", 2, 0)),
+        *(("self-attention", 4, 0), ("cross-attention", 4, 0), ("mamba", 7, 7), ("xlnet", 7, 2)),
+        *(("jetmoe", 3, 3), ("llama4", 9, 9), ("dbrx", 9, 9), ("adalora", 2, 2)),
     ],
 )
-def test_gradients_lie_in_the_span_of_the_sampled_inputs(name, read):
+def test_gradients_are_made_of_what_is_sampled(name, read, written):
+    """They lie in the span of the inputs, and are their product with the outputs' gradients, where these are seen."""
     torch.manual_seed(0)
     model = MADE[name]()
-    routes, inputs = sampled(model)
-    told = 0
+    routes, found = sampled(model)
+    told = both = 0
     for route in routes:
         shape = route.parameter.shape
         for index, part in enumerate(route.layout.part_names(shape)):
             own = matrix_name(route.name, part)
-            rows = inputs.get(own, inputs.get(matrix_name(route.name, route.layout.expert(shape, index))))
+            shared = matrix_name(route.name, route.layout.expert(shape, index))
+            rows = found.inputs.get(own, found.inputs.get(shared))
             gradient = route.layout.matrix(route.parameter.grad, index)
             gradient = (gradient.mT if route.layout.transposed else gradient).double()
             if rows is None:  # an expert without tokens
@@ -123,14 +165,57 @@ def test_gradients_lie_in_the_span_of_the_sampled_inputs(name, read):
                 continue
             assert rows.shape[1] == gradient.shape[1]
             inside = gradient @ torch.linalg.pinv(rows.double(), rtol=1e-6) @ rows.double()
-            torch.testing.assert_close(inside, gradient, atol=1e-5 * float(gradient.abs().max()), rtol=1e-4)
+            atol = 1e-5 * float(gradient.abs().max())
+            torch.testing.assert_close(inside, gradient, atol=atol, rtol=1e-4)
             told += gradient.any() and len(rows) < rows.shape[1]
+            columns = found.outputs.get(own)
+            if columns is None and shared in found.outputs:
+                columns = replace(route.layout, transposed=False).matrix(found.outputs[shared].mT, index).mT
+            if columns is not None:
+                torch.testing.assert_close(columns.double().mT @ rows.double(), gradient, atol=atol, rtol=1e-4)
+                both += bool(gradient.any())
     assert told >= read, "too few matrices have fewer rows than features, so that nothing was shown"
+    assert both >= written
+
+
+class InGroups(nn.Module):
+    """Convolutions of a part of the channels each."""
+
+    def __init__(self, convolution):
+        super().__init__()
+        kind, groups = type(convolution), convolution.groups
+        sizes = convolution.in_channels // groups, convolution.out_channels // groups
+        self.parts = nn.ModuleList([kind(*sizes, convolution.kernel_size, bias=False) for _ in range(groups)])
+        for part, weight in zip(self.parts, convolution.weight.detach().chunk(groups), strict=True):
+            part.weight.data.copy_(weight)
+
+    def forward(self, x):
+        each = zip(self.parts, x.chunk(len(self.parts), dim=1), strict=True)
+        return torch.cat([part(channels) for part, channels in each], dim=1)
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_a_convolution_in_groups_trains_as_a_convolution_of_each(kind):
+    torch.manual_seed(0)
+    together = kind(15, 9, 2, groups=3, bias=False)
+    options = {"p_first_step": 2, "p_interval": 2, "criterion": "holder", "p_max": 1000.0}
+    ends = []
+    for model in (InGroups(together), together):
+        optimizer = create_schatten_optimizer(model, 1e-2, **options, verbose=False)
+        for step in range(4):
+            inputs = x(4, 15, 5, 5 + step)
+            model.train()(inputs).sub(1).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        weights = torch.cat([parameter.detach() for parameter in model.parameters()])
+        ends.append((weights, torch.tensor([1 / p for p in optimizer.learned_p().values()])))
+    torch.testing.assert_close(*ends, atol=1e-5, rtol=1e-4)
+    assert len(set(ends[1][1].tolist())) == 3
 
 
 def test_a_weight_that_is_read_in_another_module_is_not_sampled_twice():
     torch.manual_seed(0)
-    routes, inputs = sampled(MADE["self-attention"]())
+    routes, (inputs, _) = sampled(MADE["self-attention"]())
     assert {route.name for route in routes} == {"module.in_proj_weight", "module.out_proj.weight"}
     assert {name: len(rows) for name, rows in inputs.items()} == {route.name: 5 for route in routes}
     torch.testing.assert_close(inputs["module.in_proj_weight"], x(1, 5, 12)[0], atol=0, rtol=0)

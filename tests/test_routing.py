@@ -131,11 +131,30 @@ def test_a_projection_whose_parts_do_not_add_up_stays_whole():
 
 
 def test_a_cnn_routes_its_filters_but_not_the_first_nor_depthwise_ones():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 16, 3, groups=16))
+    depthwise = nn.Conv2d(16, 16, 3, groups=16), nn.Conv2d(16, 32, 3, groups=16), nn.Conv2d(32, 16, 3, groups=16)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), *depthwise)
     routing = route_parameters(model)
     assert names(routing, "schatten_p") == {"1.weight"}
     assert reasons(routing)["0.weight"] == "convolution of an image's channels"
-    assert reasons(routing)["2.weight"] == "Conv2d in groups, each with channels of its own"
+    for name in ("2.weight", "3.weight", "4.weight"):
+        assert reasons(routing)[name] == "Conv2d of single channels (depthwise)"
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Conv1d(12, 8, 5, groups=4), (2, 15)),
+        (nn.Conv2d(12, 8, (3, 2), groups=2), (4, 36)),
+        (nn.ConvTranspose1d(12, 8, 3, groups=2), (6, 12)),
+    ],
+)
+def test_a_convolution_in_groups_has_a_matrix_for_each(module, shape):
+    (route,) = route_parameters(module).to("schatten_p")
+    weight, groups = route.parameter, module.groups
+    assert route.layout.part_names(weight.shape) == [str(group) for group in range(groups)]
+    for group, own in enumerate(weight.chunk(groups)):  # torch has groups one after the other in the first dimension
+        assert route.layout.matrix_shape(weight.shape, group) == shape
+        assert torch.equal(route.layout.matrix(weight, group), own.flatten(1))
 
 
 def test_clip_which_has_no_input_embeddings_keeps_every_embedding():

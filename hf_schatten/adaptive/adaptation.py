@@ -198,12 +198,7 @@ class Adaptation(Policy):
             matrix.name: inputs.get(matrix.name) or inputs.get(matrix.input_name) for matrix in matrices
         }
         return {
-            matrix.name: (
-                factor,
-                Factor(of_part(sampled.outputs[matrix.parameter_name], matrix))
-                if matrix.parameter_name in sampled.outputs
-                else None,
-            )
+            matrix.name: (factor, _outputs_of(matrix, sampled.outputs))
             for matrix in matrices
             if (factor := input_of[matrix.name]) is not None
         }
@@ -282,6 +277,14 @@ class Adaptation(Policy):
                 ", ".join(news[:5]) + (", …" if len(news) > 5 else ""),
                 self._probe.why_unsampled(),
             )
+
+
+def _outputs_of(matrix: Matrix, outputs: Mapping[str, Tensor]) -> Factor | None:
+    """Return the outputs of a matrix: those sampled of it alone, or its part of those of its projection."""
+    own, shared = outputs.get(matrix.name), outputs.get(matrix.input_name)
+    if own is None and shared is not None:
+        own = of_part(shared, matrix)
+    return None if own is None else Factor(own)
 
 
 def _median(p: Tensor) -> Tensor:

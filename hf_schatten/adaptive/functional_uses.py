@@ -6,6 +6,7 @@ Such are Mamba's ``dt_proj``, attention's ``in_proj_weight`` and experts that th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,10 +14,22 @@ from torch import Tensor, nn
 from torch.nn.functional import linear, multi_head_attention_forward
 from torch.overrides import TorchFunctionMode
 
-Found = Iterator[tuple[str, Tensor]]  # the part or expert of a weight, "" for all of it, and its inputs (..., n)
-Offer = Callable[[str, Tensor], None]  # takes the inputs of a weight, by its name and that of its part or expert
+from hf_schatten.matrices.layout import matrix_name
 
+# Takes the inputs (..., n) of a weight, and the gradients (..., out) of its outputs where they can be seen, by its
+# name and that of its part or expert.
+Offer = Callable[[str, Tensor, Tensor | None], None]
+
+_MULTIPLICATIONS = (torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
+
+
+class _Watched(NamedTuple):
+    """A weight that is looked for."""
+
+    name: str
+    weight: Tensor  # all of it, or what its rows were multiplied by a number to
+    scale: Any  # that number, or those of the rows, (out, 1)
 
 
 class _Use(NamedTuple):
@@ -24,6 +37,17 @@ class _Use(NamedTuple):
 
     view: Tensor  # what the function gets: the weight, or a view of it
     weight: Tensor  # all of it
+
+
+class _Found(NamedTuple):
+    """What a weight is multiplied with."""
+
+    part: str  # or expert of the weight, "" for all of it
+    inputs: Tensor  # (..., n)
+    outputs: Callable[[Tensor], Tensor] | None = None  # from the product's gradient to that of the outputs (..., out)
+
+
+_All = Iterator[_Found]
 
 
 class FunctionalUses(TorchFunctionMode):
@@ -41,15 +65,15 @@ class FunctionalUses(TorchFunctionMode):
         super().__init__()
         self._watched = dict(layers)
         self._offer = offer
-        self._weights: dict[int, tuple[str, Tensor]] = {}  # by the address of the storage
-        self._pending: dict[str, list[list[tuple[str, Tensor]]]] = {}
+        self._weights: dict[int, _Watched] = {}  # by the address of the storage
+        self._pending: dict[str, list[list[_Found]]] = {}
         self._watching = False
 
     def begin(self) -> None:
         """Watch the forward that begins, if any weight is left to look for."""
         if self._watched and not self._watching:
             weights = ((name, getattr(module, name.rpartition(".")[2])) for name, module in self._watched.items())
-            self._weights = {address: (name, each) for name, each in weights if (address := _address(each))}
+            self._weights = {address: _Watched(*pair, 1) for pair in weights if (address := _address(pair[1]))}
             self._watching = True
             self.__enter__()
 
@@ -59,6 +83,7 @@ class FunctionalUses(TorchFunctionMode):
             self.__exit__(None, None, None)
             self._watching = False
             self._pending.clear()
+            self._weights.clear()
 
     def called(self, name: str) -> None:
         """Forget a weight, since its module is called."""
@@ -72,28 +97,41 @@ class FunctionalUses(TorchFunctionMode):
         """Call the function, and note what the weights among its arguments are multiplied with."""
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if torch.is_grad_enabled() and (func in _READERS):
+        if not torch.is_grad_enabled():
+            return output
+        if func in _READERS:
             product = output[0] if isinstance(output, tuple) else output
             if isinstance(product, Tensor) and product.requires_grad:
-                for name, use in self._uses(args):
-                    self._note(name, list(_READERS[func](use, args, kwargs)), product)
+                for view, watched in self._watched_among(args):
+                    found = list(_READERS[func](_Use(view, watched.weight), args, kwargs))
+                    self._note(watched, found, product)
+        elif func in _MULTIPLICATIONS and len(args) == 2:
+            for view, watched in self._watched_among(args):
+                self._follow(watched, args[args[0] is view], output)
         return output
 
-    def _uses(self, args: tuple[Any, ...]) -> Iterator[tuple[str, _Use]]:
-        """Yield the names of the watched weights of which arguments are views, with both."""
+    def _watched_among(self, args: tuple[Any, ...]) -> Iterator[tuple[Tensor, _Watched]]:
+        """Yield the arguments that are views of watched weights, with these."""
         for view in args:
-            if isinstance(view, Tensor):
-                name, weight = self._weights.get(_address(view), ("", view))
-                if name in self._watched:
-                    yield name, _Use(view, weight)
+            watched = self._weights.get(_address(view)) if isinstance(view, Tensor) else None
+            if watched is not None and watched.name in self._watched:
+                yield view, watched
 
-    def _note(self, name: str, found: list[tuple[str, Tensor]], product: Tensor) -> None:
+    def _follow(self, watched: _Watched, factor: Any, scaled: Tensor) -> None:
+        """Watch what a weight's rows were multiplied by numbers to, whose inputs are the weight's."""
+        by_rows = not isinstance(factor, Tensor) or factor.ndim == 0 or factor.shape[-1] == 1
+        if by_rows and scaled.shape == watched.weight.shape and scaled.ndim == 2 and (address := _address(scaled)):
+            self._weights[address] = _Watched(watched.name, scaled, watched.scale * factor)
+
+    def _note(self, watched: _Watched, found: list[_Found], product: Tensor) -> None:
+        name, _, scale = watched
         self._pending.setdefault(name, []).append(found)
+        of_rows = scale.detach().mT if isinstance(scale, Tensor) and scale.ndim else scale
 
         def offer(gradient: Tensor) -> None:
             while found:
-                part, inputs = found.pop()
-                self._offer(f"{name}.{part}" if part else name, inputs)
+                part, inputs, outputs = found.pop()
+                self._offer(matrix_name(name, part), inputs, outputs and outputs(gradient.detach()) * of_rows)
 
         product.register_hook(offer)
 
@@ -103,36 +141,58 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
 
 
-def _by_expert(use: _Use, inputs: Tensor) -> Found:
-    """Yield the inputs (..., n) of each expert whose weight is used; rows of zeros are padding."""
+def _by_expert(use: _Use, inputs: Tensor, outputs: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> _All:
+    """Yield what each expert whose weight is used is multiplied with; rows of zeros are padding."""
     view, weight = use
-    if weight.ndim != 3:
-        if view.numel() == weight.numel():  # else it is a part, whose name only the layout knows
-            yield "", inputs.detach()
-    elif view.ndim == 2:
-        yield str((view.storage_offset() - weight.storage_offset()) // weight.stride(0)), inputs.detach()
+    if weight.ndim != 3 and view.numel() == weight.numel():
+        yield _Found("", inputs.detach(), outputs)
+    elif view.ndim == 2 and (size := _size_of_slices(view, weight)):
+        number = (view.storage_offset() - weight.storage_offset()) // size
+        yield _Found(str(number), inputs.detach(), outputs if view.numel() == size else None)
     elif len(view) == len(weight) == len(inputs):
         for expert, tokens in enumerate(inputs.detach()):
             rows = tokens.reshape(-1, tokens.shape[-1])
-            yield str(expert), rows[rows.any(dim=-1)]
+            real = rows.any(dim=-1)
+            yield _Found(str(expert), rows[real], partial(_rows_of_expert, outputs, expert, real))
 
 
-def _of_linear(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+def _size_of_slices(view: Tensor, weight: Tensor) -> int:
+    """Return the elements of each of the equal slices that a weight consists of, 0 where a view is not of one alone.
+
+    A weight of two dimensions may have experts one below the other: then the view must be one of them.
+    """
+    if weight.ndim == 3:
+        return weight.stride(0)
+    whole_rows = weight.shape[-1] in view.shape and (view.is_contiguous() or view.mT.is_contiguous())
+    size = view.numel() if whole_rows and weight.is_contiguous() else 0
+    equal = size and weight.numel() % size == 0 and (view.storage_offset() - weight.storage_offset()) % size == 0
+    return size if equal else 0
+
+
+def _rows_of_expert(outputs: Callable[[Tensor], Tensor], expert: int, real: Tensor, gradient: Tensor) -> Tensor:
+    return outputs(gradient)[expert].flatten(0, -2)[real]
+
+
+def _transposed(gradient: Tensor) -> Tensor:
+    return gradient.mT
+
+
+def _of_linear(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _All:
     if len(args) > 1 and use.view is args[1]:
         yield from _by_expert(use, args[0])
 
 
-def _of_product(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+def _of_product(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _All:
     if len(args) < 2:  # the other by keyword
         return
     left, right = args[:2]
     if use.view is right:
         yield from _by_expert(use, left)
     elif right.ndim > 1:
-        yield from _by_expert(use, right.mT)
+        yield from _by_expert(use, right.mT, _transposed)
 
 
-def _of_einsum(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+def _of_einsum(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _All:
     """Yield the other operand with what is summed last, in the order in which the weight stores it."""
     if len(args) != 3 or not isinstance(args[0], str) or "." in args[0]:
         return
@@ -145,27 +205,27 @@ def _of_einsum(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Foun
     summed = [label for label in own if label in other and label not in result]
     kept = [label for label in other if label not in summed]
     moved = inputs.detach().permute([other.index(label) for label in (*kept, *summed)])
-    yield "", moved.flatten(len(kept))
+    yield _Found("", moved.flatten(len(kept)))
 
 
-def _of_attention(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Found:
+def _of_attention(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _All:
     """Yield what ``nn.MultiheadAttention`` projects, and what its output projection gets."""
     if len(args) < 12:  # some by keyword, as torch's own layer does not give them
         return
     query, key, value, packed, projection = *args[:3], args[5], args[11]
     weight = use.view
     if weight is packed and query is key is value:
-        yield "", query.detach()
+        yield _Found("", query.detach())
     elif weight is packed:
-        yield from zip("qkv", (query.detach(), key.detach(), value.detach()), strict=True)
+        yield from (_Found(part, each.detach()) for part, each in zip("qkv", (query, key, value), strict=True))
     elif weight is projection:  # the same attention, with no projection behind it and without dropout
         identity = torch.eye(len(weight), dtype=weight.dtype, device=weight.device)
         alone = kwargs | {"training": False, "need_weights": False}
         with torch.no_grad():
-            yield "", multi_head_attention_forward(*(*args[:10], 0.0, identity, None), **alone)[0]
+            yield _Found("", multi_head_attention_forward(*(*args[:10], 0.0, identity, None), **alone)[0])
 
 
-_READERS: dict[Any, Callable[[_Use, tuple[Any, ...], dict[str, Any]], Found]] = {
+_READERS: dict[Any, Callable[[_Use, tuple[Any, ...], dict[str, Any]], _All]] = {
     linear: _of_linear,
     **dict.fromkeys(_PRODUCTS, _of_product),
     torch.einsum: _of_einsum,

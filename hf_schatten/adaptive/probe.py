@@ -53,7 +53,7 @@ class Sampled(NamedTuple):
 
     Attributes:
         inputs: by parameter name, followed by the expert's number where it has experts.
-        outputs: of the gradients of outputs, by parameter name.
+        outputs: of the gradients of outputs, by the same names where they can be seen.
     """
 
     inputs: dict[str, Tensor]
@@ -135,7 +135,7 @@ class Probe:
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
         _PROBES.add(self)
-        self._functional = FunctionalUses(self._layers, self._offer_inputs)
+        self._functional = FunctionalUses(self._layers, self._offer_use)
         self._handles: list[RemovableHandle] = []
         if all("training" in vars(module) for module in (self._model, *self._layers.values())):
             self._attach()
@@ -254,9 +254,11 @@ class Probe:
             output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(gradient.detach()))())
         output.register_hook(lambda gradient: _call_and_forget(keeps))
 
-    def _offer_inputs(self, key: str, inputs: Tensor) -> None:
-        """Offer what a weight was multiplied with, (..., n), as rows that count."""
+    def _offer_use(self, key: str, inputs: Tensor, outputs: Tensor | None) -> None:
+        """Offer what a weight was multiplied with, (..., n), and its outputs' gradients, (..., out), as rows."""
         self._offer(self._inputs, key, token_rows(key, inputs, self._masks))()
+        if self._with_outputs and outputs is not None:
+            self._offer(self._outputs, key, token_rows(key, outputs, self._masks))()
 
     def _offer(self, samples: _Samples, key: str, rows: Rows, *, at_once: bool = False) -> Callable[[], None]:
         """Offer rows to the sample of this key; return what makes them count."""

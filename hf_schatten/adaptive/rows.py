@@ -25,7 +25,7 @@ _EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
 class Rows:
     """Input rows of one matrix in one forward, read only where they are picked."""
 
-    expert: str  # whose rows they are; "" for a layer without experts
+    expert: str  # whose rows they are, or the group of a convolution; "" for a layer without
     count: int
     pick: Callable[[Tensor], Tensor]  # from indices (k,) on the host, below `count`, to a copy of those rows, (k, n)
 
@@ -50,15 +50,19 @@ def token_rows(name: str, inputs: Tensor, masks: Masks) -> Rows:
 def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks) -> Iterator[Rows]:
     """Yield the input rows of a routed parameter, by its name and what its module's forward was called with.
 
-    A linear layer has one row for each token, a convolution one for each position of its filters, and a layer of
-    experts, for each of them, those of the tokens that are routed to it. Padding has none: ``masks`` are the model's
+    A linear layer has one row for each token, a convolution, for each of its groups, one for each position of its
+    filters, and a layer of experts, for each of them, those of the tokens that are routed to it. Padding has none: ``masks`` are the model's
     two-dimensional attention masks (batch, length) by argument name, nonzero for real tokens.
     """
     attribute = name.rpartition(".")[2]
-    if isinstance(module, CONVOLUTIONS):
-        yield _patches(module, args[0])
-    elif isinstance(module, TRANSPOSED_CONVOLUTIONS):
-        yield _tokens(_channels_last(args[0].detach(), module).flatten(0, -2), None)
+    if isinstance(module, _CONVOLUTIONS):
+        groups = args[0].detach().chunk(module.groups, dim=-len(module.kernel_size) - 1)
+        for number, channels in enumerate(groups):
+            if isinstance(module, CONVOLUTIONS):
+                rows = _patches(module, channels)
+            else:
+                rows = _tokens(_channels_last(channels, module).flatten(0, -2), None)
+            yield replace(rows, expert=str(number) if len(groups) > 1 else "")
     elif isinstance(module, nn.Bilinear):
         first, second = (each.detach() for each in args[:2])
         yield token_rows(name, (first.unsqueeze(-1) * second.unsqueeze(-2)).flatten(-2), masks)
@@ -114,8 +118,8 @@ def _channels_last(features: Tensor, module: Any) -> Tensor:
 
 
 def _patches(module: Any, inputs: Tensor) -> Rows:
-    """What the filters see: rows (in · kernel), one for each example and position."""
-    inputs, dims = inputs.detach(), len(module.kernel_size)
+    """What the filters of a group see: rows (in · kernel), one for each example and position."""
+    dims = len(module.kernel_size)
     examples = inputs if inputs.ndim == dims + 2 else inputs.unsqueeze(0)  # (N, in, ...)
     padding = _padding(module)
     counts = [

@@ -16,7 +16,7 @@ from hf_schatten.matrices.backbones import embedding_parameters, likely_head
 from hf_schatten.matrices.engines import refuse_emptied
 from hf_schatten.matrices.fused_projections import Cut, cut_of, fusion_suspected
 from hf_schatten.matrices.layout import Layout, layer_kind, matches
-from hf_schatten.matrices.storage import Storage, storage_of
+from hf_schatten.matrices.storage import Storage, layout_of_filters, storage_of
 from hf_schatten.matrices.target_modules import TargetModules
 from hf_schatten.option_text import parse_fused_parts
 from hf_schatten.private_api import WRAPPER_COMPONENTS
@@ -317,7 +317,10 @@ def _of_adapter(anatomy: Anatomy, adapter: Adapter, parameter: nn.Parameter, mod
         return Storage(of_experts, f"matrix of {owner}")
     if not adapter.is_factor or (parameter.ndim > 2 and isinstance(module, nn.ParameterDict | nn.ParameterList)):
         return Storage(None, f"owned by {owner}")
-    return Storage(Layout(filters=parameter.ndim > 2), f"matrix of {owner}")
+    of_filters = isinstance(module, CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS)
+    return Storage(
+        layout_of_filters(module) if of_filters else Layout(filters=parameter.ndim > 2), f"matrix of {owner}"
+    )
 
 
 def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:

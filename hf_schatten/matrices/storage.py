@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -94,11 +95,18 @@ def _of_convolution(attribute: str, module: nn.Module) -> Storage:
         return Storage(None, "weight or spectral norm computes the weight of it")
     if module.in_channels <= _IMAGE_CHANNELS:
         return Storage(None, "convolution of an image's channels")
-    if module.groups > 1:
-        return Storage(None, f"{owner} in groups, each with channels of its own")
+    if 1 < module.groups in (module.in_channels, module.out_channels):
+        return Storage(None, f"{owner} of single channels (depthwise)")
+    return Storage(layout_of_filters(module), f"matrix of {owner}")
+
+
+def layout_of_filters(module: Any) -> Layout:
+    """Return the layout of a convolution's weight: a matrix for each group, named by its number, or one."""
     transposed = isinstance(module, TRANSPOSED_CONVOLUTIONS)  # whose weight is stored (in, out, ...)
     filters = isinstance(module, nn.Conv1d | nn.ConvTranspose1d)  # with more dimensions they are known by their number
-    return Storage(Layout(transposed, filters=filters), f"matrix of {owner}")
+    rows = len(module.weight) // module.groups
+    parts = tuple((str(group), rows) for group in range(module.groups)) if module.groups > 1 else ()
+    return Layout(transposed, parts, cuts_inputs=transposed and module.groups > 1, filters=filters)
 
 
 def _of_experts(anatomy: Anatomy, attribute: str, parameter: nn.Parameter, module: nn.Module) -> Storage:

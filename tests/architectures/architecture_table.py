@@ -38,7 +38,7 @@ configuration with few layers. `python tests/architectures/architecture_table.py
 
 - **matrices**: kinds of parameters that train with the Schatten-p update. A kind differs in layer numbers alone.
 - **AdamW**: kinds with two dimensions or more that train with AdamW, and why. Vectors and scalars always do.
-- **parts**: fused projections, and the parts that each is cut into.
+- **parts**: fused projections, and the parts that each is cut into; layers in groups, a matrix for each.
 - **experts**: stacks in which each expert is a matrix, with the number of experts of the default configuration.
 - **not understood**: parameters that no rule knows. They train with AdamW, and training warns of them.
 
@@ -70,7 +70,7 @@ def _why(route: Route) -> str:
 
 
 def _other(reason: str) -> str:
-    return "groups" if " in groups" in reason else "recurrent" if reason.startswith("recurrent") else "no matrix"
+    return "depthwise" if "depthwise" in reason else "recurrent" if reason.startswith("recurrent") else "no matrix"
 
 
 def _leaf(route: Route) -> str:
@@ -78,7 +78,8 @@ def _leaf(route: Route) -> str:
 
 
 def _parts(route: Route) -> str:
-    return f"`{_leaf(route)}` {'/'.join(name for name, _ in route.layout.parts)}"
+    parts = [name for name, _ in route.layout.parts]
+    return f"`{_leaf(route)}` {f'{len(parts)} groups' if parts[0] == '0' else '/'.join(parts)}"
 
 
 def _stacks(route: Route) -> bool:

@@ -36,7 +36,6 @@ STACKED = re.compile(r"\.\w*experts\.\w+(?<!bias)$|\.(input|output)_linear\.weig
 # Where names mislead, by class and name of a parameter, and why.
 EXCEPTIONS = {
     r"\w+:(.*\.)?query(\.weight)?$": "learned queries are embeddings",
-    r"SqueezeBert\w+:.*\.(query|key|value)\.weight$": "convolutions in groups, each a small matrix of its own",
     r"SqueezeBert\w+:.*\.post_attention\.": "a projection and its norm in one module",
     r"PPDocLayoutV4\w+:.*\.global_pointer\.": "the pointer head scores pairs of boxes",
     r"VibeVoice\w+:.*\.diffusion_head\.": "the diffusion head writes noise",

@@ -23,6 +23,8 @@ from support_runs import DUE, FIRST_P, RUN, AtStep, check_run, estimates, optimi
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    DbrxConfig,
+    DbrxForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaForCausalLM,
@@ -31,6 +33,8 @@ from transformers import (
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    RegNetConfig,
+    RegNetForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
     T5ForConditionalGeneration,
@@ -137,7 +141,39 @@ def test_mamba(token_dataset, arguments, caplog):
     assert not [text for text in caplog.messages if "No training input" in text]
 
 
+@pytest.mark.supports(THEME, "RegNet", "a matrix for each group of a convolution's channels")
+def test_regnet(image_dataset, arguments):
+    config = RegNetConfig(
+        embedding_size=8, hidden_sizes=[8, 24], depths=[1, 1], groups_width=8, layer_type="x", num_labels=LABELS
+    )
+    make = maker(RegNetForImageClassification, config)
+    names = {name for name, parameter in make().named_parameters() if parameter.ndim == 4 and "embedder" not in name}
+    trainer = check_run(make, image_dataset, arguments, names)
+    grouped = [matrix for matrix in optimizer_of(trainer).matrices() if matrix.name.endswith((".0", ".1", ".2"))]
+    assert [matrix.shape for matrix in grouped] == [(8, 8 * 3 * 3)] * 3
+    assert len({matrix.statistics.sum().item() for matrix in grouped}) == 3
+
+
 EXPERTS = 4
+
+
+@pytest.mark.supports(THEME, "DBRX", "its experts lie in one parameter, and each is sampled")
+def test_dbrx(token_dataset, arguments, caplog):
+    config = DbrxConfig(
+        d_model=16,
+        n_heads=2,
+        n_layers=1,
+        vocab_size=VOCABULARY,
+        max_seq_len=LENGTH,
+        attn_config={"kv_n_heads": 1, "clip_qkv": 8.0, "rope_theta": 1e4},
+        ffn_config={"ffn_hidden_size": 24, "hidden_size": 16, "moe_num_experts": EXPERTS, "moe_top_k": 2},
+    )
+    names = layers("transformer.blocks", 1, ["norm_attn_norm.attn.Wqkv", "norm_attn_norm.attn.out_proj"])
+    names |= {f"transformer.blocks.0.ffn.experts.mlp.{part}" for part in ("w1", "v1", "w2")}
+    trainer = check_run(maker(DbrxForCausalLM, config), token_dataset, arguments, names)
+    experts = [matrix for matrix in optimizer_of(trainer).matrices() if ".experts." in matrix.name]
+    assert len({matrix.statistics.sum().item() for matrix in experts}) == len(experts) == 3 * EXPERTS
+    assert not [text for text in caplog.messages if "No training input" in text]
 
 
 def mixtral(implementation):
