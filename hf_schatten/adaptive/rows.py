@@ -51,8 +51,8 @@ def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks
     """Yield the input rows of a routed parameter, by its name and what its module's forward was called with.
 
     A linear layer has one row for each token, a convolution, for each of its groups, one for each position of its
-    filters, and a layer of experts, for each of them, those of the tokens that are routed to it. Padding has none: ``masks`` are the model's
-    two-dimensional attention masks (batch, length) by argument name, nonzero for real tokens.
+    filters, and a layer of experts, for each of them, those of the tokens that are routed to it. Padding has none:
+    ``masks`` are the model's two-dimensional attention masks (batch, length) by argument name, nonzero for real ones.
     """
     attribute = name.rpartition(".")[2]
     if isinstance(module, _CONVOLUTIONS):

@@ -29,12 +29,41 @@ _DENSE = re.compile(r"first_k_dense|dense_layers|first_.*_dense|moe_layer_start"
 # What a configuration lacks, or has for models that are not to be had offline.
 _RESNET = {"model_type": "resnet", "depths": [1, 1, 1, 1], "out_features": ["stage2", "stage3", "stage4"]}
 _OWN_BACKBONE = {"backbone_config": _RESNET, "use_timm_backbone": False, "backbone": None}
+_ROTARY = {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+_INDEXED = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+    "ple_embed_dim": 64,
+    "ple_layer_ids": [1],
+    "ngram_vocab_size_base": 1000,
+    "eos_token_id": 1,
+}
+_DETECTION = {
+    "intraclass_block_config": {
+        **{
+            f"{kind}_{ratio}ratio": [3, 1, 1]
+            for kind in ("vertical_long_to_small_conv", "horizontal_small_to_long_conv", "symmetric_conv_long")
+            for ratio in ("long", "mid", "short")
+        },
+        "reduce_channel": [1, 1, 0],
+        "return_channel": [1, 1, 0],
+    },
+    "scale_factor_list": [1, 2, 4, 8],
+    "kernel_list": [3, 2, 2],
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     "aya_vision": {"vision_config": {"model_type": "siglip_vision_model"}},
+    "cohere_compass": {"text_config": _ROTARY},
+    "cohere_compass_text": _ROTARY,
     "dbrx": {"attn_config": {"rope_theta": 1e4, "kv_n_heads": 8, "clip_qkv": 8.0}},
     "deepseek_ocr2": {"text_config": {"mlp_layer_types": ["dense", *["sparse"] * 11]}},
+    "diffusion_gemma": {"text_config": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 64}},
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "esm": {"vocab_size": 33, "pad_token_id": 1},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "downsample_rate": "1/2"},
     "hunyuan_vl": {"text_config": {"head_dim": 32}},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2, "expert_layer_offset": 1, "expert_layer_period": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 16},
@@ -42,19 +71,24 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 32, "num_experts": 4},
     "nllb-moe": {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "num_experts": 4},
     "nemotron": {"num_key_value_heads": 8},
+    "qwen4_exp": {"text_config": _INDEXED},
+    "qwen4_exp_text": _INDEXED,
     "qwen3_omni_moe": {"enable_audio_output": False},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
     "switch_transformers": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
     "vitmatte": {
         "backbone_config": {"model_type": "vitdet", "out_features": ["stage2"]},
         "fusion_hidden_sizes": [32, 32, 32, 32],
     },
+    "zamba": {"layers_block_type": ["hybrid"] * LAYERS, "num_hidden_layers": LAYERS},
+    **{name: {"vocabulary_map": {"<image>": 65_000}} for name in ("chameleon", "emu3")},
+    **dict.fromkeys(("pp_ocrv5_server_det", "pp_ocrv6_medium_det"), _DETECTION),
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), _OWN_BACKBONE),
     **{name: {"head_dim": 32} for name in ("hunyuan_v1_dense", "hunyuan_vl_text", "ministral")},
     **{name: {"prediction_length": 4} for name in ("autoformer", "informer", "time_series_transformer")},
 }
 
 # Types of which no class can be made here, and why.
-_INCOMPLETE = "its default configuration is incomplete, or does not allow few layers"
 UNAVAILABLE = {
     **dict.fromkeys(
         """edgetam edgetam_vision_model fast_vlm gemma3n gemma3n_vision omdet-turbo pe_audio_video
@@ -65,12 +99,7 @@ UNAVAILABLE = {
     "higgs_audio_v2_tokenizer": "needs torchaudio",
     "layoutlmv2": "needs detectron2",
     "voxtral_realtime_text": "transformers does not export it",
-    **dict.fromkeys(
-        """chameleon cohere_compass cohere_compass_text diffusion_gemma emu3 gemma4_assistant gemma4_unified_assistant
-        granite4_vision pp_ocrv5_server_det pp_ocrv6_medium_det qwen4_exp qwen4_exp_text t5gemma2_encoder
-        zamba""".split(),  # noqa: SIM905
-        _INCOMPLETE,
-    ),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), "transformers refuses its own configuration"),
 }
 
 
