@@ -1,0 +1,124 @@
+"""Compare optimizers in six kinds of training, each small enough for some seconds of one core.
+
+Usage:
+    python benchmarks/regimes/compare_regimes.py                      # all six, two workers: about two hours
+    python benchmarks/regimes/compare_regimes.py text --seeds 5       # one regime
+    python benchmarks/regimes/compare_regimes.py --deadline 600       # what fits ten minutes; one more call goes on
+    python benchmarks/regimes/compare_regimes.py --report             # the table of what has run
+
+Every candidate gets a sweep over learning rates with the first seed, extended by factors of two until the best rate is
+not at its end, and the other seeds at the best rate. Outcomes are added to ``outcomes.jsonl`` as they come, and a run
+that is there is not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from benchmarks.regimes.regimes import REGIMES
+from benchmarks.regimes.runs import Outcome, Run, load, run_all
+from benchmarks.tables import print_table
+
+FOLDER = Path(__file__).parent / "results"
+_MOST_RATES = 7
+
+CANDIDATES = {
+    "AdamW": "adamw",
+    "Muon": "muon",
+    "p = 4": "p=4",
+    "p = ∞": "p=inf",
+    "p = -5": "p=-5",
+    "p = -4": "p=-4",
+    "holder": "p=adaptive,criterion=holder,p_max=-4",
+    "holder, shuffled": "shuffled:p=adaptive,criterion=holder,p_max=-4",
+    "random p": "random",
+    "schedule, 4 to -5": "p=schedule,p_schedule=4:-5",
+}
+
+
+def next_runs(regime: str, candidate: str, outcomes: Iterable[Outcome], seeds: int) -> list[Run]:
+    """Return what a candidate lacks and can run now: the sweep, its extension, or the other seeds at the best rate."""
+    mine = [each for each in outcomes if each.regime == regime and each.candidate == candidate]
+    losses = {each.rate: each.loss for each in mine if each.seed == 0}
+    first = REGIMES[regime].adamw_rates if candidate == "adamw" else REGIMES[regime].rates
+    if missing := [rate for rate in first if rate not in losses]:
+        return [Run(regime, candidate, rate, 0) for rate in missing]
+    best = min(losses, key=losses.__getitem__)
+    if len(losses) < _MOST_RATES and math.isfinite(losses[best]):
+        if best == max(losses):
+            return [Run(regime, candidate, best * 2, 0)]
+        if best == min(losses):
+            return [Run(regime, candidate, best / 2, 0)]
+    done = {each.seed for each in mine if each.rate == best}
+    return [Run(regime, candidate, best, seed) for seed in range(seeds) if seed not in done]
+
+
+def wanted(regimes: Sequence[str], candidates: Sequence[str], outcomes: Sequence[Outcome], seeds: int) -> list[Run]:
+    """Return all runs that can begin now, sweeps before further seeds."""
+    runs = [run for regime in regimes for each in candidates for run in next_runs(regime, each, outcomes, seeds)]
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def rows_of(regime: str, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
+    """Return a row for each candidate: best rate, mean and standard error of its losses, and its lead over p = -4."""
+    of = {name: best_losses(regime, candidate, outcomes) for name, candidate in CANDIDATES.items()}
+    reference = of["p = -4"][1]
+    rows = []
+    for name, (rate, losses) in of.items():
+        if not losses:
+            continue
+        differences = [losses[seed] - reference[seed] for seed in losses.keys() & reference.keys()]
+        paired = "" if name == "p = -4" or len(differences) < 2 else _with_error(differences, signed=True)
+        rows.append((name, f"{rate:g}", str(len(losses)), _with_error(list(losses.values())), paired))
+    return rows
+
+
+def best_losses(regime: str, candidate: str, outcomes: Iterable[Outcome]) -> tuple[float, dict[int, float]]:
+    """Return the best rate of the first seed's sweep, and the losses there by seed."""
+    mine = [each for each in outcomes if each.regime == regime and each.candidate == candidate]
+    sweep = {each.rate: each.loss for each in mine if each.seed == 0}
+    if not sweep:
+        return math.nan, {}
+    best = min(sweep, key=sweep.__getitem__)
+    return best, {each.seed: each.loss for each in sorted(mine, key=lambda each: each.seed) if each.rate == best}
+
+
+def _with_error(values: Sequence[float], *, signed: bool = False) -> str:
+    error = f" ± {stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{mean(values):{'+' if signed else ''}.4f}{error}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, and print the tables."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("regimes", nargs="*", default=[*REGIMES], help=f"some of: {', '.join(REGIMES)}")
+    parser.add_argument("--only", nargs="+", default=[*CANDIDATES], metavar="CANDIDATE", help="leave the others out")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds at the best rate (default %(default)s)")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default %(default)s)")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run begins")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder (default %(default)s)")
+    options = parser.parse_args(arguments)
+    path = options.output / "outcomes.jsonl"
+    if not options.report:
+        chosen = [CANDIDATES[name] for name in options.only]
+        for outcome in run_all(
+            path,
+            lambda outcomes: wanted(options.regimes, chosen, outcomes, options.seeds),
+            workers=options.workers,
+            deadline=options.deadline,
+        ):
+            print(f"{outcome.regime}, {outcome.candidate}, rate {outcome.rate:g}, seed {outcome.seed}: {outcome.loss:.4f}")
+    outcomes = load(path)
+    for regime in options.regimes:
+        print(f"\n{regime}\n")
+        header = ("", "rate", "seeds", "validation loss", "paired difference to p = -4")
+        print_table(header, rows_of(regime, outcomes))
+
+
+if __name__ == "__main__":
+    main()
