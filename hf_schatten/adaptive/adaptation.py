@@ -24,8 +24,9 @@ from hf_schatten.adaptive.measurement import (
 )
 from hf_schatten.adaptive.probe import Probe
 from hf_schatten.adaptive.update_sizes import UpdateSizes
+from hf_schatten.adaptive.whole_rows import whole_rows
+from hf_schatten.distributed.pieces import local
 from hf_schatten.distributed.processes import mean_over_processes
-from hf_schatten.distributed.sharded import local
 from hf_schatten.exponent import exponent_of, p_of
 from hf_schatten.matrices.layout import layer_kind
 from hf_schatten.optim.matrix import Matrix
@@ -192,7 +193,7 @@ class Adaptation(Policy):
 
     def _curvature(self, matrices: Sequence[Matrix]) -> dict[str, Curvature]:
         """Return the factors of each matrix whose input was sampled."""
-        sampled = self._probe.take()
+        sampled = whole_rows(self._probe.take(), matrices)
         inputs = {name: Factor(rows) for name, rows in sampled.inputs.items()}
         input_of = {  # of the matrix alone where its projection reads several inputs, as cross-attention does
             matrix.name: inputs.get(matrix.name) or inputs.get(matrix.input_name) for matrix in matrices

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, curvature_curves, gradient_curves
-from hf_schatten.distributed.sharded import is_sharded, on_owners
+from hf_schatten.distributed.pieces import is_sharded
+from hf_schatten.distributed.sharded import on_owners
 from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.optim.matrix import CURVES, NODES, Matrix
 from hf_schatten.optim.momentum import look_ahead

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from hf_schatten.distributed.pieces import local
 from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from hf_schatten.private_api import apply_gate, has_gate
 
@@ -175,9 +176,9 @@ def _activated(experts: Any, expert: int, pick: Callable[[Tensor], Tensor], inde
     """What an expert's ``down_proj`` gets, which exists inside its forward only."""
     gated = getattr(experts, "has_gate", True)
     first, bias = ("gate_up_proj", "gate_up_proj_bias") if gated else ("up_proj", "up_proj_bias")
-    weight = getattr(experts, first)[expert]
+    weight = local(getattr(experts, first))[expert]
     hidden = pick(index).to(weight.dtype)
     features = hidden @ (weight if getattr(experts, "is_transposed", False) else weight.mT)
     if getattr(experts, "has_bias", False):
-        features += getattr(experts, bias)[expert]
+        features += local(getattr(experts, bias))[expert]
     return apply_gate(experts, features) if gated else experts.act_fn(features)

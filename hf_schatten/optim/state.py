@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hf_schatten.distributed.sharded import is_sharded, shards_of
+from hf_schatten.distributed.pieces import is_sharded, pieces_of
 from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.optim import matrix as of_matrix
 from hf_schatten.optim.adamw import new_adamw_state
@@ -58,7 +58,7 @@ def require_matrix(name: str, parameter: Tensor, group: Group, coupling_order: f
         ValueError: when its elements lie in memory as those of no matrix.
     """
     if is_sharded(parameter):
-        shards_of(name, parameter)
+        pieces_of(name, parameter)
         for option, value in (("precondition", group["precondition"]), ("coupling_order", coupling_order)):
             if value not in ("none", None):
                 raise UnsupportedEngineError(
