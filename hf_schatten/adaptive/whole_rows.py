@@ -1,8 +1,8 @@
 """Sampled rows of layers that tensor parallelism cuts, made whole.
 
-A process sees some of the features of a layer that is cut along them: of the outputs of a column-parallel layer, of the
-inputs of a row-parallel one. All processes that share the layer see the same tokens, and the probe keeps the same rows
-on each of them, so that the rows of all, side by side, are those of one process.
+A process sees some of the features of a layer that is cut along them: of the outputs of a column-parallel layer, of
+the inputs of a row-parallel one. All processes that share the layer see the same tokens, and the probe keeps the same
+rows on each of them, so that the rows of all, side by side, are those of one process.
 """
 
 from __future__ import annotations
