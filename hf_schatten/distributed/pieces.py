@@ -182,6 +182,15 @@ def gathered_features(parameter: Tensor, rows: Tensor, dim: int) -> Tensor:
     return found
 
 
+def experts_here(stack: Tensor) -> range:
+    """Return the numbers of the experts that a process computes with, of a stack (E, …); expert parallelism cuts it."""
+    if isinstance(stack, DTensor) and "ep" in (stack.device_mesh.mesh_dim_names or ()):
+        mesh = stack.device_mesh["ep"]
+        ((start, stop),) = chunk(((0, stack.shape[0]),), 1, mesh.size(), mesh.get_local_rank())
+        return range(start, stop)
+    return range(stack.shape[0])
+
+
 def _placed(spans: Spans) -> Iterator[tuple[int, int, int]]:
     """Yield spans with where each starts in the piece."""
     starts = accumulate((end - begin for begin, end in spans), initial=0)
