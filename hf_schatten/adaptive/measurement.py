@@ -95,8 +95,8 @@ def measure_shards(
     """
     if CRITERIA[options.criterion].needs_momentum or options.p_async:
         raise UnsupportedEngineError(
-            f"criterion={options.criterion!r} with p_async={options.p_async} is not supported where FSDP shards the "
-            "parameters: set criterion=kronecker or holder and p_async=false, or use DDP."
+            f"criterion={options.criterion!r} with p_async={options.p_async} is not supported where the parameters "
+            "are sharded: set criterion=kronecker or holder and p_async=false, or use DDP."
         )
     estimator = Estimator.named(options.p_estimator)
     row_of = {matrix.name: row for row, matrix in enumerate(matrices)}

@@ -253,9 +253,7 @@ class Probe:
         ]
         rows_of = output_rows(name, module, self._masks) if self._with_outputs else None
         if rows_of is not None:
-            output.register_hook(
-                lambda gradient: self._offer(self._outputs, name, rows_of(local(gradient)))()
-            )
+            output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(local(gradient)))())
         output.register_hook(lambda gradient: _call_and_forget(keeps))
 
     def _offer_inputs(self, key: str, inputs: Tensor) -> None:

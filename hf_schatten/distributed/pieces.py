@@ -72,9 +72,15 @@ class Partitioned(Tensor):
         made.piece, made.pieces, made.grad = piece, pieces, None
         return made
 
+    def of(self, piece: Tensor) -> Partitioned:
+        """Return another tensor of the same shape, cut alike."""
+        return Partitioned(self.shape, piece, self.pieces)
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Refuse every operation: the elements are elsewhere."""
+        """Make zeros that are cut alike; refuse every other operation, for the elements are elsewhere."""
+        if func is torch.ops.aten.zeros_like.default:
+            return args[0].of(torch.zeros_like(args[0].piece, dtype=(kwargs or {}).get("dtype")))
         raise TypeError(f"{func} needs all elements of a parameter of which this process has a part.")
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -183,7 +189,7 @@ def gathered_features(parameter: Tensor, rows: Tensor, dim: int) -> Tensor:
 
 
 def experts_here(stack: Tensor) -> range:
-    """Return the numbers of the experts that a process computes with, of a stack (E, …); expert parallelism cuts it."""
+    """Return the numbers of the experts of a stack (E, …) that a process computes with: expert parallelism cuts it."""
     if isinstance(stack, DTensor) and "ep" in (stack.device_mesh.mesh_dim_names or ()):
         mesh = stack.device_mesh["ep"]
         ((start, stop),) = chunk(((0, stack.shape[0]),), 1, mesh.size(), mesh.get_local_rank())

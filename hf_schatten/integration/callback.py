@@ -189,5 +189,7 @@ def _updates(policy: Policy) -> tuple[dict[str, float], dict[str, float]]:
 
 def unwrap_optimizer(optimizer: Optimizer | None) -> SchattenP | None:
     """Return the SchattenP inside accelerate's wrapper, or None when it is another optimizer."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, SchattenP) else None
+    inner: Any = optimizer
+    while inner is not None and not isinstance(inner, SchattenP):  # DeepSpeed's optimizer is inside of accelerate's
+        inner = getattr(inner, "optimizer", None)
+    return inner

@@ -104,12 +104,9 @@ class _OfParameterGroups(SchattenP):
 
 
 def _refuse_unsupported_arguments(args: TrainingArguments) -> None:
-    """Raise an UnsupportedEngineError when the arguments ask for DeepSpeed or FSDP version 1."""
-    flattening = args.fsdp and int((args.fsdp_plugin_args or {}).get("fsdp_version", 1)) == 1
-    deepspeed = args.deepspeed or args.deepspeed_plugin  # the latter alone where accelerate launch asks for it
-    for engine, asked_for in (("DeepSpeed", deepspeed), ("FSDP version 1", flattening)):
-        if asked_for:
-            raise UnsupportedEngineError(
-                f"optim='schatten_p' does not support {engine}, which hands the optimizer pieces of the matrices. "
-                "Use DDP (accelerate launch --multi_gpu) or FSDP version 2, or optim='adamw_torch'."
-            )
+    """Raise an UnsupportedEngineError when the arguments ask for an engine that is not supported."""
+    if args.fsdp and int((args.fsdp_plugin_args or {}).get("fsdp_version", 1)) == 1:
+        raise UnsupportedEngineError(
+            "optim='schatten_p' does not support FSDP version 1, which hands the optimizer pieces of the matrices. "
+            "Use FSDP version 2, DeepSpeed ZeRO or DDP (accelerate launch --multi_gpu), or optim='adamw_torch'."
+        )
