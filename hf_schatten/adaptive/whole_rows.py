@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hf_schatten.adaptive.probe import Sampled
-from hf_schatten.distributed.pieces import gathered_features, is_sharded
+from hf_schatten.distributed.pieces import experts_here, gathered_features, is_sharded
 from hf_schatten.optim.matrix import Matrix
 
 
@@ -28,3 +28,8 @@ def whole_rows(sampled: Sampled, matrices: Iterable[Matrix]) -> Sampled:
                 done.add((side, name))
                 samples[name] = gathered_features(parameter, samples[name], parameter.ndim - 2 + side)
     return Sampled(inputs, outputs)
+
+
+def is_computed_here(matrix: Matrix) -> bool:
+    """Return whether this process computes with a matrix, and not with other experts of its stack alone."""
+    return not matrix.expert or int(matrix.expert) in experts_here(matrix.parameter)

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from hf_schatten.distributed.processes import ALONE, Peers, process_count
 from hf_schatten.matrices.engines import UnsupportedEngineError
+from hf_schatten.private_api import tensor_without_elements
 
 Spans = tuple[tuple[int, int], ...]  # [start, stop), in the order in which they lie in a piece
 Box = tuple[tuple[slice, ...], tuple[slice, ...]]  # where a part of a piece lies in the whole, and in the piece
@@ -68,7 +69,7 @@ class Partitioned(Tensor):
     @staticmethod
     def __new__(cls, shape: Sequence[int], piece: Tensor, pieces: Pieces) -> Partitioned:
         """Return a tensor of a shape, given this process' piece of it."""
-        made: Partitioned = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=piece.dtype, device=piece.device)
+        made: Partitioned = tensor_without_elements(cls, shape, piece)
         made.piece, made.pieces, made.grad = piece, pieces, None
         return made
 
@@ -147,7 +148,7 @@ def pieces_of(name: str, parameter: Tensor) -> Pieces:
     sizes = tuple(mesh.size(number) for number in cut)
     spans = _all_spans(tuple(parameter.shape), tuple(placements[number] for number in cut), sizes)
     pieces = Pieces(_peers(mesh, cut), tuple(parameter.shape), spans)
-    if pieces.numel(pieces.peers.rank, 0, parameter.shape[0]) != parameter._local_tensor.numel():
+    if pieces.numel(pieces.peers.rank, 0, parameter.shape[0]) != parameter.to_local().numel():
         raise UnsupportedEngineError(
             f"{name!r} of shape {tuple(parameter.shape)} has the placements {placements}, and not the elements here "
             "that these stand for. Use FSDP version 2 or DDP, or optim='adamw_torch'."

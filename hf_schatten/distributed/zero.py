@@ -2,10 +2,8 @@
 
 All three stages hand the optimizer vectors in the place of parameters: of each group, or of each *sub-group* at stage
 3, the elements that a process updates, in float32, one parameter after another. A training step is one call of the
-optimizer for each of these vectors. What is read here of DeepSpeed, without its promise to keep it, was checked with
-0.19: of parameters ``_hp_mapping``, ``_index_in_param_group`` and ``_dp_group`` (stages 1 and 2), ``_z3_optimizer``,
-``ds_shape``, ``ds_numel``, ``ds_process_group`` and ``partition_numel`` (3); of the optimizer of stage 3
-``fp16_groups``, ``sub_group_to_group_id``, ``fp32_partitioned_groups_flat`` and ``averaged_gradients``.
+optimizer for each of these vectors. What is read of parameters is in :mod:`hf_schatten.private_api`; stage 3's
+optimizer has ``fp16_groups``, ``sub_group_to_group_id``, ``fp32_partitioned_groups_flat`` and ``averaged_gradients``.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from torch import Tensor
 from hf_schatten.distributed.pieces import Pieces
 from hf_schatten.distributed.processes import ALONE, Peers, process_count, process_rank
 from hf_schatten.matrices.engines import UnsupportedEngineError, shape_of
+from hf_schatten.private_api import ZeroParameter
 
 
 class Fragment(NamedTuple):
@@ -44,10 +43,9 @@ class Partition(NamedTuple):
 def is_partitioned(groups: Sequence[dict[str, Any]]) -> bool:
     """Return whether groups hold other tensors than the parameters that they name."""
     return any(
-        len(group["params"]) != len(group["param_names"])
+        len(group["params"]) != len(group.get("param_names", group["params"]))
         or (group["spectral"] and any(parameter.ndim < 2 for parameter in group["params"]))
         for group in groups
-        if "param_names" in group
     )
 
 
@@ -61,20 +59,18 @@ def partitions_of(groups: Sequence[dict[str, Any]], parameters: Sequence[Sequenc
     Raises:
         UnsupportedEngineError: when another engine than ZeRO has replaced the parameters, or ZeRO otherwise.
     """
-    every = [parameter for of_group in parameters for parameter in of_group]
-    if all(hasattr(parameter, "_hp_mapping") for parameter in every):
-        _require_all_processes(every[0]._dp_group)
-        found = [
-            _of_group(number, group, its) for number, (group, its) in enumerate(zip(groups, parameters, strict=True))
-        ]
-    elif all(hasattr(parameter, "_z3_optimizer") for parameter in every):
-        _require_all_processes(every[0].ds_process_group)
-        found = _of_sub_groups(every[0]._z3_optimizer, parameters)
+    every = [ZeroParameter(parameter) for of_group in parameters for parameter in of_group]
+    if all(parameter.is_of_stage_1_or_2 for parameter in every):
+        pairs = zip(groups, parameters, strict=True)
+        found = [_of_group(number, group, its) for number, (group, its) in enumerate(pairs)]
+    elif all(parameter.stage_3 for parameter in every):
+        found = _of_sub_groups(every[0].stage_3, parameters)
     else:
         raise UnsupportedEngineError(
             "The training engine has replaced the parameters by flat tensors, and is not known: use stages 1 to 3 of "
             "DeepSpeed ZeRO, DDP, FSDP version 2 or tensor parallelism, or optim='adamw_torch' with this engine."
         )
+    _require_all_processes(every[0].processes)
     for partition in found:
         if partition.flat.device.type == "cpu" and _computes_elsewhere():
             raise UnsupportedEngineError(
@@ -104,27 +100,15 @@ def pieces_of_partitions(partitions: Sequence[Partition]) -> list[list[Pieces]]:
     return [[next(pieces) for _ in partition.fragments] for partition in partitions]
 
 
-def _of_group(number: int, group: dict[str, Any], parameters: Sequence[Any]) -> Partition:
+def _of_group(group_number: int, group: dict[str, Any], parameters: Sequence[Any]) -> Partition:
     """Return the partition of a group at stages 1 and 2."""
     (flat,) = group["params"]
-    fragments = []
-    for index, parameter in enumerate(parameters):
-        mapping = parameter._hp_mapping
-        at, start, numel = 0, 0, 0
-        if mapping is not None:
-            start, numel = mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel
-            at = mapping.hp_fragment_address.start
-        fragments.append(Fragment(index, parameter.shape, start, numel, at))
-
-    def reduced() -> list[Tensor | None]:
-        return [
-            None
-            if parameter._hp_mapping is None
-            else parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
-            for parameter in parameters
-        ]
-
-    return Partition(number, flat, fragments, reduced)
+    own = [ZeroParameter(parameter) for parameter in parameters]
+    fragments = [
+        Fragment(number, parameter.shape, *of_zero.fragment)
+        for number, (parameter, of_zero) in enumerate(zip(parameters, own, strict=True))
+    ]
+    return Partition(group_number, flat, fragments, lambda: [parameter.reduced_gradient() for parameter in own])
 
 
 def _of_sub_groups(optimizer: Any, parameters: Sequence[Sequence[Any]]) -> list[Partition]:

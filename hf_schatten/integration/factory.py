@@ -15,6 +15,7 @@ from hf_schatten.adaptive.schedule import ScheduledP
 from hf_schatten.adaptive.transfer import Transfer
 from hf_schatten.distributed.processes import is_main_process
 from hf_schatten.integration.checkpoint import load_learned_p
+from hf_schatten.integration.engine_arguments import refuse_unsupported_accelerator
 from hf_schatten.integration.rules import Rules
 from hf_schatten.integration.unfreezing import watch_frozen
 from hf_schatten.matrices.engines import in_their_shapes, refuse_unsupported_engines
@@ -71,11 +72,13 @@ def create_schatten_optimizer(
         ValueError: when a function given as target has values that are not finite, or all zero.
         RoutingError: when no matrix is routed, a pattern matches nothing, or groups have parameters of another model.
         CheckpointError: when the checkpoint of ``p_init`` cannot be read, or has no matrix of this model.
-        UnsupportedEngineError: when DeepSpeed or FSDP version 1 has wrapped the model.
+        UnsupportedEngineError: when DeepSpeed or FSDP version 1 has wrapped the model, or the Accelerator
+            uses an engine, or settings of one, that are not supported.
     """
     require_module(model)
     options = SchattenOptions.given(options, fields)
     refuse_unsupported_engines(model)
+    refuse_unsupported_accelerator()
     with in_their_shapes(model):
         return _created(
             model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -41,6 +42,7 @@ class Parameters:
 
     def __init__(self, optimizer: Holding, new_planner: Callable[[], Planner]) -> None:
         self._optimizer = optimizer
+        self._every = optimizer.param_groups
         self.planner = new_planner()
 
     @property
@@ -49,8 +51,15 @@ class Parameters:
         return self._optimizer.state
 
     @property
+    def every(self) -> list[Group]:
+        """All groups of the optimizer: stages 1 and 2 of DeepSpeed ZeRO show one at a time while they step it."""
+        if len(self._optimizer.param_groups) >= len(self._every):
+            self._every = self._optimizer.param_groups
+        return self._every
+
+    @property
     def groups(self) -> list[Group]:
-        """All groups."""
+        """All groups, of parameters."""
         return self._optimizer.param_groups
 
     def begin(self) -> list[Group]:
@@ -70,9 +79,10 @@ class Parameters:
         """Let the policy change p, once in a training step."""
         policy.before_update(optimizer)
 
-    def after_update(self, policy: Policy, optimizer: Optimized) -> None:
-        """Let the policy prepare the next training step, once in a training step."""
-        policy.after_update(optimizer)
+    def end(self, policy: Policy | None, optimizer: Optimized) -> None:
+        """End a call of ``step``: a policy, if any, prepares the next training step, once in a training step."""
+        if policy is not None:
+            policy.after_update(optimizer)
 
 
 class Partitions(Parameters):
@@ -83,6 +93,7 @@ class Partitions(Parameters):
 
     Args:
         optimizer: whose groups these are.
+        every: all of them.
         new_planner: makes the planner of a partition.
         parameter_of: finds a parameter of the model by its name.
 
@@ -91,19 +102,21 @@ class Partitions(Parameters):
     """
 
     def __init__(
-        self, optimizer: Holding, new_planner: Callable[[], Planner], parameter_of: Callable[[str], Any] | None
+        self,
+        optimizer: Holding,
+        every: list[Group],
+        new_planner: Callable[[], Planner],
+        parameter_of: Callable[[str], Any] | None,
     ) -> None:
         self._optimizer = optimizer
-        self._groups_of_optimizer = optimizer.param_groups
-        if parameter_of is None or not all("param_names" in group for group in optimizer.param_groups):
+        self._every = every
+        if parameter_of is None or not all("param_names" in group for group in every):
             raise UnsupportedEngineError(
                 "The training engine has replaced the matrices by flat tensors, and SchattenP does not know whose "
                 "elements they hold: make it by hf_schatten.create_schatten_optimizer(model), which knows the model."
             )
-        names = [group["param_names"] for group in optimizer.param_groups]
-        self._partitions = partitions_of(
-            optimizer.param_groups, [[parameter_of(name) for name in each] for each in names]
-        )
+        names = [group["param_names"] for group in every]
+        self._partitions = partitions_of(every, [[parameter_of(name) for name in of_group] for of_group in names])
         self._views: list[Group] = []
         self._states: dict[Tensor, State] = {}
         self._planners = [new_planner() for _ in self._partitions]
@@ -117,8 +130,9 @@ class Partitions(Parameters):
                     ],
                 }
             )
-        self._bound: dict[int, list[int]] = {}
+        self._bound: dict[int, list[Tensor]] = {}
         self._present = [0]
+        self._coupling_order: float | None = None
 
     @property
     def planner(self) -> Planner:  # type: ignore[override]
@@ -134,11 +148,9 @@ class Partitions(Parameters):
     @property
     def groups(self) -> list[Group]:
         """All partitions as groups of their parameters, with what their groups say now."""
-        present = self._optimizer.param_groups
-        if len(present) == len(self._groups_of_optimizer):  # at stages 1 and 2, a step shows one group at a time
-            self._groups_of_optimizer = present
+        every = self.every
         for partition, view in zip(self._partitions, self._views, strict=True):
-            group = self._groups_of_optimizer[partition.group]
+            group = every[partition.group]
             view.update({key: value for key, value in group.items() if key not in ("params", "param_names")})
         return self._views
 
@@ -160,24 +172,23 @@ class Partitions(Parameters):
         return [groups[number] for number in self._present]
 
     def create_state(self, groups: Iterable[Group], coupling_order: float | None) -> None:
-        """Create the state of the partitions of this call that have none."""
-        for number in self._present:
-            flat, view = self._partitions[number].flat, self._views[number]
-            if flat in self._optimizer.state:
+        """Create the state of those of the groups that have none."""
+        self._coupling_order = coupling_order
+        for number, view in enumerate(self._views):
+            flat = self._partitions[number].flat
+            if flat in self._optimizer.state or not any(view is group for group in groups):
                 continue
-            for name, parameter in named_parameters(view):
-                if view["spectral"]:
-                    require_matrix(name, parameter, view, coupling_order)
+            for name, parameter in named_parameters(view) if view["spectral"] else ():
+                require_matrix(name, parameter, view, coupling_order)
             self._optimizer.state[flat] = self._joined_state(number)
-        self._bind()
 
     def before_update(self, policy: Policy, optimizer: Optimized) -> None:
         """Let the policy see all gradients before the first call of a training step: those to come, unclipped."""
         if self._present[0]:
             return
         others = [number for number in range(len(self._partitions)) if number not in self._present]
+        self.create_state(self._views, self._coupling_order)
         for number in others:
-            self.create_state_of(number)
             gradients = self._partitions[number].reduced()
             for fragment, parameter, gradient in zip(
                 self._partitions[number].fragments, self._views[number]["params"], gradients, strict=True
@@ -185,24 +196,18 @@ class Partitions(Parameters):
                 found = parameter.piece.new_empty(0) if gradient is None else gradient[: fragment.numel]
                 assert found.numel() == fragment.numel, "DeepSpeed keeps gradients elsewhere"
                 parameter.grad = parameter.of(found)
-        policy.before_update(optimizer)
+        super().before_update(policy, optimizer)
         for number in others:
             for parameter in self._views[number]["params"]:
                 parameter.grad = None
 
-    def create_state_of(self, number: int) -> None:
-        """Create the state of a partition, where it has none."""
-        before, self._present = self._present, [number]
-        self.create_state([], None)
-        self._present = before
-
-    def after_update(self, policy: Policy, optimizer: Optimized) -> None:
-        """Let the policy prepare the next training step after the last call of this one."""
+    def end(self, policy: Policy | None, optimizer: Optimized) -> None:
+        """End a call of ``step``: after the last of a training step, a policy prepares the next one."""
         for number in self._present:
             for parameter in self._views[number]["params"]:
                 parameter.grad = None
         if self._present[-1] == len(self._partitions) - 1:
-            policy.after_update(optimizer)
+            super().end(policy, optimizer)
 
     def _joined_state(self, number: int) -> State:
         """Return the new state of a partition."""
@@ -230,10 +235,11 @@ class Partitions(Parameters):
             joined = self._optimizer.state.get(partition.flat)
             if not joined:
                 continue
-            identity = [id(joined), *map(id, joined.values())]
-            if self._bound.get(number) == identity:
+            values = list(joined.values())
+            before = self._bound.get(number, [])
+            if len(before) == len(values) and all(map(operator.is_, before, values)):
                 continue
-            self._bound[number] = identity
+            self._bound[number] = values
             counts = self._counts(number)
             for key, value in joined.items():
                 if key in PER_MATRIX:
@@ -322,9 +328,10 @@ def held_by(
     """Return what the groups of an optimizer hold, given what they held before."""
     if isinstance(known, Partitions):
         return known
-    if is_partitioned(optimizer.param_groups):
-        return Partitions(optimizer, new_planner, parameter_of)
-    return known or Parameters(optimizer, new_planner)
+    known = known or Parameters(optimizer, new_planner)
+    if is_partitioned(known.every):
+        return Partitions(optimizer, known.every, new_planner, parameter_of)
+    return known
 
 
 def _piece(flat: Tensor, fragment: Fragment) -> Tensor:

@@ -122,6 +122,7 @@ class SchattenP(Optimizer):
             "eps": eps,
         }
         super().__init__(params, defaults)
+        self._known = Parameters(self, self._new_planner)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as ``torch.optim.Optimizer`` does; a spectral group takes matrices only.
@@ -182,8 +183,7 @@ class SchattenP(Optimizer):
             ValueError: when a function of coupling weights returns one that is not above 0.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        held = self._held
-        groups = held.begin()
+        groups = (held := self._held).begin()
         self._groups.check_edited(held.groups, held.states, self.matrices, self._managed)
         held.create_state(groups, self.options.coupling_order)
         momenta = Momenta(gradients := FiniteGradients(groups))
@@ -206,8 +206,7 @@ class SchattenP(Optimizer):
             )
             for delivered in delivery.deliver(compute, momenta):
                 apply_updates(delivered, gradients)
-        if self.policy is not None:
-            held.after_update(self.policy, self)
+        held.end(self.policy, self)
         self._calls += 1
         if self._calls % _REPORT_INTERVAL == 0:
             self.report_skipped()
@@ -235,9 +234,8 @@ class SchattenP(Optimizer):
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
-        held = self._held
-        states = held.states
-        for group in held.groups:
+        states = self._held.states
+        for group in self._held.groups:
             if group["spectral"]:
                 for name, parameter in named_parameters(group):
                     state = states.get(parameter, {})  # indexing would create an entry
@@ -313,11 +311,7 @@ class SchattenP(Optimizer):
             self.policy = None
 
     def create_state(self) -> None:
-        """Create the state of every parameter that has none: sharded checkpoints are loaded into what exists.
-
-        Raises:
-            UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
-        """
+        """Create the state of every parameter that has none: sharded checkpoints are loaded into what exists."""
         self._held.create_state(self._held.groups, self.options.coupling_order)
 
     @property
@@ -342,7 +336,5 @@ class SchattenP(Optimizer):
         self._groups = Groups(self.options)
         self._agreement = Agreement()
         self._coupling = coupling_of(self.options)
+        self._new_planner = partial(Planner, self.options.share_work, self._groups.options_of, self._momenta_dtype)
         self._known = None
-
-    def _new_planner(self) -> Planner:
-        return Planner(self.options.share_work, self._groups.options_of, self._momenta_dtype)
