@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
-from operator import attrgetter
 from typing import Any
 
+import torch
 from accelerate.optimizer import AcceleratedOptimizer
 
 # By package: the lowest version in pyproject.toml, and the one that the tests run with. Both have every name.
@@ -95,7 +96,15 @@ def show_through_accelerate(*methods: str) -> None:
     """Let what Accelerate wraps an optimizer in show these methods of it, as it shows those of torch's optimizers."""
     for method in methods:
         if not hasattr(AcceleratedOptimizer, method):
-            setattr(AcceleratedOptimizer, method, property(attrgetter(f"optimizer.{method}")))
+            setattr(AcceleratedOptimizer, method, property(partial(_of_wrapped, method)))
+
+
+def _of_wrapped(method: str, wrapper: Any) -> Any:
+    """Return a method of the optimizer in a wrapper; DeepSpeed's own wrapper is inside of Accelerate's."""
+    inner = wrapper.optimizer
+    while not hasattr(inner, method) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    return getattr(inner, method)
 
 
 def add_optimizer_name(name: str) -> str:
@@ -132,3 +141,46 @@ def has_gate(experts: Any) -> bool:
 def apply_gate(experts: Any, gate_up: Any) -> Any:
     """Return what the experts' ``down_proj`` gets, (tokens, features), of the outputs (tokens, 2 features) before."""
     return experts._apply_gate(gate_up)
+
+
+class ZeroParameter:
+    """A parameter of a model that DeepSpeed has wrapped, with what it notes in it (checked with 0.19)."""
+
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+
+    @property
+    def is_of_stage_1_or_2(self) -> bool:
+        """Whether stage 1 or 2 has made partitions of the parameters."""
+        return hasattr(self._parameter, "_hp_mapping")
+
+    @property
+    def stage_3(self) -> Any:
+        """The optimizer of stage 3, None where another stage has wrapped the model."""
+        return getattr(self._parameter, "_z3_optimizer", None)
+
+    @property
+    def processes(self) -> Any:
+        """The process group that its elements are shared out to."""
+        return self._parameter.ds_process_group if self.stage_3 else self._parameter._dp_group
+
+    @property
+    def fragment(self) -> tuple[int, int, int]:
+        """The first of its elements in this process' partition, how many there are, and where; stages 1 and 2."""
+        mapping = self._parameter._hp_mapping
+        if mapping is None:
+            return 0, 0, 0
+        of_parameter = mapping.lp_fragment_address
+        return of_parameter.start, of_parameter.numel, mapping.hp_fragment_address.start
+
+    def reduced_gradient(self) -> Any:
+        """Return the gradient of these elements before a step, a vector, None where there are none."""
+        mapping = self._parameter._hp_mapping
+        if mapping is None:
+            return None
+        return mapping.get_lp_grad_fragment(self._parameter._index_in_param_group).flatten()
+
+
+def tensor_without_elements(cls: Any, shape: Any, like: Any) -> Any:
+    """Return a tensor of a subclass that has a shape, and dtype and device of another, and no elements."""
+    return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=like.dtype, device=like.device)

@@ -6,6 +6,7 @@ import json
 import pickle
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,20 +128,55 @@ def test_the_factory_gets_the_arguments_of_the_command_line(gpt2, training_argum
     assert rest["eps"] == 1e-4
 
 
-@pytest.mark.parametrize(
-    ("argument", "engine"),
-    [
-        ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "FSDP version 1"),
-        ({"deepspeed": "x"}, "DeepSpeed"),
-        ({"deepspeed_plugin": "x"}, "DeepSpeed"),  # of accelerate launch
-    ],
-)
-def test_sharding_engines_are_refused_by_name(gpt2, training_arguments, argument, engine):
+def plugin(**config):
+    """Return what a Trainer's arguments have of a configuration of DeepSpeed, which need not be installed."""
+    return SimpleNamespace(hf_ds_config=SimpleNamespace(config=config))
+
+
+STAGE_2 = {"zero_optimization": {"stage": 2}}
+REFUSED = [
+    ({"fsdp": True, "fsdp_plugin_args": {"fsdp_version": 1}}, "does not support FSDP version 1"),
+    ({"parallelism_config": SimpleNamespace(cp_size=2, sp_size=1)}, "does not support cp_size=2"),
+    ({"parallelism_config": SimpleNamespace(cp_size=1, sp_size=4)}, "does not support sp_size=4"),
+    ({"deepspeed_plugin": plugin()}, "the configuration has stage 0"),
+    (
+        {"deepspeed_plugin": plugin(optimizer={"type": "Muon"}, **STAGE_2)},
+        "names the optimizer 'Muon', which would train in the place of schatten_p",
+    ),
+    (
+        {"deepspeed_plugin": plugin(zero_optimization={"stage": 2, "offload_optimizer": {"device": "cpu"}})},
+        r"zero_optimization\.offload_optimizer\.device='cpu' of DeepSpeed",
+    ),
+    (
+        {"deepspeed_plugin": plugin(zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}})},
+        r"zero_optimization\.offload_param\.device='cpu'",
+    ),
+    ({"deepspeed_plugin": plugin(checkpoint={"load_universal": True}, **STAGE_2)}, r"checkpoint\.load_universal=True"),
+    (
+        {"deepspeed_plugin": plugin(tensor_parallel={"autotp_size": 2}, **STAGE_2)},
+        r"tensor_parallel\.autotp_size=2 of DeepSpeed: leave it out; use the tensor parallelism of transformers",
+    ),
+]
+
+
+@pytest.mark.parametrize(("argument", "message"), REFUSED)
+def test_engines_and_their_settings_are_refused_by_name(gpt2, training_arguments, argument, message):
     arguments = training_arguments()
     for name, value in argument.items():
         setattr(arguments, name, value)  # their constructors need the engine itself
-    with pytest.raises(UnsupportedEngineError, match=f"does not support {engine}"):
+    with pytest.raises(UnsupportedEngineError, match=message):
         transformers_trainer.Trainer.get_optimizer_cls_and_kwargs(arguments, gpt2)
+    with pytest.raises(UnsupportedEngineError, match=message):
+        SchattenCallback().on_init_end(arguments, None, None, model=gpt2)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_stages_of_deepspeed_are_taken(gpt2, training_arguments, stage):
+    arguments = training_arguments()
+    offload = {"offload_optimizer": {"device": "none"}}
+    arguments.deepspeed_plugin = plugin(zero_optimization={"stage": stage, **offload}, bf16={"enabled": True})
+    found, _ = transformers_trainer.Trainer.get_optimizer_cls_and_kwargs(arguments, gpt2)
+    assert issubclass(found, SchattenP)
 
 
 def test_fsdp_version_2_is_taken(gpt2, training_arguments):

@@ -24,8 +24,9 @@ from hf_schatten.adaptive.measurement import (
 )
 from hf_schatten.adaptive.probe import Probe
 from hf_schatten.adaptive.update_sizes import UpdateSizes
+from hf_schatten.adaptive.whole_rows import is_computed_here, whole_rows
+from hf_schatten.distributed.pieces import local
 from hf_schatten.distributed.processes import mean_over_processes
-from hf_schatten.distributed.sharded import local
 from hf_schatten.exponent import exponent_of, p_of
 from hf_schatten.matrices.layout import layer_kind
 from hf_schatten.optim.matrix import Matrix
@@ -169,7 +170,7 @@ class Adaptation(Policy):
     def _estimate(self, optimizer: Optimized) -> None:
         matrices = self._adapted(optimizer)
         curvature = self._curvature(matrices)
-        self._report_unsampled({matrix.name for matrix in matrices if matrix.name not in curvature})
+        self._report_unsampled({m.name for m in matrices if m.name not in curvature and is_computed_here(m)})
         nothing = self._of_nothing(optimizer, matrices)
         if has_shards(matrices):
             self._learn(optimizer, measure_shards(self._options, nothing, matrices, curvature))
@@ -192,7 +193,7 @@ class Adaptation(Policy):
 
     def _curvature(self, matrices: Sequence[Matrix]) -> dict[str, Curvature]:
         """Return the factors of each matrix whose input was sampled."""
-        sampled = self._probe.take()
+        sampled = whole_rows(self._probe.take(), matrices)
         inputs = {name: Factor(rows) for name, rows in sampled.inputs.items()}
         input_of = {  # of the matrix alone where its projection reads several inputs, as cross-attention does
             matrix.name: inputs.get(matrix.name) or inputs.get(matrix.input_name) for matrix in matrices

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, curvature_curves, gradient_curves
-from hf_schatten.distributed.sharded import is_sharded, on_owners
+from hf_schatten.distributed.pieces import is_sharded
+from hf_schatten.distributed.sharded import on_owners
 from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.optim.matrix import CURVES, NODES, Matrix
 from hf_schatten.optim.momentum import look_ahead
@@ -94,8 +95,8 @@ def measure_shards(
     """
     if CRITERIA[options.criterion].needs_momentum or options.p_async:
         raise UnsupportedEngineError(
-            f"criterion={options.criterion!r} with p_async={options.p_async} is not supported where FSDP shards the "
-            "parameters: set criterion=kronecker or holder and p_async=false, or use DDP."
+            f"criterion={options.criterion!r} with p_async={options.p_async} is not supported where the parameters "
+            "are sharded: set criterion=kronecker or holder and p_async=false, or use DDP."
         )
     estimator = Estimator.named(options.p_estimator)
     row_of = {matrix.name: row for row, matrix in enumerate(matrices)}

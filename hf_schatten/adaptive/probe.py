@@ -18,6 +18,7 @@ from torch.utils.module_tracker import ModuleTracker
 from hf_schatten.adaptive.functional_uses import FunctionalUses
 from hf_schatten.adaptive.row_sample import RowSample
 from hf_schatten.adaptive.rows import Rows, input_rows, output_rows, shows_inputs, token_rows
+from hf_schatten.distributed.pieces import local
 from hf_schatten.matrices.backbones import outermost_models
 from hf_schatten.matrices.layout import matrix_name
 
@@ -243,6 +244,7 @@ class Probe:
     def _sample(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not (isinstance(output, Tensor) and output.requires_grad):  # no training, or a reentrant checkpoint's first
             return
+        args = tuple(local(each) if isinstance(each, Tensor) else each for each in args)
         # A recomputed input lives until its backward pass, which comes next.
         at_once = not (_inside_backward() or _autograd_keeps(args[0]))
         keeps = [
@@ -251,7 +253,7 @@ class Probe:
         ]
         rows_of = output_rows(name, module, self._masks) if self._with_outputs else None
         if rows_of is not None:
-            output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(gradient.detach()))())
+            output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(local(gradient)))())
         output.register_hook(lambda gradient: _call_and_forget(keeps))
 
     def _offer_use(self, key: str, inputs: Tensor, outputs: Tensor | None) -> None:

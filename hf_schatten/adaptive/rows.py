@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from hf_schatten.distributed.pieces import experts_here, local
 from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from hf_schatten.private_api import apply_gate, has_gate
 
@@ -163,7 +164,8 @@ def _expert_rows(attribute: str, experts: nn.Module, hidden: Tensor, chosen: Ten
     """Yield the rows of each expert that has any, from tokens (N, features) and the experts of each token (N, k)."""
     hidden = hidden.detach().reshape(-1, hidden.shape[-1])
     real = _real_tokens("", hidden.shape[:1], masks)
-    for expert in range(getattr(experts, attribute).shape[0]):
+    stack = getattr(experts, attribute)
+    for expert in experts_here(stack) if attribute == "down_proj" else range(stack.shape[0]):
         tokens = (chosen == expert).any(dim=-1).nonzero().flatten()
         if real is not None:
             tokens = tokens[torch.isin(tokens, real)]
@@ -179,9 +181,10 @@ def _activated(experts: Any, expert: int, pick: Callable[[Tensor], Tensor], inde
     """What an expert's ``down_proj`` gets, which exists inside its forward only."""
     gated = getattr(experts, "has_gate", True)
     first, bias = ("gate_up_proj", "gate_up_proj_bias") if gated else ("up_proj", "up_proj_bias")
-    weight = getattr(experts, first)[expert]
+    expert -= experts_here(getattr(experts, first)).start
+    weight = local(getattr(experts, first))[expert]
     hidden = pick(index).to(weight.dtype)
     features = hidden @ (weight if getattr(experts, "is_transposed", False) else weight.mT)
     if getattr(experts, "has_bias", False):
-        features += getattr(experts, bias)[expert]
+        features += local(getattr(experts, bias))[expert]
     return apply_gate(experts, features) if gated else experts.act_fn(features)

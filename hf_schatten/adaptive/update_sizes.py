@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from hf_schatten.distributed.pieces import local
 from hf_schatten.distributed.processes import mean_over_processes
-from hf_schatten.distributed.sharded import local, on_owners
+from hf_schatten.distributed.sharded import on_owners
 from hf_schatten.optim.matrix import Matrix, state_dtype
 
 _POWER_ITERATIONS = 20

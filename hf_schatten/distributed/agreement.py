@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_schatten.distributed.pieces import is_sharded
 from hf_schatten.distributed.processes import process_count
-from hf_schatten.distributed.sharded import is_sharded
 from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)

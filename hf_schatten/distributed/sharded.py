@@ -1,7 +1,7 @@
-"""Weights that are sharded over processes (FSDP version 2): whole on one process, in shards on all.
+"""Weights that are sharded over processes: whole on one process, in pieces on all.
 
 What cannot be divided further, a parameter or one expert of a stack of them, has an owner, chosen by the cost of its
-update. Every process sends its rows of the momentum to the owner and gets its rows of the update back, in rounds of
+update. Every process sends its piece of the momentum to the owner and gets its piece of the update back, in rounds of
 bounded size: an element crosses the network twice a step, where gathering parameters on every process would move it
 once for each process. Momentum and everything else that has the parameter's shape stays sharded as the parameter is.
 """
@@ -14,70 +14,47 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from hf_schatten.distributed.owners import BUFFER, Compute, Delivered, Delivery, Item, assign, take
+from hf_schatten.distributed.pieces import Box, Pieces, is_sharded, local, pieces_of
 from hf_schatten.distributed.processes import Peers
 from hf_schatten.linalg.place import Place
-from hf_schatten.matrices.engines import UnsupportedEngineError
 
 
-def local(tensor: Tensor) -> Tensor:
-    """Return this process' part of a tensor, which shares its storage; the tensor itself where it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+def of_experts(parameter: Tensor, tensor: Tensor) -> tuple[list[int], list[Tensor]]:
+    """Return the numbers of the experts of which this process has anything, and what it has of them.
 
-
-def whole(tensor: Tensor) -> Tensor:
-    """Return the whole tensor; every process must call it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(tensor: Tensor, reference: Tensor) -> Tensor:
-    """Return a whole tensor, the same on every process, sharded as a reference of its shape."""
-    if not isinstance(reference, DTensor):
-        return tensor
-    return distribute_tensor(tensor, reference.device_mesh, reference.placements, src_data_rank=None)
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Return whether a process has rows of the parameter only."""
-    return isinstance(parameter, DTensor)
-
-
-def shards_of(name: str, parameter: Tensor) -> Peers:
-    """Return the processes that share a parameter, also where copies of them exist (HSDP).
-
-    Raises:
-        UnsupportedEngineError: when the parameter is sharded in another way than FSDP's, as by tensor parallelism.
+    Args:
+        parameter: a stack of experts (E, r, c), sharded or whole.
+        tensor: what this process has of a tensor of its shape.
     """
-    assert isinstance(parameter, DTensor)
-    by_rows = [number for number, placement in enumerate(parameter.placements) if type(placement) is Shard]
-    known = all(type(placement) in (Shard, Replicate) for placement in parameter.placements)
-    if not known or len(by_rows) != 1 or parameter.placements[by_rows[0]] != Shard(0):
-        raise UnsupportedEngineError(
-            f"schatten_p supports parameters that FSDP version 2 shards by rows, and {name!r} has the placements "
-            f"{parameter.placements}, as under tensor parallelism. Use FSDP version 2 or DDP without it, or "
-            "optim='adamw_torch' with this engine."
-        )
-    mesh = parameter.device_mesh
-    return Peers(mesh.get_group(by_rows[0]), mesh.size(by_rows[0]), mesh.get_local_rank(by_rows[0]))
+    if not is_sharded(parameter):
+        return list(range(len(tensor))), list(tensor.unbind())
+    pieces = pieces_of("", parameter)
+    spans = pieces.spans[pieces.peers.rank][0]
+    if not tensor.numel():
+        return [], []
+    if len(pieces.shape) > 1:
+        return [expert for span in spans for expert in range(*span)], list(tensor.unbind())
+    each, ((begin, end),) = parameter.shape[1:].numel(), spans
+    numbers = list(range(begin // each, -(-end // each)))
+    sizes = [min(end, (expert + 1) * each) - max(begin, expert * each) for expert in numbers]
+    return numbers, list(tensor.split(sizes))
 
 
-def expanded(parameter: Tensor, of_rows: Sequence[Tensor]) -> list[Tensor]:
-    """Return flags of all experts of a sharded stack, given those of this process' experts; one flag stays one."""
-    if parameter.ndim != 3:
-        return list(of_rows)
-    peers, flag = shards_of("", parameter), of_rows[0]
-    here, first = local(parameter).shape[0], peers.rank * _rows_each(parameter, peers.size)
-    flags = [torch.ones_like(flag)] * parameter.shape[0]
-    flags[first : first + here] = of_rows[:here]
-    return flags
+def expanded(parameter: Tensor, numbers: Iterable[int], flags: Iterable[Tensor], otherwise: Tensor) -> list[Tensor]:
+    """Return flags of all experts of a stack, given those of the experts with these numbers."""
+    of_all = [otherwise] * parameter.shape[0]
+    for number, flag in zip(numbers, flags, strict=True):
+        of_all[number] = flag
+    return of_all
 
 
 class Slab(NamedTuple):
     """Rows of a sharded parameter that are whole on one process, its owner."""
 
     parameter: Tensor
+    pieces: Pieces  # of the parameter
     start: int  # the first row: of a stack of experts, the expert
     rows: int  # all of the parameter's, or one expert
     items: list[Item]  # those in question that lie there
@@ -87,25 +64,29 @@ class Slab(NamedTuple):
         """The shape of the slab, which is the parameter's but for the number of rows."""
         return torch.Size((self.rows, *self.parameter.shape[1:]))
 
-    def here(self, tensor: Tensor, peers: Peers) -> Tensor:
-        """Return those of its rows that this process has, a view of its part of a tensor; there may be none."""
-        first = peers.rank * _rows_each(self.parameter, peers.size)
-        start = min(max(self.start - first, 0), tensor.shape[0])
-        return tensor.narrow(0, start, self.rows_of(peers.rank, peers.size))
+    @property
+    def _range(self) -> tuple[int, int]:
+        """Where its rows lie in the first dimension of what is cut."""
+        each = 1 if len(self.pieces.shape) > 1 else self.parameter.shape[1:].numel()
+        return self.start * each, (self.start + self.rows) * each
 
-    def rows_of(self, rank: int, count: int) -> int:
-        """Return how many of its rows a process has, of ``count`` that share the parameter."""
-        share = _rows_each(self.parameter, count)
-        return max(0, min((rank + 1) * share, self.start + self.rows) - max(rank * share, self.start))
+    def boxes(self, rank: int) -> Iterator[Box]:
+        """Yield where the parts of it that a process has lie in it, as it is cut, and in the process' piece."""
+        return self.pieces.boxes(rank, *self._range)
 
-    def numel_of(self, rank: int, count: int) -> int:
+    def here(self, piece: Tensor) -> list[Tensor]:
+        """Return the parts of it that this process has, views of its piece of a tensor; there may be none."""
+        return [piece[of_piece] for _, of_piece in self.boxes(self.pieces.peers.rank)]
+
+    def of(self, rank: int, whole: Tensor) -> list[Tensor]:
+        """Return the parts of it that a process has, views of the whole of it."""
+        start, stop = self._range
+        cut = whole.view(stop - start, *self.pieces.shape[1:])
+        return [cut[of_whole] for of_whole, _ in self.boxes(rank)]
+
+    def numel_of(self, rank: int) -> int:
         """Return how many elements of it a process has."""
-        return self.rows_of(rank, count) * self.shape[1:].numel()
-
-
-def _rows_each(parameter: Tensor, count: int) -> int:
-    """Return how many rows each of ``count`` processes has, the last ones fewer or none."""
-    return -(-parameter.shape[0] // count)
+        return self.pieces.numel(rank, *self._range)
 
 
 _Owned = Sequence[tuple[Slab, int]]  # slabs and their owners, in the same order on every process
@@ -127,8 +108,9 @@ class Sharded(Delivery):
         """Yield the updates of this process' rows."""
         for (peers, owned), work in zip(self.rounds, self.work, strict=True):
             rows = {slab.parameter: momenta.of_shard(slab.items[0]) for slab, _ in owned}
-            wholes = gather_to_owners(peers, owned, [slab.here(rows[slab.parameter], peers) for slab, _ in owned])
-            del rows
+            parts = [slab.here(rows[slab.parameter]) for slab, _ in owned]
+            wholes = gather_to_owners(peers, owned, parts, rows[owned[0][0].parameter].dtype)
+            del rows, parts
             mine = _owned_by(peers.rank, owned)
             whole_of = {id(item): whole for slab, whole in zip(mine, wholes, strict=True) for item in slab.items}
 
@@ -142,14 +124,30 @@ class Sharded(Delivery):
                 _joined(slab.items, updates, torch.empty_like(whole)) for slab, whole in zip(mine, wholes, strict=True)
             ]
             arrived = scatter_from_owners(peers, owned, joined, owned[0][0].parameter.dtype)
-            weights = [slab.here(local(slab.parameter), peers) for slab, _ in owned]
-            yield Delivered(
-                [slab.items[0] for slab, _ in owned],
-                weights,
-                [Place.of(part.view(1, -1), 1, part) for part in weights],
-                [update.view(1, -1) for update in arrived],
-                torch.ones(len(owned), device=arrived[0].device),
-            )
+            pairs = [
+                (slab.items[0], *_as_matrices(weights, update))
+                for (slab, _), updates_here in zip(owned, arrived, strict=True)
+                for weights, update in zip(slab.here(local(slab.parameter)), updates_here, strict=True)
+            ]
+            if pairs:
+                items, weights, their_updates = map(list, zip(*pairs, strict=True))
+                yield Delivered(
+                    items,
+                    weights,
+                    [Place.of(part, 1, part) for part in weights],
+                    their_updates,
+                    torch.ones(len(items), device=weights[0].device),
+                )
+
+
+def _as_matrices(weights: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a part of a piece and its update, as updates are delivered: as rows where it is contiguous."""
+    if weights.is_contiguous():
+        return weights.view(1, -1), update.view(1, -1)
+    if len(weights) == 1:  # an expert
+        weights, update = weights[0], update[0]
+    weights, update = weights.flatten(1), update.flatten(1)
+    return weights, update if weights.shape[0] <= weights.shape[1] else update.mT.contiguous()
 
 
 def on_owners(items: Iterable[Item], tensor_of: Callable[[Item], Tensor]) -> Iterator[tuple[Item, Tensor]]:
@@ -165,8 +163,9 @@ def on_owners(items: Iterable[Item], tensor_of: Callable[[Item], Tensor]) -> Ite
         else:
             yield item, item.of(tensor_of(item))
     for peers, owned in _rounds(sharded):
-        parts = [slab.here(local(tensor_of(slab.items[0])), peers) for slab, _ in owned]
-        wholes = gather_to_owners(peers, owned, parts)
+        pieces = [local(tensor_of(slab.items[0])) for slab, _ in owned]
+        parts = [slab.here(piece) for (slab, _), piece in zip(owned, pieces, strict=True)]
+        wholes = gather_to_owners(peers, owned, parts, pieces[0].dtype)
         for slab, whole in zip(_owned_by(peers.rank, owned), wholes, strict=True):
             for item in slab.items:
                 yield item, item.of_expert(whole)
@@ -183,14 +182,15 @@ def _rounds(items: Iterable[Item]) -> Iterator[tuple[Peers, _Owned]]:
     whole in a round takes :data:`BUFFER` in float32 at most; a slab that needs more travels alone.
     """
     kinds: dict[Any, dict[Tensor, list[Item]]] = {}
+    pieces: dict[Tensor, Pieces] = {}
     for item in items:
         parameter: Any = item.parameter
-        kind = parameter.dtype, parameter.device, parameter.device_mesh, parameter.placements
+        if parameter not in pieces:
+            pieces[parameter] = pieces_of(item.parameter_name, parameter)
+        kind = parameter.dtype, parameter.device, pieces[parameter].peers
         kinds.setdefault(kind, {}).setdefault(parameter, []).append(item)
-    for by_parameter in kinds.values():
-        parameter, of_parameter = next(iter(by_parameter.items()))
-        peers = shards_of(of_parameter[0].parameter_name, parameter)
-        slabs = [slab for each, its in by_parameter.items() for slab in _slabs(each, its, peers.size)]
+    for (_, _, peers), by_parameter in kinds.items():
+        slabs = [slab for each, its in by_parameter.items() for slab in _slabs(each, pieces[each], its)]
         owners = assign([sum(item.cost for item in slab.items) for slab in slabs], peers.size)
         queues: list[list[Slab]] = [[] for _ in range(peers.size)]
         for slab, owner in sorted(zip(slabs, owners, strict=True), key=lambda pair: -pair[0].shape.numel()):
@@ -200,7 +200,7 @@ def _rounds(items: Iterable[Item]) -> Iterator[tuple[Peers, _Owned]]:
             yield peers, [(slab, rank) for rank, of_rank in enumerate(taken) for slab in of_rank]
 
 
-def _slabs(parameter: Tensor, items: Sequence[Item], count: int) -> Iterator[Slab]:
+def _slabs(parameter: Tensor, pieces: Pieces, items: Sequence[Item]) -> Iterator[Slab]:
     """Yield the slabs of a parameter in which any of these items lies: one, or one for each expert.
 
     Experts of different processes follow one another, so that most are given to the process that has them.
@@ -209,11 +209,11 @@ def _slabs(parameter: Tensor, items: Sequence[Item], count: int) -> Iterator[Sla
     for item in items:
         by_expert.setdefault(item.expert, []).append(item)
     if "" in by_expert:
-        yield Slab(parameter, 0, parameter.shape[0], by_expert[""])
+        yield Slab(parameter, pieces, 0, parameter.shape[0], by_expert[""])
         return
-    share = _rows_each(parameter, count)
+    share = -(-parameter.shape[0] // pieces.peers.size)
     for expert in sorted(map(int, by_expert), key=lambda expert: (expert % share, expert)):
-        yield Slab(parameter, expert, 1, by_expert[str(expert)])
+        yield Slab(parameter, pieces, expert, 1, by_expert[str(expert)])
 
 
 def _joined(items: list[Any], updates: Mapping[int, Tensor], out: Tensor) -> Tensor:
@@ -224,45 +224,70 @@ def _joined(items: list[Any], updates: Mapping[int, Tensor], out: Tensor) -> Ten
     return out
 
 
-def gather_to_owners(peers: Peers, owned: _Owned, parts: Sequence[Tensor]) -> list[Tensor]:
-    """Return the whole of something for the slabs that this process owns, given its rows of that of each slab."""
+def gather_to_owners(
+    peers: Peers, owned: _Owned, parts: Sequence[Sequence[Tensor]], dtype: torch.dtype
+) -> list[Tensor]:
+    """Return the whole of something for the slabs that this process owns, given its parts of that of each slab."""
+    mine = _owned_by(peers.rank, owned)
     sent: list[list[Tensor]] = [[] for _ in range(peers.size)]
-    for (_, owner), part in zip(owned, parts, strict=True):
-        sent[owner].append(part.flatten())
-    mine = [slab for slab, owner in owned if owner == peers.rank]
-    sizes = [sum(part.numel() for part in to_rank) for to_rank in sent]
-    shares = [[slab.numel_of(rank, peers.size) for slab in mine] for rank in range(peers.size)]
-    expected = list(map(sum, shares))
-    received = parts[0].new_empty(sum(expected))
-    packed = torch.cat([part for to_rank in sent for part in to_rank])
-    dist.all_to_all_single(received, packed, expected, sizes, group=peers.group)
-    pieces: list[list[Tensor]] = [[] for _ in mine]
-    for block, share in zip(received.split(expected), shares, strict=True):
-        for of_slab, piece in zip(pieces, block.split(share), strict=True):
-            of_slab.append(piece)
-    return [torch.cat(of_slab).view(slab.shape) for slab, of_slab in zip(mine, pieces, strict=True)]
-
-
-def scatter_from_owners(peers: Peers, owned: _Owned, wholes: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Return this process' rows of what the owners have, in a dtype: the way back of :func:`gather_to_owners`."""
-    mine = [slab for slab, owner in owned if owner == peers.rank]
-    ranks = range(peers.size)
-    rows = [
-        tensor.to(dtype).split([slab.rows_of(rank, peers.size) for rank in ranks])
-        for slab, tensor in zip(mine, wholes, strict=True)
-    ]
-    sent = [of_slab[rank].flatten() for rank in ranks for of_slab in rows]
-    sizes = [sum(slab.numel_of(rank, peers.size) for slab in mine) for rank in ranks]
-    numbers: list[list[int]] = [[] for _ in ranks]  # of the slabs of each owner
-    for number, (_, owner) in enumerate(owned):
-        numbers[owner].append(number)
-    shares = [[owned[number][0].numel_of(peers.rank, peers.size) for number in of_owner] for of_owner in numbers]
-    expected = list(map(sum, shares))
+    for (_, owner), of_slab in zip(owned, parts, strict=True):
+        sent[owner] += of_slab
     device = local(owned[0][0].parameter).device
-    received = torch.empty(sum(expected), dtype=dtype, device=device)
-    packed = torch.cat(sent) if sent else torch.empty(0, dtype=dtype, device=device)
-    dist.all_to_all_single(received, packed, expected, sizes, group=peers.group)
-    found: dict[int, Tensor] = {}
-    for of_owner, block, share in zip(numbers, received.split(expected), shares, strict=True):
-        found.update(zip(of_owner, block.split(share), strict=True))
-    return [found[number].view(-1, *slab.shape[1:]) for number, (slab, _) in enumerate(owned)]
+    wholes = [torch.empty(slab.shape, dtype=dtype, device=device) for slab in mine]
+    arriving = [
+        [part for slab, whole in zip(mine, wholes, strict=True) for part in slab.of(rank, whole)]
+        for rank in range(peers.size)
+    ]
+    _exchange(peers, sent, arriving, dtype, device)
+    return wholes
+
+
+def scatter_from_owners(
+    peers: Peers, owned: _Owned, wholes: Sequence[Tensor], dtype: torch.dtype
+) -> list[list[Tensor]]:
+    """Return this process' parts of what the owners have, in a dtype: the way back of :func:`gather_to_owners`."""
+    mine = _owned_by(peers.rank, owned)
+    sent = [
+        [part for slab, whole in zip(mine, wholes, strict=True) for part in slab.of(rank, whole)]
+        for rank in range(peers.size)
+    ]
+    device = local(owned[0][0].parameter).device
+    found = [
+        [torch.empty(part.shape, dtype=dtype, device=device) for part in slab.here(local(slab.parameter))]
+        for slab, _ in owned
+    ]
+    arriving: list[list[Tensor]] = [[] for _ in range(peers.size)]
+    for (_, owner), parts in zip(owned, found, strict=True):
+        arriving[owner] += parts
+    _exchange(peers, sent, arriving, dtype, device)
+    return found
+
+
+def _exchange(
+    peers: Peers,
+    sent: Sequence[Sequence[Tensor]],
+    arriving: Sequence[Sequence[Tensor]],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Send tensors to each process, and write what each sends into tensors, of the same sizes, in one exchange."""
+    sizes, expected = ([sum(part.numel() for part in each) for each in parts] for parts in (sent, arriving))
+    packed = _packed([part for each in sent for part in each], dtype, device)
+    if peers.size > 1:
+        received = torch.empty(sum(expected), dtype=dtype, device=device)
+        dist.all_to_all_single(received, packed, expected, sizes, group=peers.group)
+    else:
+        received = packed
+    targets = [part for each in arriving for part in each]
+    if targets:
+        blocks = received.split([part.numel() for part in targets])
+        shaped = [block.view(part.shape) for block, part in zip(blocks, targets, strict=True)]
+        torch._foreach_copy_(targets, shaped)
+
+
+def _packed(parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    packed = torch.empty(sum(part.numel() for part in parts), dtype=dtype, device=device)
+    if parts:
+        slots = packed.split([part.numel() for part in parts])
+        torch._foreach_copy_([slot.view(part.shape) for slot, part in zip(slots, parts, strict=True)], list(parts))
+    return packed

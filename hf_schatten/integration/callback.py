@@ -18,6 +18,7 @@ from hf_schatten.adaptive.adaptation import Adaptation
 from hf_schatten.adaptive.schedule import ScheduledP
 from hf_schatten.distributed.processes import process_count
 from hf_schatten.integration.checkpoint import write_learned_p
+from hf_schatten.integration.engine_arguments import refuse_unsupported_arguments
 from hf_schatten.optim.policy import Policy
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.option_text import read_pairs, write_pairs
@@ -50,12 +51,13 @@ class SchattenCallback(TrainerCallback):
     _in_training = False
 
     def on_init_end(self, args: Arguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Report malformed options when the Trainer is made, not when training starts.
+        """Report malformed options, and engines that are not supported, when the Trainer is made.
 
         Options that were given as a mapping, or end with a comma, are written as Trainer itself reads them.
         """
         if args.optim != OPTIMIZER_NAME:
             return
+        refuse_unsupported_arguments(args)  # DeepSpeed's own optimizer would be made in place of this one
         SchattenOptions.from_optim_args(args.optim_args)
         if args.optim_args:
             args.optim_args = write_pairs(read_pairs(args.optim_args, ()))
@@ -189,5 +191,7 @@ def _updates(policy: Policy) -> tuple[dict[str, float], dict[str, float]]:
 
 def unwrap_optimizer(optimizer: Optimizer | None) -> SchattenP | None:
     """Return the SchattenP inside accelerate's wrapper, or None when it is another optimizer."""
-    inner = getattr(optimizer, "optimizer", optimizer)
-    return inner if isinstance(inner, SchattenP) else None
+    inner: Any = optimizer
+    while inner is not None and not isinstance(inner, SchattenP):  # DeepSpeed's optimizer is inside of accelerate's
+        inner = getattr(inner, "optimizer", None)
+    return inner

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_schatten.distributed.sharded import is_sharded, like, local, whole
+from hf_schatten.distributed.pieces import is_sharded, like, local, whole
 from hf_schatten.matrices.layout import matrix_name
 from hf_schatten.optim.matrix import MOMENTUM, P, layout_of
 from hf_schatten.optim.saved_state import (

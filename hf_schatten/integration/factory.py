@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -14,9 +15,10 @@ from hf_schatten.adaptive.schedule import ScheduledP
 from hf_schatten.adaptive.transfer import Transfer
 from hf_schatten.distributed.processes import is_main_process
 from hf_schatten.integration.checkpoint import load_learned_p
+from hf_schatten.integration.engine_arguments import refuse_unsupported_accelerator
 from hf_schatten.integration.rules import Rules
 from hf_schatten.integration.unfreezing import watch_frozen
-from hf_schatten.matrices.engines import refuse_unsupported_engines
+from hf_schatten.matrices.engines import in_their_shapes, refuse_unsupported_engines
 from hf_schatten.matrices.layout import matches, matrix_name
 from hf_schatten.matrices.routing import Route, RoutingError, require_matches, require_module, route_parameters
 from hf_schatten.optim.matrix import Group
@@ -70,13 +72,40 @@ def create_schatten_optimizer(
         ValueError: when a function given as target has values that are not finite, or all zero.
         RoutingError: when no matrix is routed, a pattern matches nothing, or groups have parameters of another model.
         CheckpointError: when the checkpoint of ``p_init`` cannot be read, or has no matrix of this model.
-        UnsupportedEngineError: when the model is wrapped by DeepSpeed or FSDP version 1.
+        UnsupportedEngineError: when DeepSpeed or FSDP version 1 has wrapped the model, or the Accelerator
+            uses an engine, or settings of one, that are not supported.
     """
     require_module(model)
     options = SchattenOptions.given(options, fields)
+    refuse_unsupported_engines(model)
+    refuse_unsupported_accelerator()
+    with in_their_shapes(model):
+        return _created(
+            model,
+            options,
+            weight_decay,
+            param_groups=param_groups,
+            target_modules=target_modules,
+            verbose=verbose,
+            lr=lr,
+            betas=betas,
+            eps=eps,
+        )
+
+
+def _created(
+    model: nn.Module,
+    options: SchattenOptions,
+    weight_decay: float,
+    *,
+    param_groups: Iterable[Any] | None,
+    target_modules: str | Sequence[str] | None,
+    verbose: bool,
+    **of_adamw: Any,
+) -> SchattenP:
+    """Make the optimizer of a model whose parameters have their shapes."""
     talks = verbose and options.report != "none" and is_main_process()
     say: Callable[[object], None] = partial(print, flush=True) if talks else lambda text: None
-    refuse_unsupported_engines(model)
     routing = route_parameters(
         model,
         options.exclude,
@@ -109,13 +138,15 @@ def create_schatten_optimizer(
         *_spectral_groups(matrices, rules, options.initial_p, first_p | overridden),
         *_adamw_groups(others, rules),
     ]
-    optimizer = SchattenP(groups, options, lr=lr, betas=betas, eps=eps)
+    optimizer = SchattenP(groups, options, **of_adamw)
     if options.target != POWER:
         say(f"schatten_p's target {optimizer.target.name}: {optimizer.target.accuracy(options.ns_steps)}.")
     policy = _policy(model, matrices, [name for name in names if name not in overridden], options)
     if policy is not None:
         optimizer.follow(policy)
     watch_frozen(model, optimizer)
+    modules = {route.name: weakref.ref(route.module) for route in (*matrices, *others)}
+    optimizer.parameter_of = lambda name: getattr(modules[name](), name.rpartition(".")[2])
     return optimizer
 
 

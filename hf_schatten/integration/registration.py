@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 from torch import nn
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_optimizer import OptimizerContext
 from transformers.training_args import OptimizerNames
 
 from hf_schatten import private_api
 from hf_schatten.integration.callback import SchattenCallback, model_trained_with
+from hf_schatten.integration.engine_arguments import refuse_unsupported_arguments
 from hf_schatten.integration.factory import create_schatten_optimizer
 from hf_schatten.integration.terminal import SchattenPrinterCallback, SchattenProgressCallback
-from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.optim.schatten_p import SchattenP
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
@@ -71,7 +71,7 @@ def _full_name(handler: Handler) -> tuple[str, str]:
 
 def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
     """Return what Trainer calls with its parameter groups to make the optimizer, and keyword arguments."""
-    _refuse_unsupported_arguments(context.args)
+    refuse_unsupported_arguments(context.args)
     own = {
         "weight_decay": context.args.weight_decay,
         "options": SchattenOptions.from_optim_args(context.args.optim_args),
@@ -101,15 +101,3 @@ class _OfParameterGroups(SchattenP):
                 "get_optimizer_cls_and_kwargs(args, model), or create_schatten_optimizer(model)."
             )
         return create_schatten_optimizer(routed_model, param_groups=params, **kwargs)
-
-
-def _refuse_unsupported_arguments(args: TrainingArguments) -> None:
-    """Raise an UnsupportedEngineError when the arguments ask for DeepSpeed or FSDP version 1."""
-    flattening = args.fsdp and int((args.fsdp_plugin_args or {}).get("fsdp_version", 1)) == 1
-    deepspeed = args.deepspeed or args.deepspeed_plugin  # the latter alone where accelerate launch asks for it
-    for engine, asked_for in (("DeepSpeed", deepspeed), ("FSDP version 1", flattening)):
-        if asked_for:
-            raise UnsupportedEngineError(
-                f"optim='schatten_p' does not support {engine}, which hands the optimizer pieces of the matrices. "
-                "Use DDP (accelerate launch --multi_gpu) or FSDP version 2, or optim='adamw_torch'."
-            )

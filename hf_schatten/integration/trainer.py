@@ -137,7 +137,7 @@ class SchattenTrainerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         schatten = self._schatten_optimizer()
-        if schatten is None:
+        if schatten is None or self.is_deepspeed_enabled:  # whose own checkpoint has the state of each process
             super()._save_optimizer_and_scheduler(output_dir)
             return
         if self.is_fsdp_enabled:  # what a resume loads the weights from; every process takes part
@@ -158,7 +158,7 @@ class SchattenTrainerMixin(_Base):
                 f"optim={OptimizerNames(self.args.optim).value!r}: set optim={OPTIMIZER_NAME!r}, or start a new run "
                 "from the model's weights."
             )
-        if checkpoint is None or schatten is None:
+        if checkpoint is None or schatten is None or self.is_deepspeed_enabled:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if is_foreign(checkpoint):

@@ -1,10 +1,18 @@
-"""Training engines that leave no whole matrices to an optimizer, refused by name."""
+"""Training engines: what they leave of a model's parameters, and which are refused by name."""
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
-_FLATTENING = {"DeepSpeedEngine": "DeepSpeed", "FullyShardedDataParallel": "FSDP version 1"}  # by the wrapper's class
+import torch
+from torch import Tensor, nn
+
+_WRAPPERS = {  # by their class
+    "DeepSpeedEngine": "DeepSpeed has wrapped the model: make the optimizer of the bare model, and pass both to it",
+    "FullyShardedDataParallel": "FSDP version 1 hands the optimizer flat pieces of them: use FSDP version 2 or DDP",
+}
 
 
 class UnsupportedEngineError(RuntimeError):
@@ -12,21 +20,45 @@ class UnsupportedEngineError(RuntimeError):
 
 
 def refuse_unsupported_engines(model: nn.Module) -> None:
-    """Raise UnsupportedEngineError when DeepSpeed ZeRO or FSDP version 1, which flatten matrices, wraps the model."""
+    """Raise UnsupportedEngineError when DeepSpeed or FSDP version 1, which flatten matrices, wraps the model."""
     for module in model.modules():
-        engine = _FLATTENING.get(type(module).__name__)
-        if engine:
+        reason = _WRAPPERS.get(type(module).__name__)
+        if reason:
             raise UnsupportedEngineError(
-                f"schatten_p needs whole weight matrices, and {engine} hands the optimizer flat pieces of them. "
-                "Use DDP, or optim='adamw_torch' with this engine."
+                f"schatten_p needs the model's weight matrices, and {reason}. Or use optim='adamw_torch'."
             )
 
 
+def shape_of(parameter: Tensor) -> torch.Size:
+    """Return the shape of a parameter, also where stage 3 of DeepSpeed ZeRO keeps its elements elsewhere."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def is_elsewhere(parameter: Tensor) -> bool:
+    """Return whether stage 3 of DeepSpeed ZeRO keeps the elements of a parameter elsewhere."""
+    return hasattr(parameter, "ds_shape")
+
+
+@contextmanager
+def in_their_shapes(model: nn.Module) -> Iterator[None]:
+    """Give the parameters that stage 3 of DeepSpeed ZeRO has emptied their shapes, and no elements, for a while."""
+    emptied: list[tuple[Any, Tensor]] = []
+    try:
+        for parameter in model.parameters():
+            if parameter.shape != shape_of(parameter):
+                emptied.append((parameter, parameter.data))
+                parameter.data = parameter.data.new_empty(()).expand(shape_of(parameter))
+        yield
+    finally:
+        for parameter, data in emptied:
+            parameter.data = data
+
+
 def refuse_emptied(model: nn.Module) -> None:
-    """Raise UnsupportedEngineError when stage 3 of DeepSpeed ZeRO keeps the elements of a parameter elsewhere."""
+    """Raise UnsupportedEngineError when an engine keeps the elements of a parameter elsewhere, and says not where."""
     for name, parameter in model.named_parameters():
         if not parameter.numel():
             raise UnsupportedEngineError(
-                f"{name!r} of {type(model).__name__} has no elements, as under stage 3 of DeepSpeed ZeRO, which keeps "
-                "the parameters elsewhere. Use DDP or FSDP version 2, or optim='adamw_torch' with this engine."
+                f"{name!r} of {type(model).__name__} has no elements: an engine that is not known keeps them "
+                "elsewhere. Use stages 1 to 3 of DeepSpeed ZeRO, DDP or FSDP version 2, or optim='adamw_torch'."
             )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
-from hf_schatten.distributed.sharded import local
+from hf_schatten.distributed.pieces import local
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import STEP, Group, State, by_device, counter, named_parameters, state_dtype
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_schatten.distributed.owners import Delivered
-from hf_schatten.distributed.sharded import local
+from hf_schatten.distributed.pieces import local
 from hf_schatten.linalg.many_matrices import add_updates
 from hf_schatten.linalg.place import flat
 from hf_schatten.optim.finite_gradients import FiniteGradients

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_schatten.distributed.sharded import expanded, is_sharded, local
+from hf_schatten.distributed.pieces import is_sharded, local, share_alike
+from hf_schatten.distributed.sharded import expanded, of_experts
 from hf_schatten.optim.matrix import Group, named_parameters
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,17 @@ class FiniteGradients:
 
     def __init__(self, groups: Iterable[Group]) -> None:
         pieces: dict[Tensor, list[Tensor]] = {}
+        self._experts: dict[Tensor, list[int]] = {}  # of stacks of them, those of which this process has anything
         for group in groups:
             for name, parameter in named_parameters(group):
                 if parameter.grad is not None and parameter.numel():
                     _require_dense(name, parameter.grad)
-                    pieces[parameter] = _pieces(local(parameter.grad), group)
+                    share_alike(parameter)
+                    gradient = local(parameter.grad)
+                    pieces[parameter] = [gradient]
+                    if group["spectral"] and parameter.ndim == 3:
+                        self._experts[parameter], of_experts_here = of_experts(parameter, gradient)
+                        pieces[parameter] = of_experts_here or [gradient]
         finite, zero = _looked_at([piece for of_parameter in pieces.values() for piece in of_parameter])
         ends = list(accumulate(map(len, pieces.values()), initial=0))
         spans = dict(zip(pieces, map(slice, ends, ends[1:]), strict=True))
@@ -65,10 +72,13 @@ class FiniteGradients:
         """Make of what this process has seen of shards what all have seen."""
         if not sharded:
             return
-        seen = [
-            torch.stack([self._finite[parameter], *expanded(parameter, self._zero[parameter])])
-            for parameter in sharded
-        ]
+        seen = []
+        for parameter in sharded:
+            finite, zero = self._finite[parameter], self._zero[parameter]
+            if parameter in self._experts:
+                numbers = self._experts[parameter]
+                zero = expanded(parameter, numbers, zero[: len(numbers)], torch.ones_like(finite))
+            seen.append(torch.stack([finite, *zero]))
         agreed = torch.cat(seen).int()
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         for parameter, flags in zip(sharded, agreed.bool().split(list(map(len, seen))), strict=True):
@@ -132,11 +142,6 @@ def _require_dense(name: str, gradient: Tensor) -> None:
             f"The gradient of {name!r} is sparse, which is not supported: make its module with sparse=False, or leave "
             "this parameter to torch.optim.SparseAdam."
         )
-
-
-def _pieces(gradient: Tensor, group: Group) -> list[Tensor]:
-    """Return the gradients of the experts of a stack of experts, else the gradient."""
-    return list(gradient.unbind()) if group["spectral"] and gradient.ndim == 3 and len(gradient) else [gradient]
 
 
 def _looked_at(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

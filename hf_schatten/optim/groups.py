@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from hf_schatten.matrices.engines import is_elsewhere
 from hf_schatten.matrices.layout import LAYOUT, matrix_name
 from hf_schatten.optim.matrix import Group, Matrix, initial_p, layout_of, named_parameters
 from hf_schatten.option_names import OptionError
@@ -137,7 +138,8 @@ class Groups:
 
 
 def _require_updatable(name: str, parameter: Tensor, group: Group) -> None:
-    if any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True)):
+    shared = any(size > 1 and stride == 0 for size, stride in zip(parameter.shape, parameter.stride(), strict=True))
+    if shared and not is_elsewhere(parameter):
         raise ValueError(
             f"Several elements of {name!r} share one place in memory, as of an expanded tensor: make the parameter of "
             "tensor.clone()."

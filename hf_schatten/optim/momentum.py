@@ -8,7 +8,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from hf_schatten.distributed.sharded import is_sharded, local
+from hf_schatten.distributed.pieces import is_sharded, local
 from hf_schatten.linalg.many_matrices import advance_averages
 from hf_schatten.linalg.place import Place, flat
 from hf_schatten.optim.finite_gradients import FiniteGradients

@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from hf_schatten.distributed.owners import Delivery, sharing_peers
+from hf_schatten.distributed.pieces import is_sharded
 from hf_schatten.distributed.processes import ALONE, Peers
 from hf_schatten.distributed.replicated import Replicated
-from hf_schatten.distributed.sharded import Sharded, is_sharded
+from hf_schatten.distributed.sharded import Sharded
 from hf_schatten.matrices.layout import LAYOUT
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import Group, Matrix, State

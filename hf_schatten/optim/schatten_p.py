@@ -24,13 +24,13 @@ from hf_schatten.optim.apply import apply_updates
 from hf_schatten.optim.coupling import ScaledUpdates, coupling_of
 from hf_schatten.optim.finite_gradients import FiniteGradients, warn_of_skipped
 from hf_schatten.optim.groups import Groups
+from hf_schatten.optim.held import Parameters, held_by
 from hf_schatten.optim.matrix import SKIPPED, STEP, Matrix, layout_of, named_parameters
 from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.plan import Planner
 from hf_schatten.optim.policy import Policy, warn_of_missing
 from hf_schatten.optim.saved_state import OPTIONS, Loading, take_options
 from hf_schatten.optim.stack import Stack
-from hf_schatten.optim.state import new_state, require_matrix
 from hf_schatten.options import SchattenOptions
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class SchattenP(Optimizer):
         options: of the update.
         target: the :class:`hf_schatten.linalg.targets.Target` of its directions.
         policy: what changes p, None where it is fixed.
+        parameter_of: finds a parameter of the model by its name, None where the model is not known.
 
     Raises:
         OptionError: when an option is out of range, or options exclude each other.
@@ -81,6 +82,8 @@ class SchattenP(Optimizer):
     """
 
     policy: Policy | None = None
+    parameter_of: Callable[[str], Any] | None = None
+    _known: Parameters | None = None
     _calls = _reported_skips = 0
 
     def __init__(
@@ -119,6 +122,7 @@ class SchattenP(Optimizer):
             "eps": eps,
         }
         super().__init__(params, defaults)
+        self._known = Parameters(self, self._new_planner)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group as ``torch.optim.Optimizer`` does; a spectral group takes matrices only.
@@ -179,30 +183,30 @@ class SchattenP(Optimizer):
             ValueError: when a function of coupling weights returns one that is not above 0.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        self._groups.check_edited(self.param_groups, self.state, self.matrices, self._managed)
-        self.create_state()
-        momenta = Momenta(gradients := FiniteGradients(self.param_groups))
+        groups = (held := self._held).begin()
+        self._groups.check_edited(held.groups, held.states, self.matrices, self._managed)
+        held.create_state(groups, self.options.coupling_order)
+        momenta = Momenta(gradients := FiniteGradients(groups))
         if self.options.share_work or self.policy is not None:  # else, nothing is exchanged
-            self._agreement.renew(self.param_groups, self.options)
+            self._agreement.renew(groups, self.options)
         if self.policy is not None:
-            self.policy.before_update(self)
+            held.before_update(self.policy, self)
         elif not self._calls:
             warn_of_missing(self.options)
-        for group in self.param_groups:
+        for group in groups:
             parameters = gradients.of(group["params"])
             if group["spectral"]:
-                momenta.count(group, parameters, self.state)
+                momenta.count(group, parameters, held.states)
             else:
-                adamw_step(group, parameters, self.state, gradients)
-        for delivery in self._planner.deliveries(self.param_groups, self.state, self.matrices, gradients, self.alone):
+                adamw_step(group, parameters, held.states, gradients)
+        for delivery in held.planner.deliveries(groups, held.states, self.matrices, gradients, self.alone):
             momenta.advance(delivery.elsewhere)
             compute = partial(
                 self._compute, self._coupling.start(delivery, momenta, self._measured_direction), gradients
             )
             for delivered in delivery.deliver(compute, momenta):
                 apply_updates(delivered, gradients)
-        if self.policy is not None:
-            self.policy.after_update(self)
+        held.end(self.policy, self)
         self._calls += 1
         if self._calls % _REPORT_INTERVAL == 0:
             self.report_skipped()
@@ -230,10 +234,11 @@ class SchattenP(Optimizer):
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
-        for group in self.param_groups:
+        states = self._held.states
+        for group in self._held.groups:
             if group["spectral"]:
                 for name, parameter in named_parameters(group):
-                    state = self.state.get(parameter, {})  # indexing would create an entry
+                    state = states.get(parameter, {})  # indexing would create an entry
                     for index, part in enumerate(layout_of(group).part_names(parameter.shape)):
                         yield Matrix(matrix_name(name, part), name, parameter, index, group, state)
 
@@ -277,7 +282,7 @@ class SchattenP(Optimizer):
             CheckpointError: when the state is of another model, or of other updates of its parameters.
             ValueError: when the state is another optimizer's, or is in another file.
         """
-        loading = Loading(self.param_groups, self.defaults, self._keeps_options)
+        loading = self._held.loading(self.param_groups, self.defaults, self._keeps_options)
         finish = partial(SchattenP._finish_loading, loading=loading)
         with (  # inside of the caller's own hooks
             self.register_load_state_dict_pre_hook(loading.prepare),
@@ -306,17 +311,14 @@ class SchattenP(Optimizer):
             self.policy = None
 
     def create_state(self) -> None:
-        """Create the state of every parameter that has none: sharded checkpoints are loaded into what exists.
+        """Create the state of every parameter that has none: sharded checkpoints are loaded into what exists."""
+        self._held.create_state(self._held.groups, self.options.coupling_order)
 
-        Raises:
-            UnsupportedEngineError: when an engine has replaced the matrices by shards or flat pieces.
-        """
-        for group in self.param_groups:
-            for name, parameter in named_parameters(group):
-                if parameter not in self.state:
-                    if group["spectral"]:
-                        require_matrix(name, parameter, group, self.options.coupling_order)
-                    self.state[parameter] = new_state(name, parameter, group)
+    @property
+    def _held(self) -> Parameters:
+        """What the groups hold: parameters, or what an engine has made of them."""
+        self._known = held_by(self, self._new_planner, self.parameter_of, self._known)
+        return self._known
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle keeps: all but the plan. The policy brings the model along, which it samples."""
@@ -326,7 +328,7 @@ class SchattenP(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take what :meth:`__getstate__` keeps; a copy plans for itself, since its parameters are others."""
         super().__setstate__(state)
-        if "_planner" not in self.__dict__:
+        if "_agreement" not in self.__dict__:
             self._begin()
 
     def _begin(self) -> None:
@@ -334,4 +336,5 @@ class SchattenP(Optimizer):
         self._groups = Groups(self.options)
         self._agreement = Agreement()
         self._coupling = coupling_of(self.options)
-        self._planner = Planner(self.options.share_work, self._groups.options_of, self._momenta_dtype)
+        self._new_planner = partial(Planner, self.options.share_work, self._groups.options_of, self._momenta_dtype)
+        self._known = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hf_schatten.distributed.sharded import is_sharded, shards_of
+from hf_schatten.distributed.pieces import is_sharded, pieces_of
 from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.optim import matrix as of_matrix
 from hf_schatten.optim.adamw import new_adamw_state
@@ -58,18 +58,12 @@ def require_matrix(name: str, parameter: Tensor, group: Group, coupling_order: f
         ValueError: when its elements lie in memory as those of no matrix.
     """
     if is_sharded(parameter):
-        shards_of(name, parameter)
+        pieces_of(name, parameter)
         for option, value in (("precondition", group["precondition"]), ("coupling_order", coupling_order)):
             if value not in ("none", None):
                 raise UnsupportedEngineError(
-                    f"{option}={value!r} is not supported where FSDP shards the parameters: leave it out, or use DDP."
+                    f"{option}={value!r} is not supported where the parameters are sharded: leave it out, or use DDP."
                 )
-    if parameter.ndim < 2:
-        raise UnsupportedEngineError(
-            f"A matrix has become a tensor of shape {tuple(parameter.shape)}: the training engine (DeepSpeed ZeRO "
-            "or FSDP version 1) hands the optimizer flat pieces. Use DDP or FSDP version 2, or "
-            "optim='adamw_torch' with this engine."
-        )
     layout = layout_of(group)
     for index in range(len(layout.part_names(parameter.shape)) if not is_sharded(parameter) else 0):
         try:

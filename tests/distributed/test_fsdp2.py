@@ -13,7 +13,7 @@ from processes import together
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Shard
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
 import hf_schatten
@@ -157,12 +157,13 @@ def refusals(mesh):
     """Return the messages of what is not supported with sharded parameters."""
     messages = []
     for placement, options in [
-        (Shard(1), {}),
+        (Partial(), {}),
         (Shard(0), {"precondition": "adam"}),
         (Shard(0), {"step_rule": "ball", "coupling_order": 2}),
     ]:
         layer = nn.Linear(6, 8, bias=False)
-        layer.weight = nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [placement]))
+        weight = layer.weight.detach()[: 8 // mesh.size() if placement.is_shard() else 8]
+        layer.weight = nn.Parameter(DTensor.from_local(weight, mesh, [placement], run_check=False))
         optimizer = hf_schatten.SchattenP([("layer.weight", layer.weight)], p=2, **options)
         layer.weight.grad = torch.zeros_like(layer.weight)
         with pytest.raises(UnsupportedEngineError) as error:
@@ -286,8 +287,8 @@ def test_a_step_that_is_not_finite_is_skipped_everywhere(alone, pair):
 
 
 def test_what_is_not_supported_is_refused_by_name(pair):
-    by_columns, preconditioned, coupled = pair[0]["refused"]
-    assert "'layer.weight' has the placements (Shard(dim=1),), as under tensor parallelism" in by_columns
+    of_sums, preconditioned, coupled = pair[0]["refused"]
+    assert "'layer.weight' has the placements (Partial(sum),)" in of_sums
     assert "precondition='adam' is not supported where FSDP shards the parameters" in preconditioned
     assert "coupling_order=2 is not supported where FSDP" in coupled
 
