@@ -14,10 +14,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from hf_schatten.adaptive.criterion import CRITERIA, Estimator, Factor, Sample, maximising_exponent, objective_curve
+from hf_schatten.adaptive.criterion import Inputs, Sample, maximising_exponent, objective_curve, statistics_of
 from hf_schatten.exponent import exponent_of, p_label
 from hf_schatten.linalg import Coefficients
 from hf_schatten.linalg.coefficient_table import interpolate
+from hf_schatten.linalg.spectrum import exact_log_norms
 
 STEPS = 5
 SHOWN = (1, 1.5, 2, 4, 10, math.inf, -5)
@@ -53,16 +54,15 @@ def iterates(c: Coefficients, x: Array) -> list[Array]:
 
 
 def criterion_of(gradient_decay: float, input_decay: float) -> tuple[Array, Array, float]:
-    """Return s, the ``holder`` objective and its maximiser for spectra that fall as powers of the index.
+    """Return s, the criterion and its maximiser for spectra that fall as powers of the index.
 
     Args:
         gradient_decay: a of the gradient's singular values i^{-a}, 64 of them.
         input_decay: the same of the inputs.
     """
     index = torch.arange(1, 65, dtype=torch.float64)
-    sample = Sample(torch.diag(index**-gradient_decay), None, Factor(torch.diag(index**-input_decay)))
-    statistics = CRITERIA["holder"].statistics([sample], Estimator.named("exact"))[0]
-    objective = objective_curve("holder", statistics, 0.0, 1.0)
+    sample = Sample(torch.diag(index**-gradient_decay), Inputs(torch.diag(index**-input_decay)))
+    objective = objective_curve(statistics_of([sample], exact_log_norms)[0], 0.0, 1.0)
     chosen = float(maximising_exponent(objective, 0.0, 1.0))
     return np.linspace(0, 1, len(objective)), objective.numpy(), chosen
 

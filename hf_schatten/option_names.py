@@ -6,8 +6,7 @@ import difflib
 from collections.abc import Collection
 from typing import Any, Literal, NoReturn, get_args
 
-CriterionName = Literal["kronecker", "holder", "alignment", "decrease"]
-EstimatorName = Literal["exact", "submatrix", "lanczos", "iterates"]
+EstimatorName = Literal["exact", "lanczos", "iterates"]
 StepRule = Literal["pinned", "ball", "regularized"]
 ScaleRule = Literal["schatten", "match_rms_adamw", "muon", "interpolate", "none"]
 CouplingWeights = Literal["uniform", "sqrt_m_over_n", "sqrt_n_over_m"]
@@ -17,7 +16,6 @@ ReportLevel = Literal["full", "summary", "none"]
 
 # The options that take one of several names.
 OPTION_VALUES: dict[str, tuple[str, ...]] = {
-    "criterion": get_args(CriterionName),
     "p_estimator": get_args(EstimatorName),
     "step_rule": get_args(StepRule),
     "scale": get_args(ScaleRule),
@@ -39,6 +37,7 @@ _OF_THE_CALLER = (
 _CONSTANT = "is a constant now; leave it out"
 _ONE_SCHEDULE = "is part of p_schedule; write p_schedule=START:END or START:END:STEPS, such as p_schedule=4:inf:1000"
 _REMOVED = {
+    "criterion": "is gone: p=adaptive has one criterion, which was holder; leave it out",
     "sync": "is gone: processes average their statistics; for a p closer to the whole batch's raise probe_rows",
     "split_fused": "is gone; write fused_parts=*: to leave every fused projection whole",
     "workspace_mib": _CONSTANT,
@@ -53,6 +52,7 @@ _REMOVED = {
 }
 _REMOVED_VALUES = {
     ("precondition", "adafactor"): "it is gone; use adam, which keeps 4 bytes for each parameter",
+    ("p_estimator", "submatrix"): "it is gone; use lanczos, which is as fast and more accurate",
     ("p_estimator", "lowrank"): "it is gone; use lanczos, which is as fast and more accurate",
     ("p_estimator", "exact32"): "it is gone; use exact",
 }

@@ -7,7 +7,7 @@ process, and nothing here asserts one.
 
 Usage:
     python benchmarks/adaptation/criterion.py                                 # captures first: ten minutes
-    python benchmarks/adaptation/criterion.py --estimators lanczos submatrix  # some of them
+    python benchmarks/adaptation/criterion.py --estimators lanczos iterates   # some of them
     python benchmarks/adaptation/criterion.py --quick                         # tiny model: does it run?
 """
 
@@ -30,9 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.adaptation.captured_layers import NARROW, TINY, WIDE, CapturedLayer, TrainingRun, captured_layers
 from benchmarks.interleaved_timing import time_ratio
 from benchmarks.tables import print_table
-from hf_schatten.adaptive.criterion import CURVES, NODES, exponent_nodes, maximising_exponent, objective_curve
+from hf_schatten.adaptive.criterion import exponent_nodes, maximising_exponent, objective_curve
 from hf_schatten.adaptive.probe import RowSample
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, exact_log_norms
+from hf_schatten.optim.matrix import CURVES, NODES
 
 RANGES = {"p in [1, 100]": (0.01, 1.0), "s in [-0.25, 1]": (-0.25, 1.0)}
 ROWS = 1024  # of the inputs, by default, in training
@@ -58,9 +59,7 @@ class Curves:
         if crossed:
             count = len(gradients)
             gradients, inputs = gradients.repeat_interleave(count, 0), inputs.repeat(count, 1)
-        curves = torch.zeros(len(gradients), CURVES, NODES, dtype=torch.float64)
-        curves[:, 0], curves[:, 1] = gradients, inputs
-        return maximising_exponent(objective_curve("holder", curves, *bounds), *bounds)
+        return maximising_exponent(objective_curve(torch.stack([gradients, inputs], dim=1), *bounds), *bounds)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ CANDIDATES = {
     "p = ∞": "p=inf",
     "p = -5": "p=-5",
     "p = -4": "p=-4",
-    "holder": "p=adaptive,criterion=holder,p_max=-4",
-    "holder, shuffled": "shuffled:p=adaptive,criterion=holder,p_max=-4",
+    "adaptive": "p=adaptive,p_max=-4",
+    "adaptive, shuffled": "shuffled:p=adaptive,p_max=-4",
     "random p": "random",
     "schedule, 4 to -5": "p=schedule,p_schedule=4:-5",
 }
@@ -67,7 +67,7 @@ def rows_of(regime: str, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     """Return a row for each candidate: best rate, mean and standard error of its losses, and its lead over p = -4."""
     of = {name: best_losses(regime, candidate, outcomes) for name, candidate in CANDIDATES.items()}
     reference = of["p = -4"][1]
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, (rate, losses) in of.items():
         if not losses:
             continue
@@ -112,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workers=options.workers,
             deadline=options.deadline,
         ):
-            print(f"{outcome.regime}, {outcome.candidate}, rate {outcome.rate:g}, seed {outcome.seed}: {outcome.loss:.4f}")
+            run = f"{outcome.regime}, {outcome.candidate}, rate {outcome.rate:g}, seed {outcome.seed}"
+            print(f"{run}: {outcome.loss:.4f}", flush=True)
     outcomes = load(path)
     for regime in options.regimes:
         print(f"\n{regime}\n")

@@ -1,7 +1,7 @@
 """The six trainings in which optimizers are compared: what is trained, on what, and how its loss is measured.
 
-Each is small enough for some seconds to a minute of one core. Every batch is a function of seed and step alone, so that
-two optimizers with one seed see the same data, from the same initial weights.
+Each is small enough for some seconds of one core. Every batch is a function of seed and step alone: two optimizers with
+one seed see the same data, and begin with the same weights.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Regime:
         adamw_rates: those of AdamW.
         interval: steps between two estimates of p.
         kinds: of layers, by pattern of the names of matrices.
+        heads: patterns of output heads, which use AdamW.
     """
 
     make: Callable[[int], Training]
@@ -70,6 +71,7 @@ class Regime:
     adamw_rates: tuple[float, ...]
     kinds: Mapping[str, str]
     interval: int = 25
+    heads: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -165,7 +167,7 @@ def _pretrained() -> GPT2LMHeadModel:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Return what the learning rate of a step, from 0, is multiplied with: a tenth of the steps warms up, then cosine."""
+    """Return the learning rate of a step, from 0, relative to the largest: a tenth of the steps warms up, then cosine."""
     warm_up = max(1, steps // 10)
     decay = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
     return min(1.0, (step + 1) / warm_up) * decay
@@ -229,10 +231,10 @@ def _vit(seed: int) -> Training:
         image_size=_SIDE,
         patch_size=7,
         num_channels=1,
-        num_labels=_CLASSES,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
+    config.num_labels = _CLASSES
     return Training(ViTForImageClassification(config), *_with_loss(seed))
 
 
@@ -310,5 +312,13 @@ REGIMES: dict[str, Regime] = {
     "fine-tuning": Regime(_fine_tuning, 150, 0.1, (8e-3, 1.6e-2, 3.2e-2), (1e-3, 2e-3, 4e-3), _GPT2_KINDS),
     "lora": Regime(_lora, 150, 0.0, (1.6e-2, 3.2e-2, 6.4e-2), (4e-3, 8e-3, 1.6e-2), _LORA_KINDS),
     "vit": Regime(_vit, 250, 0.1, (1.6e-2, 3.2e-2, 6.4e-2), (2e-3, 4e-3, 8e-3), _VIT_KINDS),
-    "convolutions": Regime(_convolutions, 200, 0.1, (8e-3, 1.6e-2, 3.2e-2), (2e-3, 4e-3, 8e-3), _CONVOLUTION_KINDS),
+    "convolutions": Regime(
+        _convolutions,
+        200,
+        0.1,
+        (8e-3, 1.6e-2, 3.2e-2),
+        (2e-3, 4e-3, 8e-3),
+        _CONVOLUTION_KINDS,
+        heads=("classifier.weight",),
+    ),
 }

@@ -5,9 +5,9 @@ Usage:
     python benchmarks/regimes/response.py text vit       # some regimes
     python benchmarks/regimes/response.py --report       # draw what has run
 
-For each kind of layer (queries, down-projections, …) p of that kind alone is varied, with p = -4 for all others, at the
-best learning rate that ``compare_regimes.py`` found for p = -4. ``response.png`` draws the difference to p = -4 for
-all, paired by seed, against 1/p, and marks where the criterion ``holder`` puts this kind at the end of training.
+For each kind of layer (queries, down-projections, …) p of that kind alone is varied, with p = -4 for all others, at
+the best learning rate that ``compare_regimes.py`` found for p = -4. ``response.png`` draws the difference to p = -4 for
+all, paired by seed, against 1/p, and marks where the criterion puts this kind at the end of training.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from benchmarks.tables import print_table
 
 VALUES = ("-8", "inf", "4", "2")  # of p, in their order from the base on
 _BASE = CANDIDATES["p = -4"]
-_HOLDER = CANDIDATES["holder"]
+_ADAPTIVE = CANDIDATES["adaptive"]
 
 
 def candidate(kind: str, p: str) -> str:
@@ -65,11 +65,11 @@ def responses(regime: str, outcomes: Sequence[Outcome]) -> dict[str, dict[str, l
 
 
 def chosen_exponents(regime: str, kind: str, outcomes: Sequence[Outcome]) -> list[float]:
-    """Return the mean 1/p that ``holder`` chose for a kind at its last estimate, by seed at its best rate."""
-    rate, losses = best_losses(regime, _HOLDER, outcomes)
+    """Return the mean 1/p that ``p=adaptive`` chose for a kind at its last estimate, by seed at its best rate."""
+    rate, losses = best_losses(regime, _ADAPTIVE, outcomes)
     chosen = []
     for each in outcomes:
-        if (each.regime, each.candidate, each.rate) == (regime, _HOLDER, rate) and each.seed in losses:
+        if (each.regime, each.candidate, each.rate) == (regime, _ADAPTIVE, rate) and each.seed in losses:
             last = each.exponents[max(each.exponents, key=int)]
             chosen.append(mean(s for name, s in last.items() if fnmatch(name, REGIMES[regime].kinds[kind])))
     return chosen
@@ -80,7 +80,9 @@ def error(values: Sequence[float]) -> float:
     return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 
-def draw(found: Mapping[str, Mapping[str, Mapping[str, list[float]]]], outcomes: Sequence[Outcome], path: Path) -> None:
+def draw(
+    found: Mapping[str, Mapping[str, Mapping[str, list[float]]]], outcomes: Sequence[Outcome], path: Path
+) -> None:
     """Draw a panel for each kind, a row for each regime."""
     columns = max(len(kinds) for kinds in found.values())
     figure = Figure(figsize=(2.6 * columns, 2.5 * len(found)), dpi=110, layout="constrained")

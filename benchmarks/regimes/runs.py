@@ -1,26 +1,23 @@
-"""Trainings by the hundred: workers that each take runs from a queue, and a file that has one line for each outcome."""
+"""Trainings by the hundred: workers that take runs from a queue, and a file that has one line for each outcome."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import multiprocessing, nn
 
-from benchmarks.comparison.torch_muon import MuonAndAdamW
-from benchmarks.regimes.regimes import REGIMES, Regime, rate_factor
-from hf_schatten import SchattenP, create_schatten_optimizer
-from hf_schatten.adaptive.adaptation import Adaptation
-from hf_schatten.exponent import exponent_of, p_of
-from hf_schatten.optim.policy import Optimized, Policy
+from benchmarks.regimes.candidates import make_optimizer
+from benchmarks.regimes.regimes import REGIMES, rate_factor
+from hf_schatten import SchattenP
+
 
 @dataclass(frozen=True)
 class Run:
@@ -28,8 +25,7 @@ class Run:
 
     Attributes:
         regime: by name.
-        candidate: ``adamw``, ``muon``, ``random``, options of the optimizer such as ``p=-5``, the same after
-            ``shuffled:``, or ``p=-5@query=inf``: one kind of layer has another p.
+        candidate: as :func:`benchmarks.regimes.candidates.make_optimizer` takes it.
         rate: learning rate.
         seed: of the model, the adapter and the order of the data.
     """
@@ -42,7 +38,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome(Run):
-    """The end of a run: the validation loss, the mean training loss, its time, and p of every matrix at every estimate."""
+    """The end of a run: its losses, its time, and 1/p of every matrix at every estimate."""
 
     loss: float
     training_loss: float
@@ -50,97 +46,12 @@ class Outcome(Run):
     exponents: dict[str, dict[str, float]] = field(default_factory=dict)  # s by matrix, by step
 
 
-class _Assigned(Policy):
-    """Gives every matrix the p that a function of step and name returns."""
-
-    def __init__(self, names: Iterable[str], s_of: Any) -> None:
-        super().__init__(list(names))
-        self._s_of = s_of
-
-    def before_update(self, optimizer: Optimized) -> None:
-        step = optimizer.steps_taken()
-        for matrix in optimizer.matrices():
-            matrix.p.fill_(p_of(self._s_of(step, matrix.name)))
-
-
-class _Shuffled(Policy):
-    """Has another policy estimate, and gives each matrix the p of another one; one permutation a run."""
-
-    def __init__(self, inner: Policy, seed: int) -> None:
-        super().__init__(inner.matrices)
-        self._inner, self._seed = inner, seed
-        self._own: list[Any] = []
-
-    def before_update(self, optimizer: Optimized) -> None:
-        before = self._inner.estimates
-        matrices = list(optimizer.matrices())
-        if self._own:
-            for matrix, p in zip(matrices, self._own, strict=True):
-                matrix.p.copy_(p)
-        self._inner.before_update(optimizer)
-        if self._inner.estimates != before or self._own:
-            self._own = [matrix.p.clone() for matrix in matrices]
-            order = torch.randperm(len(matrices), generator=torch.Generator().manual_seed(self._seed)).tolist()
-            for matrix, number in zip(matrices, order, strict=True):
-                matrix.p.copy_(self._own[number])
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._inner, name)
-
-    def observe(self, *arguments: Any) -> None:
-        self._inner.observe(*arguments)
-
-    def after_update(self, optimizer: Optimized) -> None:
-        self._inner.after_update(optimizer)
-
-
-def optimizer_of(run: Run, regime: Regime, model: nn.Module) -> torch.optim.Optimizer:
-    """Make a run's optimizer."""
-    decay, betas = regime.weight_decay, (0.9, 0.95)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if run.candidate == "adamw":
-        groups = [
-            {"params": [each for each in trained if each.ndim >= 2], "weight_decay": decay},
-            {"params": [each for each in trained if each.ndim < 2], "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW([group for group in groups if group["params"]], run.rate, betas=betas)
-    if run.candidate == "muon":
-        return MuonAndAdamW(model, lr=run.rate, weight_decay=decay, betas=betas, eps=1e-8)
-    shuffled, text = run.candidate.startswith("shuffled:"), run.candidate.removeprefix("shuffled:")
-    text, *kinds = text.split("@")
-    options: dict[str, Any] = dict(pair.split("=") for pair in ("p=-4" if text == "random" else text).split(","))
-    if options["p"] == "schedule":
-        options["p_schedule"] += f":{regime.steps}"
-    if options["p"] == "adaptive":
-        options |= {"p_interval": str(regime.interval)}
-    if run.regime == "convolutions":
-        options["exclude"] = "classifier.weight"
-    optimizer = create_schatten_optimizer(model, run.rate, weight_decay=decay, betas=betas, verbose=False, **options)
-    names = [matrix.name for matrix in optimizer.matrices()]
-    if text == "random":
-        generator = torch.Generator().manual_seed(run.seed)
-        drawn = dict(zip(names, (torch.rand(len(names), generator=generator) * 0.45 - 0.25).tolist(), strict=True))
-        optimizer.follow(_Assigned(names, lambda step, name: drawn[name]))
-    elif kinds:
-        p = {regime.kinds[kind]: float(value) for kind, value in (each.split("=") for each in kinds)}
-        base = float(options["p"])
-
-        def s_of(step: int, name: str) -> float:
-            return exponent_of(next((value for pattern, value in p.items() if fnmatch(name, pattern)), base))
-
-        optimizer.follow(_Assigned(names, s_of))
-    elif shuffled:
-        assert optimizer.policy is not None
-        optimizer.policy = _Shuffled(optimizer.policy, run.seed)
-    return optimizer
-
-
 def train(run: Run) -> Outcome:
     """Train, and return what became of it."""
     regime = REGIMES[run.regime]
     training = regime.make(run.seed)
     model, steps = training.model.train(), regime.steps
-    optimizer = optimizer_of(run, regime, model)
+    optimizer = make_optimizer(run.candidate, regime, model, run.rate, run.seed)
     exponents: dict[str, dict[str, float]] = {}
     start, losses = time.perf_counter(), []
     for step in range(steps):
@@ -154,13 +65,15 @@ def train(run: Run) -> Outcome:
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if isinstance(optimizer, SchattenP) and isinstance(optimizer.policy, Adaptation | _Shuffled) and (step + 1 in (1, 10) or (step + 1) % regime.interval == 0):
-            exponents[str(step + 1)] = {m.name: round(1 / float(m.p), 4) for m in optimizer.matrices()}
+        if "adaptive" in run.candidate and isinstance(optimizer, SchattenP) and (step + 1) % regime.interval == 0:
+            exponents[str(step + 1)] = {name: round(1 / p, 4) for name, p in optimizer.learned_p().items()}
     seconds = time.perf_counter() - start
     model.eval()
     with torch.no_grad():
-        loss = sum(training.loss(model, batch).item() for batch in training.validation) / len(training.validation)
-    return Outcome(**asdict(run), loss=loss, training_loss=sum(losses) / steps, seconds=seconds, exponents=exponents)
+        validation = [training.loss(model, batch).item() for batch in training.validation]
+    return Outcome(
+        **asdict(run), loss=mean(validation), training_loss=mean(losses), seconds=seconds, exponents=exponents
+    )
 
 
 def load(path: Path) -> list[Outcome]:
@@ -169,13 +82,8 @@ def load(path: Path) -> list[Outcome]:
 
 
 def _work(jobs: Any, outcomes: Any) -> None:
+    """Take runs from a queue until there is none."""
     torch.set_num_threads(1)
-    import importlib
-    for extra in filter(None, os.environ.get("REGIME_PLUGINS", "").split(",")):
-        importlib.import_module(extra)
-    if os.environ.get("REGIME_NICE"):
-        number = int(multiprocessing.current_process().name.rpartition("-")[2])
-        os.nice(int(os.environ["REGIME_NICE"].split(",")[(number - 1) % 2]))
     while (run := jobs.get()) is not None:
         try:
             outcomes.put((run, train(run)))

@@ -20,17 +20,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 
 from benchmarks.scaling.scaling_machines import Cost
 from hf_schatten import SchattenP, create_schatten_optimizer
-from hf_schatten.adaptive.criterion import CRITERIA
 from hf_schatten.distributed.owners import Compute, Delivery, at_parameters, elements
 from hf_schatten.distributed.processes import ALONE
 from hf_schatten.distributed.replicated import Replicated
 from hf_schatten.linalg.spectral_power import iterate_in_turns
 from hf_schatten.optim.apply import apply_updates
 from hf_schatten.optim.finite_gradients import FiniteGradients
-from hf_schatten.optim.matrix import NODES, Matrix
+from hf_schatten.optim.matrix import CURVES, NODES, Matrix
 from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.stack import Stack, stacks_of
-from hf_schatten.option_names import CriterionName
 
 _OWN = torch.ops.hf_schatten
 _SEVERAL_KERNELS = {"inner_products": 2}  # parts of the sums, then the sums; of our other operations each is one
@@ -189,9 +187,9 @@ class Workload:
         """A step of fused AdamW for all parameters."""
         return self._fused_adamw(self.parameters)
 
-    def statistics_bytes(self, criterion: CriterionName = "kronecker") -> int:
+    def statistics_bytes(self) -> int:
         """Bytes that a due step's all-reduce adds up: each matrix' curves, and whether a rank has measured them."""
-        return 8 * CRITERIA[criterion].curves * (NODES + 1) * len(self.matrices)
+        return 8 * CURVES * (NODES + 1) * len(self.matrices)
 
     @property
     def spectra(self) -> int:

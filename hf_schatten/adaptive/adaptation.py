@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_schatten.adaptive.criterion import CRITERIA, Factor, maximising_exponent, objective_curve
+from hf_schatten.adaptive.criterion import Inputs, maximising_exponent, objective_curve
 from hf_schatten.adaptive.measurement import (
-    Curvature,
     Measurement,
     evenly_spaced,
     has_shards,
     measure,
     measure_shards,
-    of_part,
     samples_of,
 )
 from hf_schatten.adaptive.probe import Probe
@@ -94,7 +92,7 @@ class Adaptation(Policy):
         self._options = options
         self._range = exponent_of(options.largest_p), exponent_of(options.p_min)
         self._reported: set[str] = set()
-        self._probe = Probe(model, layers, options.probe_rows, outputs=CRITERIA[options.criterion].needs_outputs)
+        self._probe = Probe(model, layers, options.probe_rows)
         self._failed = False
         self._begin()
 
@@ -169,13 +167,13 @@ class Adaptation(Policy):
 
     def _estimate(self, optimizer: Optimized) -> None:
         matrices = self._adapted(optimizer)
-        curvature = self._curvature(matrices)
-        self._report_unsampled({m.name for m in matrices if m.name not in curvature and is_computed_here(m)})
+        inputs = self._inputs(matrices)
+        self._report_unsampled({m.name for m in matrices if m.name not in inputs and is_computed_here(m)})
         nothing = self._of_nothing(optimizer, matrices)
         if has_shards(matrices):
-            self._learn(optimizer, measure_shards(self._options, nothing, matrices, curvature))
+            self._learn(optimizer, measure_shards(self._options, nothing, matrices, inputs))
             return
-        samples = samples_of(self._options, matrices, curvature)
+        samples = samples_of(matrices, inputs)
         illustrated = evenly_spaced(self.illustrated, len(matrices))
         if self._worker is None:
             self._learn(optimizer, measure(self._options, nothing, samples, illustrated))
@@ -191,18 +189,12 @@ class Adaptation(Policy):
         device = local(matrices[0].parameter).device
         return Measurement.of_nothing(optimizer.steps_taken() + 1, len(matrices), device)
 
-    def _curvature(self, matrices: Sequence[Matrix]) -> dict[str, Curvature]:
-        """Return the factors of each matrix whose input was sampled."""
-        sampled = whole_rows(self._probe.take(), matrices)
-        inputs = {name: Factor(rows) for name, rows in sampled.inputs.items()}
-        input_of = {  # of the matrix alone where its projection reads several inputs, as cross-attention does
-            matrix.name: inputs.get(matrix.name) or inputs.get(matrix.input_name) for matrix in matrices
-        }
-        return {
-            matrix.name: (factor, _outputs_of(matrix, sampled.outputs))
-            for matrix in matrices
-            if (factor := input_of[matrix.name]) is not None
-        }
+    def _inputs(self, matrices: Sequence[Matrix]) -> dict[str, Inputs]:
+        """Return the inputs of each matrix that has been sampled."""
+        sampled = {name: Inputs(rows) for name, rows in whole_rows(self._probe.take(), matrices).items()}
+        # Its own where its projection reads several inputs, as cross-attention does.
+        found = {matrix.name: sampled.get(matrix.name) or sampled.get(matrix.input_name) for matrix in matrices}
+        return {name: inputs for name, inputs in found.items() if inputs is not None}
 
     def _result(self, job: Future[Measurement]) -> Measurement | None:
         try:
@@ -219,11 +211,9 @@ class Adaptation(Policy):
         """Average over processes and time, and choose p; what no process has measured keeps average and p."""
         matrices = self._adapted(optimizer)
         measured = measured or self._of_nothing(optimizer, matrices)
-        curves = CRITERIA[self._options.criterion].curves  # the others are zero, and need not travel
-        used, known = measured.statistics[:, :curves], measured.valid[:, :curves]
-        means, found = mean_over_processes(used.flatten(0, 1), known.flatten(), alone=optimizer.alone)
-        used, valid = means.view_as(used), found.view_as(known).all(dim=1)
-        statistics = torch.cat([used, torch.zeros_like(measured.statistics[:, curves:])], dim=1)
+        curves, known = measured.statistics, measured.valid
+        means, found = mean_over_processes(curves.flatten(0, 1), known.flatten(), alone=optimizer.alone)
+        statistics, valid = means.view_as(curves), found.view_as(known).all(dim=1)
         statistics = torch.where(valid[:, None, None], statistics, 0.0)  # NaN would pass through a rate of zero
         average = torch.stack([matrix.statistics for matrix in matrices])  # (L, CURVES, NODES)
         weight = torch.stack([matrix.statistics_weight for matrix in matrices])  # (L,)
@@ -231,7 +221,7 @@ class Adaptation(Policy):
         average = average.lerp(statistics, rate[:, None, None])
         weight = weight.lerp(torch.ones_like(weight), rate)
         corrected = average / weight[:, None, None]  # an average that starts at zero is too small at first
-        objective = objective_curve(self._options.criterion, corrected, *self._range)
+        objective = objective_curve(corrected, *self._range)
         s = maximising_exponent(objective, *self._range)
         p = p_of(s).float()
         for row, matrix in enumerate(matrices):
@@ -278,14 +268,6 @@ class Adaptation(Policy):
                 ", ".join(news[:5]) + (", …" if len(news) > 5 else ""),
                 self._probe.why_unsampled(),
             )
-
-
-def _outputs_of(matrix: Matrix, outputs: Mapping[str, Tensor]) -> Factor | None:
-    """Return the outputs of a matrix: those sampled of it alone, or its part of those of its projection."""
-    own, shared = outputs.get(matrix.name), outputs.get(matrix.input_name)
-    if own is None and shared is not None:
-        own = of_part(shared, matrix)
-    return None if own is None else Factor(own)
 
 
 def _median(p: Tensor) -> Tensor:

@@ -1,28 +1,21 @@
-"""From the spectra of gradient, momentum and input to the spectral exponent s = 1/p of each matrix.
+"""From the spectra of gradient and input to the spectral exponent s = 1/p of each matrix.
 
-With G the gradient (m, n), M its momentum with singular triplets (u_i, σ_i, v_i), O_s = U Σ^s Vᵀ of M, A the layer's
-input and D the gradient of its output, one row for each of T tokens, a criterion is a function of s that is maximised:
+With G the gradient (m, n) and A the layer's input, one row for each of T tokens, the criterion is
 
-``kronecker``
-    log ‖G‖_{1+s} − log ‖A‖_{2k} − log ‖D‖_{2k},  k = 2(1 + s)/(1 − s): the guaranteed decrease where the curvature has
-    the Kronecker factors AᵀA and DᵀD. Where D is not known, in mixtures of experts, it is taken for even: ``holder``.
-``holder``
-    log ‖G‖_{1+s} − log ‖A‖_{k},  k = 2(1 + s)/(1 − s): the guaranteed decrease of a one-step random-feature model
-    (T. Massena 2026, "Using Schatten-p norms to dynamically interpolate between Adam and Muon").
-``alignment``
-    2 log ⟨G, O_s⟩ − 2 log ‖A‖_k − 2s/(1 + s) · log Σ σ_i^{1+s}: the same bound for the update that is really taken,
-    along the momentum.
-``decrease``
-    2 log ⟨G, O_s⟩ − log tr(O_s Γ O_sᵀ), Γ = AᵀA/T: the decrease of the quadratic model itself, without a bound.
+    log ‖G‖_{1+s} − log ‖A‖_k,  k = 2(1 + s)/(1 − s),
 
-All terms are smooth in s, also at s = 1, where k is infinite, and at s = 0. A matrix's statistics are a few curves at
-fixed nodes in s: small, independent of the matrix's size, and linear to average.
+the guaranteed decrease of a one-step random-feature model, whose maximiser is the estimate of s (T. Massena 2026,
+"Using Schatten-p norms to dynamically interpolate between Adam and Muon"). Both terms are smooth in s, also at s = 1,
+where k is infinite, and at s = 0. A matrix's statistics are the two curves at fixed nodes in s: small, independent of
+the matrix's size, and linear to average.
+
+Other criteria were measured and are gone, since none was better anywhere: the changelog has the numbers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -30,11 +23,9 @@ import torch
 from torch import Tensor
 
 from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT
-from hf_schatten.linalg.direction_curves import DirectionCurves, direction_curves, iterate_direction_curves
-from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator
+from hf_schatten.linalg.spectrum import LogNormEstimator
 from hf_schatten.optim.finite_gradients import are_finite
-from hf_schatten.optim.matrix import CURVES, NODES
-from hf_schatten.option_names import CriterionName, EstimatorName
+from hf_schatten.optim.matrix import NODES
 
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
 
@@ -42,39 +33,34 @@ _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afte
 _TOGETHER_BYTES = 256 << 20
 
 
-class Factor:
-    """Sampled rows whose Gram matrix is one factor of a layer's curvature: its inputs, or its outputs' gradients.
-
-    Curves of its norms are computed once for all matrices that share it.
+class Inputs:
+    """Sampled input rows of a layer, whose curve is computed once for all matrices that share them.
 
     Args:
-        rows: (T, n).
+        rows: A, (T, n).
     """
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-        self._curves: dict[int, Tensor] = {}
+        self._curve: Tensor | None = None
 
-    def curve(self, log_norms: LogNormEstimator, factors: int = 1) -> Tensor:
-        """Return the logarithm of a norm of the rows at :func:`exponent_nodes`, (NODES,), relative to order ∞.
-
-        The order of the norm is k times the number of ``factors`` that the curvature has.
-        """
-        if factors not in self._curves:
-            self.compute([self], log_norms, factors)
-        return self._curves[factors]
+    def curve(self, log_norms: LogNormEstimator) -> Tensor:
+        """Return log ‖A‖_k at :func:`exponent_nodes`, (NODES,), relative to k = ∞."""
+        if self._curve is None:
+            self.compute([self], log_norms)
+        assert self._curve is not None
+        return self._curve
 
     @staticmethod
-    def compute(those: Iterable[Factor], log_norms: LogNormEstimator, factors: int = 1) -> None:
+    def compute(those: Iterable[Inputs], log_norms: LogNormEstimator) -> None:
         """Compute the curves of several on one device, on an accelerator together; :meth:`curve` then returns them."""
-        missing = list({id(each): each for each in those if factors not in each._curves}.values())
+        missing = list({id(each): each for each in those if each._curve is None}.values())
         if not missing:
             return
         s = exponent_nodes().to(missing[0].rows.device)
-        inverse_orders = (1 - s) / (2 * (1 + s)) / factors
-        curves = _norm_curves([each.rows for each in missing], log_norms, inverse_orders)
+        curves = _norm_curves([each.rows for each in missing], log_norms, (1 - s) / (2 * (1 + s)))
         for each, curve in zip(missing, curves, strict=True):
-            each._curves[factors] = curve - curve[-1]
+            each._curve = curve - curve[-1]
 
 
 @dataclass(frozen=True)
@@ -82,52 +68,15 @@ class Sample:
     """What is known of one matrix (m, n) on a step at which p is estimated."""
 
     gradient: Tensor  # G, (m, n)
-    momentum: Tensor | None  # M, (m, n), with the gradient in it; None for a criterion that does without
-    inputs: Factor  # A, sampled input rows, (T, n)
-    outputs: Factor | None = None  # D, sampled rows of the outputs' gradient, (T, m), where known and needed
+    inputs: Inputs
 
     def is_finite(self) -> Tensor:
         """Return whether all of it is finite, a bool scalar on its device."""
-        rows = [factor.rows for factor in (self.inputs, self.outputs) if factor is not None]
-        tensors = [self.gradient, self.momentum, *rows]
-        return torch.stack(are_finite([tensor for tensor in tensors if tensor is not None])).all()
+        return torch.stack(are_finite([self.gradient, self.inputs.rows])).all()
 
     def copied(self) -> Sample:
         """Return a sample whose gradient nobody else writes to."""
         return replace(self, gradient=self.gradient.clone())
-
-
-@dataclass(frozen=True)
-class Estimator:
-    """How the norms of gradient and inputs, and what a direction O_s of the momentum does, are computed."""
-
-    log_norms: LogNormEstimator
-    direction_curves: Callable[[Tensor, Tensor, Tensor, Tensor], DirectionCurves] = direction_curves
-
-    @classmethod
-    def named(cls, name: EstimatorName) -> Estimator:
-        """Return the estimator of an option's value; only ``iterates`` does without the momentum's SVD."""
-        return cls(LOG_NORM_ESTIMATORS[name], iterate_direction_curves if name == "iterates" else direction_curves)
-
-
-@dataclass(frozen=True)
-class Criterion:
-    """A criterion in two halves, between which statistics are averaged over processes and time.
-
-    Attributes:
-        curves: how many curves it has.
-        needs_momentum: whether its samples need the momentum.
-        needs_outputs: whether its samples need the outputs' gradients.
-        statistics: from samples on one device to (samples, CURVES, NODES) float64 curves at :func:`exponent_nodes`;
-            not finite where gradient or input is zero.
-        objective: from curves (..., CURVES, K) to (..., K), and -inf where its logarithm does not exist.
-    """
-
-    curves: int
-    needs_momentum: bool
-    needs_outputs: bool
-    statistics: Callable[[Sequence[Sample], Estimator], Tensor]
-    objective: Callable[[Tensor], Tensor]
 
 
 def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor:
@@ -147,13 +96,13 @@ def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor
     return (candidates[best] + offset * step).clamp(s_min, s_max).squeeze(-1)
 
 
-def objective_curve(criterion: CriterionName, statistics: Tensor, s_min: float, s_max: float) -> Tensor:
-    """Return the criterion's objective at equally spaced exponents from s_min to s_max, (..., candidates) float64.
+def objective_curve(statistics: Tensor, s_min: float, s_max: float) -> Tensor:
+    """Return the criterion at equally spaced exponents from s_min to s_max, (..., candidates) float64.
 
     The statistics (..., CURVES, NODES) float64 are a sample's, or a bias-corrected average of such.
     """
     curves = statistics @ _interpolation_matrix(s_min, s_max).to(statistics.device).mT  # (..., CURVES, candidates)
-    return CRITERIA[criterion].objective(curves)
+    return curves[..., 0, :] - curves[..., 1, :]
 
 
 @lru_cache(maxsize=1)
@@ -169,12 +118,12 @@ def exponent_nodes() -> Tensor:
     return center - radius * torch.cos(angles)
 
 
-def gradient_curves(gradients: Sequence[Tensor], estimator: Estimator) -> list[Tensor]:
+def gradient_curves(gradients: Sequence[Tensor], log_norms: LogNormEstimator) -> list[Tensor]:
     """Return log ‖G‖_{1+s} of gradients (m, n) at :func:`exponent_nodes`, (NODES,) each, relative to s = 1."""
     if not gradients:
         return []
     s = exponent_nodes().to(gradients[0].device)
-    return [curve - curve[-1] for curve in _norm_curves(gradients, estimator.log_norms, 1 / (1 + s))]
+    return [curve - curve[-1] for curve in _norm_curves(gradients, log_norms, 1 / (1 + s))]
 
 
 def _norm_curves(matrices: Sequence[Tensor], log_norms: LogNormEstimator, inverse_orders: Tensor) -> list[Tensor]:
@@ -195,78 +144,16 @@ def _norm_curves(matrices: Sequence[Tensor], log_norms: LogNormEstimator, invers
     return [curves[number] for number in range(len(matrices))]
 
 
-def curvature_curves(curvatures: Sequence[tuple[Factor, Factor | None]], estimator: Estimator) -> list[Tensor]:
-    """Return logarithms of the curvature's bound at :func:`exponent_nodes`, (NODES,) each, relative to s = 1.
+def statistics_of(samples: Sequence[Sample], log_norms: LogNormEstimator) -> Tensor:
+    """Return the curves of samples on one device at :func:`exponent_nodes`, (samples, CURVES, NODES) float64.
 
-    Given are inputs A and outputs D of each matrix, all on one device; None for a curvature without D.
+    Both are relative to their value at s = 1: the scale of gradient and input, which does not move the maximum, cannot
+    dominate an average. They are not finite where gradient or input is zero.
     """
-    norms = estimator.log_norms
-    Factor.compute([A for A, D in curvatures if D is None], norms)
-    Factor.compute([factor for A, D in curvatures if D is not None for factor in (A, D)], norms, 2)
-    return [A.curve(norms) if D is None else A.curve(norms, 2) + D.curve(norms, 2) for A, D in curvatures]
-
-
-def _bound_statistics(samples: Sequence[Sample], estimator: Estimator) -> Tensor:
-    """Log-norms of gradient and curvature, relative to their value at s = 1.
-
-    So the scale of gradient and input, which does not move the maximum, cannot dominate an average.
-    """
-    gradients = gradient_curves([sample.gradient for sample in samples], estimator)
-    curvatures = curvature_curves([(sample.inputs, sample.outputs) for sample in samples], estimator)
-    return torch.stack([_curves(*curves) for curves in zip(gradients, curvatures, strict=True)])
-
-
-def _alignment_statistics(samples: Sequence[Sample], estimator: Estimator) -> Tensor:
-    """⟨G, O_s⟩ / ‖G‖_F, the input's log-norm, and s/(1 + s) · log Σ σ^{1+s}."""
-    Factor.compute([sample.inputs for sample in samples], estimator.log_norms)
-    curves = []
-    for sample in samples:
-        s, direction = _direction(sample, estimator)
-        bound = s / (1 + s) * direction.log_power_sum
-        curves.append(_curves(direction.gain, sample.inputs.curve(estimator.log_norms), bound))
-    return torch.stack(curves)
-
-
-def _decrease_statistics(samples: Sequence[Sample], estimator: Estimator) -> Tensor:
-    """⟨G, O_s⟩ / ‖G‖_F and tr(O_s Γ O_sᵀ) / tr Γ."""
-    directions = [_direction(sample, estimator)[1] for sample in samples]
-    return torch.stack([_curves(direction.gain, direction.energy) for direction in directions])
-
-
-def _direction(sample: Sample, estimator: Estimator) -> tuple[Tensor, DirectionCurves]:
-    assert sample.momentum is not None
-    s = exponent_nodes().to(sample.gradient.device)
-    return s, estimator.direction_curves(sample.momentum, sample.gradient, sample.inputs.rows, s)
-
-
-def _curves(*curves: Tensor) -> Tensor:
-    """Stack curves (NODES,) to (CURVES, NODES), the missing ones zero."""
-    return torch.stack([*curves, *[torch.zeros_like(curves[0])] * (CURVES - len(curves))])
-
-
-def _log_positive(values: Tensor) -> Tensor:
-    return torch.where(values > 0, values, 0.0).log()
-
-
-def _bound(curves: Tensor) -> Tensor:
-    return curves[..., 0, :] - curves[..., 1, :]
-
-
-def _alignment(curves: Tensor) -> Tensor:
-    return 2 * (_log_positive(curves[..., 0, :]) - curves[..., 1, :] - curves[..., 2, :])
-
-
-def _decrease(curves: Tensor) -> Tensor:
-    return 2 * _log_positive(curves[..., 0, :]) - curves[..., 1, :].clamp_min(1e-300).log()
-
-
-# By name, as in the options.
-CRITERIA: dict[CriterionName, Criterion] = {
-    "kronecker": Criterion(2, False, True, _bound_statistics, _bound),
-    "holder": Criterion(2, False, False, _bound_statistics, _bound),
-    "alignment": Criterion(3, True, False, _alignment_statistics, _alignment),
-    "decrease": Criterion(2, True, False, _decrease_statistics, _decrease),
-}
+    gradients = gradient_curves([sample.gradient for sample in samples], log_norms)
+    Inputs.compute([sample.inputs for sample in samples], log_norms)
+    inputs = [sample.inputs.curve(log_norms) for sample in samples]
+    return torch.stack([torch.stack(pair) for pair in zip(gradients, inputs, strict=True)])
 
 
 @lru_cache(maxsize=8)

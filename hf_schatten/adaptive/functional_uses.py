@@ -6,7 +6,6 @@ Such are Mamba's ``dt_proj``, attention's ``in_proj_weight`` and experts that th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from hf_schatten.matrices.layout import matrix_name
 
-# Takes the inputs (..., n) of a weight, and the gradients (..., out) of its outputs where they can be seen, by its
-# name and that of its part or expert.
-Offer = Callable[[str, Tensor, Tensor | None], None]
+# Takes the inputs (..., n) of a weight, by its name and that of its part or expert.
+Offer = Callable[[str, Tensor], None]
 
 _MULTIPLICATIONS = (torch.mul, torch.multiply, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 _PRODUCTS = (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
@@ -28,8 +26,7 @@ class _Watched(NamedTuple):
     """A weight that is looked for."""
 
     name: str
-    weight: Tensor  # all of it, or what its rows were multiplied by a number to
-    scale: Any  # that number, or those of the rows, (out, 1)
+    weight: Tensor  # all of it, or what its rows were multiplied by numbers to
 
 
 class _Use(NamedTuple):
@@ -44,7 +41,6 @@ class _Found(NamedTuple):
 
     part: str  # or expert of the weight, "" for all of it
     inputs: Tensor  # (..., n)
-    outputs: Callable[[Tensor], Tensor] | None = None  # from the product's gradient to that of the outputs (..., out)
 
 
 _All = Iterator[_Found]
@@ -73,7 +69,7 @@ class FunctionalUses(TorchFunctionMode):
         """Watch the forward that begins, if any weight is left to look for."""
         if self._watched and not self._watching:
             weights = ((name, getattr(module, name.rpartition(".")[2])) for name, module in self._watched.items())
-            self._weights = {address: _Watched(*pair, 1) for pair in weights if (address := _address(pair[1]))}
+            self._weights = {address: _Watched(*pair) for pair in weights if (address := _address(pair[1]))}
             self._watching = True
             self.__enter__()
 
@@ -121,17 +117,15 @@ class FunctionalUses(TorchFunctionMode):
         """Watch what a weight's rows were multiplied by numbers to, whose inputs are the weight's."""
         by_rows = not isinstance(factor, Tensor) or factor.ndim == 0 or factor.shape[-1] == 1
         if by_rows and scaled.shape == watched.weight.shape and scaled.ndim == 2 and (address := _address(scaled)):
-            self._weights[address] = _Watched(watched.name, scaled, watched.scale * factor)
+            self._weights[address] = _Watched(watched.name, scaled)
 
     def _note(self, watched: _Watched, found: list[_Found], product: Tensor) -> None:
-        name, _, scale = watched
-        self._pending.setdefault(name, []).append(found)
-        of_rows = scale.detach().mT if isinstance(scale, Tensor) and scale.ndim else scale
+        self._pending.setdefault(watched.name, []).append(found)
 
         def offer(gradient: Tensor) -> None:
             while found:
-                part, inputs, outputs = found.pop()
-                self._offer(matrix_name(name, part), inputs, outputs and outputs(gradient.detach()) * of_rows)
+                part, inputs = found.pop()
+                self._offer(matrix_name(watched.name, part), inputs)
 
         product.register_hook(offer)
 
@@ -141,19 +135,18 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if type(tensor) in (Tensor, nn.Parameter) else 0
 
 
-def _by_expert(use: _Use, inputs: Tensor, outputs: Callable[[Tensor], Tensor] = lambda gradient: gradient) -> _All:
+def _by_expert(use: _Use, inputs: Tensor) -> _All:
     """Yield what each expert whose weight is used is multiplied with; rows of zeros are padding."""
     view, weight = use
     if weight.ndim != 3 and view.numel() == weight.numel():
-        yield _Found("", inputs.detach(), outputs)
+        yield _Found("", inputs.detach())
     elif view.ndim == 2 and (size := _size_of_slices(view, weight)):
         number = (view.storage_offset() - weight.storage_offset()) // size
-        yield _Found(str(number), inputs.detach(), outputs if view.numel() == size else None)
+        yield _Found(str(number), inputs.detach())
     elif len(view) == len(weight) == len(inputs):
         for expert, tokens in enumerate(inputs.detach()):
             rows = tokens.reshape(-1, tokens.shape[-1])
-            real = rows.any(dim=-1)
-            yield _Found(str(expert), rows[real], partial(_rows_of_expert, outputs, expert, real))
+            yield _Found(str(expert), rows[rows.any(dim=-1)])
 
 
 def _size_of_slices(view: Tensor, weight: Tensor) -> int:
@@ -169,14 +162,6 @@ def _size_of_slices(view: Tensor, weight: Tensor) -> int:
     return size if equal else 0
 
 
-def _rows_of_expert(outputs: Callable[[Tensor], Tensor], expert: int, real: Tensor, gradient: Tensor) -> Tensor:
-    return outputs(gradient)[expert].flatten(0, -2)[real]
-
-
-def _transposed(gradient: Tensor) -> Tensor:
-    return gradient.mT
-
-
 def _of_linear(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _All:
     if len(args) > 1 and use.view is args[1]:
         yield from _by_expert(use, args[0])
@@ -189,7 +174,7 @@ def _of_product(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Al
     if use.view is right:
         yield from _by_expert(use, left)
     elif right.ndim > 1:
-        yield from _by_expert(use, right.mT, _transposed)
+        yield from _by_expert(use, right.mT)
 
 
 def _of_einsum(use: _Use, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _All:

@@ -1,4 +1,4 @@
-"""Hooks that sample the inputs of routed layers and the gradients of their outputs, on due steps only."""
+"""Hooks that sample the inputs of routed layers, on due steps only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from hf_schatten.adaptive.functional_uses import FunctionalUses
 from hf_schatten.adaptive.row_sample import RowSample
-from hf_schatten.adaptive.rows import Rows, input_rows, output_rows, shows_inputs, token_rows
+from hf_schatten.adaptive.rows import Rows, input_rows, shows_inputs, token_rows
 from hf_schatten.distributed.pieces import local
 from hf_schatten.matrices.backbones import outermost_models
 from hf_schatten.matrices.layout import matrix_name
@@ -49,21 +49,7 @@ _EAGER_COMPILER = _EagerCompiler()
 _PROBES: weakref.WeakSet[Probe] = weakref.WeakSet()  # that exist
 
 
-class Sampled(NamedTuple):
-    """What a probe has sampled, (rows, features) each.
-
-    Attributes:
-        inputs: by parameter name, followed by the expert's number where it has experts.
-        outputs: of the gradients of outputs, by the same names where they can be seen.
-    """
-
-    inputs: dict[str, Tensor]
-    outputs: dict[str, Tensor]
-
-
-_Samples = dict[str, RowSample]
-
-_OF_COPIES = "_armed", "_warned", "_model", "_layers", "_most_rows", "_with_outputs"  # attributes of a probe
+_OF_COPIES = "_armed", "_warned", "_model", "_layers", "_most_rows"  # attributes of a probe
 
 
 class _Hook:
@@ -91,7 +77,7 @@ class _NoHook:
 
 
 class Probe:
-    """Samples the inputs of modules, and the gradients of their outputs where asked, while armed.
+    """Samples the inputs of modules while armed.
 
     Counts each training forward once, as soon as a gradient comes back to its output. So evaluation, ``no_grad``, the
     forward of gradient checkpointing of either kind that is not differentiated, and the pass of DoRA that only
@@ -109,8 +95,7 @@ class Probe:
     Args:
         model: the model whose forward begins a micro-batch.
         layers: the module that owns each routed parameter, by the parameter's name.
-        rows: most rows that are kept of each input and output.
-        outputs: whether to sample the gradients of outputs.
+        rows: most rows that are kept of each input.
     """
 
     def __init__(
@@ -118,21 +103,17 @@ class Probe:
         model: nn.Module,
         layers: Mapping[str, nn.Module],
         rows: int,
-        *,
-        outputs: bool = False,
     ) -> None:
         self._armed = False  # a plain bool, so that a compiled forward only guards on it
         self._warned = False
         self._model = model
         self._layers = dict(layers)
         self._most_rows = rows
-        self._with_outputs = outputs
         self._begin()
 
     def _begin(self) -> None:
         """Start without samples, and with hooks where the model is whole: a copy may still be in the making."""
-        self._inputs: _Samples = {}
-        self._outputs: _Samples = {}
+        self._samples: dict[str, RowSample] = {}
         self._masks: dict[str, Tensor] = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
         _PROBES.add(self)
@@ -194,14 +175,13 @@ class Probe:
         sampled = {id(module) for probe in others for module in probe._layers.values()}
         return next((name for name, module in self._layers.items() if id(module) in sampled), None)
 
-    def take(self) -> Sampled:
-        """Return the samples and forget them; what has had no training forward since the last call is missing."""
-        sampled = Sampled(
-            *(
-                {name: rows for name, sample in samples.items() if (rows := sample.rows()) is not None}
-                for samples in (self._inputs, self._outputs)
-            )
-        )
+    def take(self) -> dict[str, Tensor]:
+        """Return the sampled inputs, (rows, features) each, and forget them.
+
+        Keys are names of parameters, followed by the expert's number where they have experts. What has had no training
+        forward since the last call is missing.
+        """
+        sampled = {name: rows for name, sample in self._samples.items() if (rows := sample.rows()) is not None}
         self._forget()
         return sampled
 
@@ -218,8 +198,7 @@ class Probe:
         _remove(self._handles)
 
     def _forget(self) -> None:
-        self._inputs.clear()
-        self._outputs.clear()
+        self._samples.clear()
         self._masks = {}
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -248,25 +227,20 @@ class Probe:
         # A recomputed input lives until its backward pass, which comes next.
         at_once = not (_inside_backward() or _autograd_keeps(args[0]))
         keeps = [
-            self._offer(self._inputs, matrix_name(name, rows.expert), rows, at_once=at_once)
+            self._offer(matrix_name(name, rows.expert), rows, at_once=at_once)
             for rows in input_rows(name, module, args, self._masks)
         ]
-        rows_of = output_rows(name, module, self._masks) if self._with_outputs else None
-        if rows_of is not None:
-            output.register_hook(lambda gradient: self._offer(self._outputs, name, rows_of(local(gradient)))())
         output.register_hook(lambda gradient: _call_and_forget(keeps))
 
-    def _offer_use(self, key: str, inputs: Tensor, outputs: Tensor | None) -> None:
-        """Offer what a weight was multiplied with, (..., n), and its outputs' gradients, (..., out), as rows."""
-        self._offer(self._inputs, key, token_rows(key, inputs, self._masks))()
-        if self._with_outputs and outputs is not None:
-            self._offer(self._outputs, key, token_rows(key, outputs, self._masks))()
+    def _offer_use(self, key: str, inputs: Tensor) -> None:
+        """Offer what a weight was multiplied with, (..., n), as rows that count."""
+        self._offer(key, token_rows(key, inputs, self._masks))()
 
-    def _offer(self, samples: _Samples, key: str, rows: Rows, *, at_once: bool = False) -> Callable[[], None]:
+    def _offer(self, key: str, rows: Rows, *, at_once: bool = False) -> Callable[[], None]:
         """Offer rows to the sample of this key; return what makes them count."""
-        if key not in samples:
-            samples[key] = RowSample(self._most_rows)
-        return samples[key].offer(rows.count, rows.pick, at_once=at_once)
+        if key not in self._samples:
+            self._samples[key] = RowSample(self._most_rows)
+        return self._samples[key].offer(rows.count, rows.pick, at_once=at_once)
 
 
 def _remove(handles: Iterable[RemovableHandle]) -> None:

@@ -1,4 +1,4 @@
-"""What a layer multiplies its weight with, and what comes back: rows of its input and of its output's gradient."""
+"""What a layer multiplies its weight with: rows of its input."""
 
 from __future__ import annotations
 
@@ -71,27 +71,6 @@ def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks
         yield from _expert_rows(attribute, module, args[0], args[1], masks)
     else:
         yield token_rows(name, args[0].detach(), masks)
-
-
-def output_rows(name: str, module: nn.Module, masks: Masks) -> Callable[[Tensor], Rows] | None:
-    """Return what makes rows (k, out), one for each of :func:`input_rows`, of the gradient of a parameter's output.
-
-    None for a layer of experts, whose outputs exist inside its forward only, and for a transposed convolution, whose
-    outputs overlap.
-    """
-    in_channels = isinstance(module, CONVOLUTIONS)
-    stacked = getattr(module, name.rpartition(".")[2]).ndim == 3 and not isinstance(
-        module, (nn.Bilinear, *_CONVOLUTIONS)
-    )
-    if stacked or isinstance(module, TRANSPOSED_CONVOLUTIONS):
-        return None
-
-    def rows_of(gradient: Tensor) -> Rows:
-        gradient = _channels_last(gradient, module) if in_channels else gradient
-        rows = gradient.reshape(-1, gradient.shape[-1])
-        return _tokens(rows, None if in_channels else _real_tokens(name, gradient.shape[:-1], masks))
-
-    return rows_of
 
 
 def _tokens(rows: Tensor, real: Tensor | None) -> Rows:

@@ -45,8 +45,8 @@ def create_schatten_optimizer(
 ) -> SchattenP:
     """Make the optimizer of a model: matrices to the Schatten-p update, all other parameters to AdamW.
 
-    With the default ``p="adaptive"``, hooks on the model sample the inputs of the routed layers on due steps, and
-    the optimizer re-estimates each matrix' p in its own ``step()``: a bare training loop needs nothing else.
+    With ``p="adaptive"``, hooks on the model sample the inputs of the routed layers on due steps, and the optimizer
+    re-estimates each matrix' p in its own ``step()``: a bare training loop needs nothing else.
 
     Args:
         model: a ``PreTrainedModel``, a PEFT model or any ``nn.Module``; of the latter, name the output head in
@@ -114,7 +114,11 @@ def _created(
         target_modules=target_modules,
     )
     if is_main_process() and (idle := options.without_effect()):
-        logger.warning("Without effect with p=%s: %s.", options.p, ", ".join(idle))
+        logger.warning(
+            "Without effect with p=%s: %s. Leave them out, or set p=adaptive or p=schedule, which they are for.",
+            options.p,
+            ", ".join(idle),
+        )
     say(f"schatten_p routes the parameters of {type(model).__name__} as follows:\n{routing}")
     if is_main_process():
         for warning in routing.warnings:

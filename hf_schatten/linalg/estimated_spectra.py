@@ -1,8 +1,8 @@
 """Spectra of X (B, m, n), m <= n, float32, of unit scale, for less than a decomposition of X.
 
-From a submatrix, or from a block Krylov space, ``Z, (X Xᵀ) Z, …, (X Xᵀ)^{depth-1} Z`` of a random block Z: a few
-products of X with a thin block (C. Musco and C. Musco 2015, "Randomized Block Krylov Methods for Stronger and Faster
-Approximate Singular Value Decomposition"). Random numbers have generators of their own: training does not notice, and
+From a block Krylov space, ``Z, (X Xᵀ) Z, …, (X Xᵀ)^{depth-1} Z`` of a random block Z: a few products of X with a thin
+block (C. Musco and C. Musco 2015, "Randomized Block Krylov Methods for Stronger and Faster Approximate Singular Value
+Decomposition"). Random numbers have generators of their own: training does not notice, and
 a resumed run repeats.
 """
 
@@ -17,16 +17,12 @@ _SEED = 0
 
 _WIDTH = 32  # columns of a block: thinner ones take a CPU as long
 _LANCZOS_DEPTH = 6
-_NORM_DEPTH = 4
 # Rows for each dimension of the space, up to which a float32 eigenvalue decomposition is faster on a CPU.
 _WORTHWHILE = 2
 
 _RESOLVED = 0.1  # residual of a Ritz pair, relative to its value, below which the value counts once
 _CORRECTION = 4.0  # largest factor between the quadrature's energy and the true one: beyond, it is all rounding
 _SHIFT = 1e-13  # of a Gram matrix' diagonal, relative to its trace: above the rounding of float64
-
-_FRACTION = 2  # one row in two and one column in two: an eighth of the operations
-_FEWEST = 64  # sampled rows or columns
 
 
 def lanczos_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,40 +53,12 @@ def lanczos_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
     return 0.5 * energy.log(), _positive(multiplicity).log()
 
 
-def submatrix_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Sample rows and columns of X, and correct the norms of the sample to those of X at orders 2 and ∞.
-
-    Sampling "with an extra spectral norm computation" is the estimate of T. Massena 2026, "Using Schatten-p norms to
-    dynamically interpolate between Adam and Muon". A factor α of all singular values and a factor μ of their number
-    shift log ‖·‖_order by ``log α + log μ / order``: the spectral norm determines α and the Frobenius norm μ. For a
-    random matrix, both are what sampling took away; for one of low rank, μ comes out near 1.
-
-    Returns:
-        Logarithms of the sampled singular values and of their multiplicities, (B, r) float64.
-    """
-    rows, columns = (_sample(side, X.device) for side in X.shape[-2:])
-    log_sigma = _gram_log_spectrum(X.index_select(-2, rows).index_select(-1, columns))  # (B, r)
-    largest = log_sigma.amax(-1, keepdim=True)
-    frobenius = 0.5 * (2 * log_sigma).logsumexp(-1, keepdim=True)
-    scale = _log_spectral_norm(X) - largest
-    number = 2 * (0.5 * _squared_frobenius(X).log() - frobenius - scale)
-    return log_sigma + scale, number.expand_as(log_sigma)
-
-
 def _gram_log_spectrum(X: Tensor) -> Tensor:
     """Logarithms of all singular values, (B, m) float64, ascending, from the Gram matrix in X's precision."""
     # In float32, those below 3e-4 of the largest are rounding. What rounds above zero makes up for the small values
     # that are lost: the nuclear norms of a small GPT-2's gradients err by 0.4 %, by 1 to 3 % where both are dropped.
     eigenvalues = torch.linalg.eigvalsh(symmetric_product(X, X.mT)).to(torch.float64)
     return 0.5 * eigenvalues.clamp_min(torch.finfo(torch.float64).tiny).log()
-
-
-def _log_spectral_norm(X: Tensor) -> Tensor:
-    """Logarithms of the spectral norms, (B, 1) float64, by block power iteration."""
-    if X.shape[-2] <= _WORTHWHILE * _WIDTH * _NORM_DEPTH:
-        return _gram_log_spectrum(X)[:, -1:]
-    rayleigh, _ = _block_krylov(X, _NORM_DEPTH)
-    return 0.5 * torch.linalg.eigvalsh(rayleigh)[:, -1:].log()
 
 
 def _squared_frobenius(X: Tensor) -> Tensor:
@@ -164,11 +132,3 @@ def _positive(x: Tensor) -> Tensor:
 def _random_orthonormal(rows: int, device: torch.device) -> Tensor:
     generator = torch.Generator().manual_seed(_SEED)
     return torch.linalg.qr(torch.randn(rows, _WIDTH, generator=generator)).Q.to(device)
-
-
-@lru_cache(maxsize=64)
-def _sample(side: int, device: torch.device) -> Tensor:
-    """The sampled indices of a side, ascending."""
-    size = min(side, max(_FEWEST, side // _FRACTION))
-    chosen = torch.randperm(side, generator=torch.Generator().manual_seed(_SEED))[:size]
-    return chosen.sort().values.to(device)

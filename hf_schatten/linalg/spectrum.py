@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from hf_schatten.linalg.estimated_spectra import lanczos_spectrum, submatrix_spectrum
+from hf_schatten.linalg.estimated_spectra import lanczos_spectrum
 from hf_schatten.linalg.iterate_norms import iterate_log_norms
 from hf_schatten.option_names import EstimatorName
 
@@ -101,7 +101,6 @@ def _unit_matrices(X: Tensor) -> tuple[Tensor, Tensor]:
 
 LOG_NORM_ESTIMATORS: dict[EstimatorName, LogNormEstimator] = {
     "exact": exact_log_norms,
-    "submatrix": _of_spectrum(submatrix_spectrum),
     "lanczos": _of_spectrum(lanczos_spectrum),
     "iterates": _estimator(iterate_log_norms),
 }

@@ -23,8 +23,8 @@ STATISTICS, STATISTICS_WEIGHT = "statistics", "statistics_weight"
 ABSENCE = "absence"  # the moving average of whether the gradient was zero
 PER_MATRIX = P, STATISTICS, STATISTICS_WEIGHT, ABSENCE
 
-# Of a criterion, whose moving averages are state: the most curves that one has, and the points of each curve.
-CURVES, NODES = 3, 63
+# Of the criterion, whose moving averages are state: its curves, and the points of each.
+CURVES, NODES = 2, 63
 
 
 @dataclass(frozen=True, eq=False)

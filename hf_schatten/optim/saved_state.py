@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_schatten.matrices.layout import LAYOUT
-from hf_schatten.optim.matrix import ABSENCE, PER_MATRIX, STATISTICS_WEIGHT, STEP, Matrix
+from hf_schatten.optim.matrix import ABSENCE, PER_MATRIX, STATISTICS, STATISTICS_WEIGHT, STEP, Matrix
 from hf_schatten.optim.state import expected_state
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 
@@ -119,7 +119,7 @@ def require_same_state(
             )
         for key, shape in ((key, value.shape) for key, value in expected[name].items() if key in state):
             found = state[key].shape if isinstance(state[key], Tensor) else torch.Size()
-            if found == shape:
+            if found == shape or (key == STATISTICS and found[:1] == shape[:1]):  # those of another criterion restart
                 continue
             if key in PER_MATRIX and found[1:] == shape[1:]:
                 raise CheckpointError(
@@ -133,8 +133,8 @@ def require_same_state(
             )
 
 
-def say_changed_options(saved: Mapping[str, Any], present: SchattenOptions) -> frozenset[str]:
-    """Return the names of the options that differ from a checkpoint's, and log them as a warning.
+def say_changed_options(saved: Mapping[str, Any], present: SchattenOptions) -> None:
+    """Log the options that differ from a checkpoint's as a warning.
 
     Args:
         saved: as :meth:`hf_schatten.SchattenOptions.as_json` gives them, now or in an earlier version.
@@ -147,7 +147,6 @@ def say_changed_options(saved: Mapping[str, Any], present: SchattenOptions) -> f
             "Options changed since the checkpoint was written, and the new values are used: %s.",
             ", ".join(f"{name} {saved.get(name)!r} -> {value!r}" for name, value in changed.items()),
         )
-    return frozenset(changed)
 
 
 class Loading:
@@ -205,8 +204,16 @@ class Loading:
                 if key == STEP or (loaded.dtype, loaded.device) != (dtype, device):  # torch shares the step
                     loaded = torch.as_tensor(value).to(device=device, dtype=dtype, copy=True)
                 states[parameter][key] = loaded
+            self._restart_other_statistics(states.get(parameter, {}), expected)
             if ABSENCE in expected and STATISTICS_WEIGHT in (state := states.get(parameter, {})):
                 state.setdefault(ABSENCE, torch.zeros_like(state[STATISTICS_WEIGHT]))
+
+    @staticmethod
+    def _restart_other_statistics(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+        """Begin the averages of an estimate again where they are those of an earlier criterion."""
+        if STATISTICS in state and state[STATISTICS].shape != expected[STATISTICS].shape:
+            state[STATISTICS] = state[STATISTICS].new_zeros(expected[STATISTICS].shape)
+            state[STATISTICS_WEIGHT].zero_()
 
     def _by_name(self, saved: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return saved groups of the parameters that are in the present groups."""
@@ -236,13 +243,11 @@ def take_options(
         matrices: of the optimizer.
         managed: names of the matrices whose p a policy changes.
     """
-    changed = say_changed_options(saved, present) if saved else frozenset()
+    if saved:
+        say_changed_options(saved, present)
     for matrix in matrices:
         if matrix.state and matrix.name not in managed:
             matrix.p.fill_(matrix.first_p)
-        if matrix.state and "criterion" in changed:  # whose statistics are of another kind
-            matrix.statistics.zero_()
-            matrix.statistics_weight.zero_()
 
 
 def _items(groups: Iterable[Mapping[str, Any]], key: str = "params") -> Iterator[Any]:

@@ -74,12 +74,11 @@ def card_section(
 
 
 def options_text(options: SchattenOptions) -> str:
-    """Return what differs from the defaults, p, and the criterion of an adaptive p, as ``--optim_args`` takes it."""
-    always = {"p", "criterion"} if options.adaptive else {"p"}
+    """Return p and what differs from the defaults, as ``--optim_args`` takes it."""
     shown = [
         (field.name, getattr(options, field.name))
         for field in fields(options)
-        if field.name in always or getattr(options, field.name) != field.default
+        if field.name == "p" or getattr(options, field.name) != field.default
     ]
     return ",".join(f"{name}={_option_value(value)}" for name, value in shown)
 
