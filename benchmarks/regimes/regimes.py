@@ -1,7 +1,7 @@
 """The six trainings in which optimizers are compared: what is trained, on what, and how its loss is measured.
 
-Each is small enough for some seconds of one core. Every batch is a function of seed and step alone: two optimizers with
-one seed see the same data, and begin with the same weights.
+Each is small enough for some seconds of one core. Every batch is a function of seed and step alone: two optimizers
+with one seed see the same data, and begin with the same weights.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def _pretrained() -> GPT2LMHeadModel:
 
 
 def rate_factor(step: int, steps: int) -> float:
-    """Return the learning rate of a step, from 0, relative to the largest: a tenth of the steps warms up, then cosine."""
+    """Return the learning rate of a step, from 0, relative to the largest: a tenth warms up, then cosine."""
     warm_up = max(1, steps // 10)
     decay = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
     return min(1.0, (step + 1) / warm_up) * decay

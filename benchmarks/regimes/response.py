@@ -6,8 +6,8 @@ Usage:
     python benchmarks/regimes/response.py --report       # draw what has run
 
 For each kind of layer (queries, down-projections, …) p of that kind alone is varied, with p = -4 for all others, at
-the best learning rate that ``compare_regimes.py`` found for p = -4. ``response.png`` draws the difference to p = -4 for
-all, paired by seed, against 1/p, and marks where the criterion puts this kind at the end of training.
+the best learning rate that ``compare_regimes.py`` found for p = -4. ``response.png`` draws the difference to p = -4
+for all, paired by seed, against 1/p, and marks where the criterion puts this kind at the end of training.
 """
 
 from __future__ import annotations
