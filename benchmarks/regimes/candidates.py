@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.comparison.torch_muon import MuonAndAdamW
+from benchmarks.regimes.peers import peer_optimizer
 from benchmarks.regimes.regimes import Regime
 from hf_schatten import create_schatten_optimizer
 from hf_schatten.exponent import MIN_EXPONENT, p_of
@@ -50,8 +51,9 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
     """Make the optimizer of a run.
 
     Args:
-        candidate: ``adamw``, ``muon``, ``random`` (1/p of each matrix is drawn once), options of the optimizer such as
-            ``p=-5``, these after ``shuffled:``, or before kinds of layers with another p: ``p=-4@query=inf``.
+        candidate: ``adamw``, ``muon``, ``random`` (1/p of each matrix is drawn once), the class of another package
+            (:mod:`benchmarks.regimes.peers`), options of the optimizer such as ``p=-5``, these after ``shuffled:``, or
+            before kinds of layers with another p: ``p=-4@query=inf``.
         regime: what is trained.
         model: its model.
         rate: learning rate.
@@ -69,6 +71,8 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
         return torch.optim.AdamW(groups, rate, **common)
     if candidate == "muon":
         return MuonAndAdamW(model, lr=rate, eps=1e-8, **common)
+    if "=" not in candidate and "." in candidate:
+        return peer_optimizer(candidate, model, rate, regime.weight_decay, regime.heads)
     text, *kinds = candidate.removeprefix("shuffled:").split("@")
     options: dict[str, Any] = dict(pair.split("=") for pair in ("p=-4" if text == "random" else text).split(","))
     if options["p"] == "schedule":
