@@ -19,7 +19,7 @@ from hf_schatten.options import LARGEST_P
 from hf_schatten.report.log import LAYER_PREFIX
 
 FIRST_P = 33.0  # none that an estimate would give
-ADAPTIVE = f"p_init={FIRST_P},p_first_step=2,p_interval=6"
+ADAPTIVE = f"p=adaptive,p_init={FIRST_P},p_first_step=2,p_interval=6"
 STEPS, DUE = 12, [2, 6, 12]
 
 RUN = {
