@@ -310,7 +310,9 @@ def test_lora_adapters_learn_a_p_of_their_own(llama):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     model = peft.get_peft_model(llama, peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]))
-    optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False, p="adaptive", p_interval=2, p_first_step=2, p_init=33.0)
+    optimizer = hf_schatten.create_schatten_optimizer(
+        model, verbose=False, p="adaptive", p_interval=2, p_first_step=2, p_init=33.0
+    )
     tokens = torch.randint(0, 64, (4, 16))
     for _ in range(2):  # the gradient of lora_A is zero on the first step
         model(input_ids=tokens, labels=tokens).loss.backward()

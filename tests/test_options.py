@@ -259,7 +259,10 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ),
         ("step_rule=regularized,p=adaptive,p_max=-10", "p_max=-10.0 is not allowed with step_rule=regularized"),
         ("step_rule=ball,p=schedule,p_schedule=4:-5", "p_schedule: END=-5.0 is not allowed with step_rule=ball"),
-        ("step_rule=ball,p=4,p_overrides=*.c_proj:-8", "p_overrides: \\*.c_proj=-8.0 is not allowed with step_rule=ball"),
+        (
+            "step_rule=ball,p=4,p_overrides=*.c_proj:-8",
+            "p_overrides: \\*.c_proj=-8.0 is not allowed with step_rule=ball",
+        ),
         ("p=inf,target=low_rank", "target='low_rank' is not allowed: one of power, top_k:K, soft_threshold:TAU, soft"),
         ("p=inf,target=soft_treshold:0.1", "Did you mean 'soft_threshold'\\?"),
         (
@@ -271,7 +274,10 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("p=inf,target=soft_threshold:1", "target='soft_threshold:1' is not allowed: .* TAU between 0 and 1, such as"),
         ("p=inf,target=soft_step:nan", "target='soft_step:nan' is not allowed: write soft_step:TAU"),
         ("target=power:2", "target='power:2' is not allowed: write power, whose exponent is 1/p"),
-        ("p=adaptive,target=top_k:4", "target='top_k:4' is not allowed: .* p=adaptive .* would be ignored; set p to a number"),
+        (
+            "p=adaptive,target=top_k:4",
+            "target='top_k:4' is not allowed: .* p=adaptive .* would be ignored; set p to a number",
+        ),
         ("p=schedule,target=top_k:4", "p=schedule .* would be ignored; set p to a number, such as p=inf"),
         ("p=2,p_overrides=*.fc:4,target=top_k:4", "p_overrides would be ignored; .* leave p_overrides out"),
         (

@@ -75,7 +75,9 @@ def test_from_the_checkpoint_of_a_plain_trainer_by_command_line_options(
     Trainer(gpt2, arguments, train_dataset=token_dataset).train()
     source = tmp_path / "run" / "checkpoint-4"
     learned = load_learned_p(source)
-    arguments = training_arguments(optim_args=f"p=adaptive,p_init={source},p_interval=1000,p_first_step=1000", max_steps=2)
+    arguments = training_arguments(
+        optim_args=f"p=adaptive,p_init={source},p_interval=1000,p_first_step=1000", max_steps=2
+    )
     trainer = SchattenTrainer(gpt2, arguments, train_dataset=token_dataset)
     trainer.train()
     assert trainer.optimizer.optimizer.learned_p() == learned

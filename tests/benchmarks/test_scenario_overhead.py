@@ -61,7 +61,9 @@ def test_copies_are_trained_with_estimates_and_the_model_is_not(task: Path, tmp_
         lambda own, *args, **options: made.append((own, create(own, *args, **options))) or made[-1][1],
     )
     monkeypatch.setattr(interleaved_timing, "_SHORTEST", 0.0)
-    _, steps = script.measure(model, batch, Candidate("k", "schatten_p", "p=adaptive,p_interval=3,p_first_step=2", ()), 1)
+    _, steps = script.measure(
+        model, batch, Candidate("k", "schatten_p", "p=adaptive,p_interval=3,p_first_step=2", ()), 1
+    )
     ((own, optimizer),) = made
     assert steps == 3
     estimated = [state["statistics_weight"] for state in optimizer.state.values() if "statistics_weight" in state]

@@ -369,7 +369,9 @@ def test_four_bits_need_bitsandbytes_and_a_gpu(base, monkeypatch):
 def test_the_first_step_leaves_what_has_no_gradient(base):
     model = adapted(base)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizer = hf_schatten.create_schatten_optimizer(model, lr=1e-2, weight_decay=0.0, p="adaptive", p_interval=1, p_init=7)
+    optimizer = hf_schatten.create_schatten_optimizer(
+        model, lr=1e-2, weight_decay=0.0, p="adaptive", p_interval=1, p_init=7
+    )
     ids = torch.arange(32).reshape(2, 16)
 
     def step():
