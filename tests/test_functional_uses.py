@@ -136,9 +136,17 @@ MODULES = ("bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_t
 # The fewest matrices of each that have fewer rows than features, so that their rows alone span the gradient.
 READ = {
     **dict.fromkeys(MODULES, 1),
-    **{"conv1d in groups": 2, "conv2d in groups": 3, "conv_transpose2d in groups": 2},
-    **{"self-attention": 4, "cross-attention": 4, "mamba": 7, "xlnet": 7},
-    **{"jetmoe": 3, "llama4": 9, "dbrx": 9, "adalora": 2},
+    "conv1d in groups": 2,
+    "conv2d in groups": 3,
+    "conv_transpose2d in groups": 2,
+    "self-attention": 4,
+    "cross-attention": 4,
+    "mamba": 7,
+    "xlnet": 7,
+    "jetmoe": 3,
+    "llama4": 9,
+    "dbrx": 9,
+    "adalora": 2,
 }
 
 

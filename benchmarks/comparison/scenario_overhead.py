@@ -8,7 +8,7 @@ Whole runs of `compare_optimizers.py`, one after the other, differ by more than 
 Usage:
     python benchmarks/comparison/scenario_overhead.py recipes/pretrain_clm/comparison.yaml --repeats 3  # six minutes
     python benchmarks/comparison/scenario_overhead.py recipes/*/comparison.yaml --repeats 3
-    python benchmarks/comparison/scenario_overhead.py recipes/image_classification/comparison.yaml --candidate 'p = inf'
+    python benchmarks/comparison/scenario_overhead.py recipes/lora_sft/comparison.yaml --candidate 'p = inf'
 """
 
 import argparse
