@@ -185,7 +185,7 @@ def run(start, steps, interval):
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float32), nn.LayerNorm(4, dtype=torch.float32))
-    optimizer = hf_schatten.create_schatten_optimizer(model, 1e-3, verbose=False, p_interval=interval)
+    optimizer = hf_schatten.create_schatten_optimizer(model, 1e-3, verbose=False, p="adaptive", p_interval=interval)
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(8, 4, generator=generator, dtype=torch.float32)
     estimates = []

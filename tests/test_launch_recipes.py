@@ -28,7 +28,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 STEPS, DUE = 6, [2, 4, 6]
 TRAINING = (
     "--train_file animals.txt --n_layer 1 --n_embd 16 --n_head 2 --vocab_size 270 --block_size 16 --optim schatten_p "
-    "--optim_args criterion=holder,p_interval=2,p_first_step=2 --learning_rate 1e-2 "
+    "--optim_args p=adaptive,p_interval=2,p_first_step=2 --learning_rate 1e-2 "
     f"--max_steps {STEPS} --save_steps {STEPS} "
     "--per_device_train_batch_size 2 --max_train_samples 40 --max_eval_samples 4 --logging_steps 1 --report_to none "
     "--output_dir out --disable_tqdm true --do_eval false --use_cpu"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 from benchmarks.comparison.torch_muon import MuonAndAdamW
 from benchmarks.regimes.peers import peer_optimizer
 from benchmarks.regimes.regimes import Regime
-from hf_schatten import create_schatten_optimizer
+from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.exponent import MIN_EXPONENT, p_of
 from hf_schatten.optim.policy import Optimized, Policy
 
@@ -82,16 +82,17 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
     p_of_kind = dict(each.split("=") for each in kinds)
     options["p_overrides"] = tuple(f"{regime.kinds[kind]}:{p}" for kind, p in p_of_kind.items())
     if text == "random":
-        names = make_optimizer("p=-4", regime, model, rate, seed).learned_p()  # type: ignore[attr-defined]
-        options["p_overrides"] = _random_p(names, seed)
+        plain = make_optimizer("p=-4", regime, model, rate, seed)
+        assert isinstance(plain, SchattenP)
+        options["p_overrides"] = _random_p([matrix.name for matrix in plain.matrices()], seed)
     exclude = tuple(regime.heads)
     optimizer = create_schatten_optimizer(model, rate, exclude=exclude, verbose=False, **common, **options)
     if candidate.startswith("shuffled:") and optimizer.policy is not None:
-        optimizer.follow(Shuffled(optimizer.policy, seed))
+        optimizer.policy = Shuffled(optimizer.policy, seed)  # follow() would take the other policy's hooks away
     return optimizer
 
 
-def _random_p(names: Mapping[str, float], seed: int) -> tuple[str, ...]:
+def _random_p(names: Sequence[str], seed: int) -> tuple[str, ...]:
     """Return an override for each matrix, 1/p uniform in [-0.25, 0.2]."""
     drawn = torch.rand(len(names), generator=torch.Generator().manual_seed(seed))
     exponents = MIN_EXPONENT + (_LARGEST_RANDOM - MIN_EXPONENT) * drawn.double()

@@ -20,7 +20,7 @@ from hf_schatten import UnsupportedEngineError
 pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
 
 STEPS, LENGTH, GLOBAL_BATCH, CLIPPED = 30, 8, 8, 0.5
-ADAPTIVE = {"criterion": "holder", "p_max": 1000, "p_interval": 10, "p_first_step": 5}  # due: 5, 10, 20, 30
+ADAPTIVE = {"p": "adaptive", "p_max": 1000, "p_interval": 10, "p_first_step": 5}  # due: 5, 10, 20, 30
 SETTINGS: dict[str, dict[str, Any]] = {
     "stage 1": {"stage": 1},
     "stage 2": {"stage": 2, "accumulated": 4},
