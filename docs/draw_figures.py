@@ -17,10 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.regimes.compare_regimes import CANDIDATES, FOLDER, best_losses
+from benchmarks.regimes.compare_regimes import CANDIDATES, best_losses
 from benchmarks.regimes.regimes import REGIMES
 from benchmarks.regimes.runs import Outcome, load
-from docs.write_tables import LOWEST, SHOWN, coefficients
+from docs.write_tables import LOWEST, OUTCOMES, SHOWN, coefficients
 from hf_schatten.adaptive.criterion import Inputs, Sample, maximising_exponent, objective_curve, statistics_of
 from hf_schatten.exponent import exponent_of, p_label, p_of
 from hf_schatten.linalg import Coefficients
@@ -161,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=folder, help="folder (default: figures beside this script)")
     output = parser.parse_args(arguments).output
     output.mkdir(parents=True, exist_ok=True)
-    draw_regimes(load(FOLDER / "outcomes.jsonl"), output / "regimes.png")
+    draw_regimes(load(OUTCOMES), output / "regimes.png")
     draw_spectral_power(output / "spectral_power.png")
     draw_criterion(output / "criterion.png")
 

@@ -79,16 +79,6 @@ def rows_of(regime: str, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
     return rows
 
 
-def summary_rows(outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
-    """Return the README's table: a row for each candidate that has run, a column for each regime."""
-    rows: list[tuple[str, ...]] = [("validation loss", *REGIMES)]
-    for name, candidate in CANDIDATES.items():
-        losses = [list(best_losses(regime, candidate, outcomes)[1].values()) for regime in REGIMES]
-        if any(losses):
-            rows.append((name, *(_with_error(each, decimals=3) if each else "–" for each in losses)))
-    return rows
-
-
 def best_losses(regime: str, candidate: str, outcomes: Iterable[Outcome]) -> tuple[float, dict[int, float]]:
     """Return the best rate of the first seed's sweep, and the losses there by seed."""
     mine = [each for each in outcomes if each.regime == regime and each.candidate == candidate]
@@ -99,9 +89,9 @@ def best_losses(regime: str, candidate: str, outcomes: Iterable[Outcome]) -> tup
     return best, {each.seed: each.loss for each in sorted(mine, key=lambda each: each.seed) if each.rate == best}
 
 
-def _with_error(values: Sequence[float], *, signed: bool = False, decimals: int = 4) -> str:
-    error = f" ± {stdev(values) / len(values) ** 0.5:.{decimals}f}" if len(values) > 1 else ""
-    return f"{mean(values):{'+' if signed else ''}.{decimals}f}{error}"
+def _with_error(values: Sequence[float], *, signed: bool = False) -> str:
+    error = f" ± {stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+    return f"{mean(values):{'+' if signed else ''}.4f}{error}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -127,12 +117,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             run = f"{outcome.regime}, {outcome.candidate}, rate {outcome.rate:g}, seed {outcome.seed}"
             print(f"{run}: {outcome.loss:.4f}", flush=True)
     outcomes = load(path)
-    header, *rows = summary_rows(outcomes)
-    print_table(header, rows)
     for regime in options.regimes:
         print(f"\n{regime}\n")
-        columns = ("", "rate", "seeds", "validation loss", "paired difference to p = -4")
-        print_table(columns, rows_of(regime, outcomes))
+        header = ("", "rate", "seeds", "validation loss", "paired difference to p = -4")
+        print_table(header, rows_of(regime, outcomes))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Runs the rows of the table of support in docs/support.md and writes the table: ``python tests/support/support_table.py``.
+"""Runs the rows of docs/support.md and writes its table: ``python tests/support/support_table.py``.
 
 A row is a test function with the marker ``supports(theme, what, note)``. The table is written when all of them pass,
 the slow ones too; ``test_support_table.py`` fails when page and markers differ.
