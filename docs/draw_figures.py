@@ -1,47 +1,46 @@
-"""Draws the pictures of docs/how_it_works.md: ``python docs/draw_figures.py``.
+"""Draws the pictures of README and docs: ``python docs/draw_figures.py``.
 
-Prints the table of errors that stands on that page. Everything is deterministic: there are no random numbers.
+Those of the mathematics are computed, without random numbers; that of the comparison has the outcomes which are kept
+beside its benchmark.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from benchmarks.regimes.compare_regimes import CANDIDATES, best_losses
+from benchmarks.regimes.regimes import REGIMES
+from benchmarks.regimes.runs import Outcome, load
+from docs.write_tables import LOWEST, OUTCOMES, SHOWN, coefficients
 from hf_schatten.adaptive.criterion import Inputs, Sample, maximising_exponent, objective_curve, statistics_of
-from hf_schatten.exponent import exponent_of, p_label
+from hf_schatten.exponent import exponent_of, p_label, p_of
 from hf_schatten.linalg import Coefficients
-from hf_schatten.linalg.coefficient_table import interpolate
 from hf_schatten.linalg.spectrum import exact_log_norms
 
-STEPS = 5
-SHOWN = (1, 1.5, 2, 4, 10, math.inf, -5)
 EXAMPLE = 4.0  # whose iterates are drawn
-LOWEST = 1e-3  # of the singular values, relative to the norm
+
+# Colours that colour-blind readers tell apart (M. Okabe and K. Ito, 2008).
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
+COLOURS = {"p = -4": BLUE, "Muon": ORANGE, "AdamW": "black"}
 
 # Powers of the index by which the singular values of the criterion's examples fall.
 DECAYS = {"flat": 0.25, "medium": 0.5, "steep": 1.5}
 LINES = {"flat": "-", "medium": "--", "steep": ":"}
 
+PLACES = (0.2, 0.42, -0.24, -0.22)  # of the labels of the criterion's curves, on the axis of 1/p
+RANGE = (exponent_of(-4.0), 1.0)  # of the exponents
+
 Array = NDArray[np.float64]
-
-
-def coefficients(p: float) -> Coefficients:
-    """Return the five steps that the optimizer takes for p."""
-    row = interpolate(torch.tensor([exponent_of(p)], dtype=torch.float64), STEPS)[0]
-    return Coefficients.from_row(row.tolist())
-
-
-def largest_error(p: float, lowest: float) -> float:
-    """Return the largest |f(x) - x^{1/p}| on [lowest, 1]."""
-    x = np.geomspace(lowest, 1, 4000)
-    return float(np.abs(coefficients(p).transfer(x) - x ** exponent_of(p)).max())
+Colour = tuple[float, float, float, float]
 
 
 def iterates(c: Coefficients, x: Array) -> list[Array]:
@@ -62,79 +61,114 @@ def criterion_of(gradient_decay: float, input_decay: float) -> tuple[Array, Arra
     """
     index = torch.arange(1, 65, dtype=torch.float64)
     sample = Sample(torch.diag(index**-gradient_decay), Inputs(torch.diag(index**-input_decay)))
-    objective = objective_curve(statistics_of([sample], exact_log_norms)[0], 0.0, 1.0)
-    chosen = float(maximising_exponent(objective, 0.0, 1.0))
-    return np.linspace(0, 1, len(objective)), objective.numpy(), chosen
+    objective = objective_curve(statistics_of([sample], exact_log_norms)[0], *RANGE)
+    chosen = float(maximising_exponent(objective, *RANGE))
+    return np.linspace(*RANGE, len(objective)), objective.numpy(), chosen
+
+
+def draw_regimes(outcomes: Sequence[Outcome], path: Path) -> None:
+    """Draw the validation loss of each optimizer in each kind of training; what is far to the right is named there."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, regime in zip(figure.subplots(2, 3, sharey=True).flat, REGIMES, strict=True):
+        losses = {name: list(best_losses(regime, each, outcomes)[1].values()) for name, each in CANDIDATES.items()}
+        means = {name: fmean(values) for name, values in losses.items() if values}
+        near = [mean for name, mean in means.items() if name != "AdamW"] or [*means.values()]
+        margin = 0.1 * (max(near) - min(near)) or 0.1
+        end = max(near) + 2 * margin
+        for name, mean in means.items():
+            colour, row = COLOURS.get(name, GREY), -list(CANDIDATES).index(name)
+            error = stdev(losses[name]) / len(losses[name]) ** 0.5 if len(losses[name]) > 1 else 0.0
+            if mean <= end:
+                axes.errorbar(mean, row, xerr=error, fmt="o", color=colour, markersize=7, capsize=3)
+            else:
+                axes.text(end, row, f"{mean:.3g} →", color=colour, ha="right", va="center", fontsize=9)
+        if "Muon" in means:
+            axes.axvline(means["Muon"], color=ORANGE, linewidth=0.8, linestyle=":")
+        axes.set(xlim=(min(near) - margin, end), ylim=(0.6 - len(CANDIDATES), 0.6))
+        axes.set_yticks([-row for row in range(len(CANDIDATES))], list(CANDIDATES))
+        axes.set_title(regime)
+        axes.grid(axis="x", alpha=0.3)
+    figure.supxlabel("validation loss; bars are standard errors, the dotted line is Muon")
+    figure.savefig(path, dpi=110)
 
 
 def draw_spectral_power(path: Path) -> None:
     """Draw what five steps make of singular values, and the iterates that they are a sum of."""
     x = np.geomspace(LOWEST, 1, 800)
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.4), layout="constrained")
     powers, example = figure.subplots(1, 2)
-    for number, p in enumerate(SHOWN):
-        powers.loglog(x, coefficients(p).transfer(x), color=f"C{number}", label=f"p = {p_label(p)}")
+    for p, colour in zip(SHOWN, shades(len(SHOWN)), strict=True):
+        powers.loglog(x, coefficients(p).transfer(x), color=colour)
         powers.loglog(x, x ** exponent_of(p), color="black", linewidth=0.8, linestyle=":")
-    powers.set_title("five steps (colour) and σ^(1/p) (dotted)")
-    powers.set_ylim(LOWEST, 6)
+        _label(powers, (LOWEST, LOWEST ** exponent_of(p)), f"p = {p_label(p)}", colour)
+    powers.set_title("What five steps make of a singular value σ (dotted: σ^(1/p))")
     c = coefficients(EXAMPLE)
-    for k, y in enumerate(iterates(c, x)):
-        example.loglog(x, np.abs(y), color=f"C{k}", linewidth=1, label=f"|X{k}|, weight {c.w[k]:+.2f}")
-    example.loglog(x, c.transfer(x), color="black", linewidth=2, label="weighted sum")
-    example.set_title(f"its six iterates, p = {p_label(EXAMPLE)}")
-    for axes in (powers, example):
-        axes.set_xlabel("singular value, relative to the norm")
+    drawn = iterates(c, x)
+    for k, (y, colour) in enumerate(zip(drawn, shades(len(drawn)), strict=True)):
+        example.loglog(x, np.abs(y), color=colour, linewidth=1)
+        _label(example, (LOWEST, float(y[0])), f"X{k}, weight {c.w[k]:+.2f}", colour)
+    example.loglog(x, c.transfer(x), color="black", linewidth=2.5)
+    _label(example, (LOWEST, float(c.transfer(x)[0])), "their sum", "black")
+    example.set_title(f"The six iterates of p = {p_label(EXAMPLE)} and their weighted sum")
+    for axes, left in ((powers, 4e-4), (example, 1.2e-4)):
+        axes.set(xlabel="σ, relative to the norm", xlim=(left, 1))
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
 def draw_criterion(path: Path) -> None:
     """Draw the criterion for four pairs of spectra."""
-    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    figure = Figure(figsize=(11, 4), layout="constrained")
     spectra, criterion = figure.subplots(1, 2)
     index = np.arange(1, 65)
     for name, decay in DECAYS.items():
-        spectra.loglog(index, index**-decay, color="black", linestyle=LINES[name], label=f"{name}: i^(-{decay:g})")
-    for gradient, inputs in (("flat", "steep"), ("medium", "medium"), ("steep", "medium"), ("steep", "flat")):
+        spectra.loglog(index, index**-decay, color="black", linestyle=LINES[name])
+        spectra.annotate(f"{name}: i^(-{decay:g})", (20, 20**-decay), xytext=(2, 4), textcoords="offset points")
+    pairs = (("flat", "steep"), ("medium", "medium"), ("steep", "medium"), ("steep", "flat"))
+    for (gradient, inputs), colour, place in zip(pairs, shades(4), PLACES, strict=True):
         s, objective, chosen = criterion_of(DECAYS[gradient], DECAYS[inputs])
-        p = p_label(1 / chosen) if chosen > 0 else "∞"
-        line = criterion.plot(s, objective - objective.max(), label=f"G {gradient}, A {inputs}: p = {p}")[0]
-        criterion.plot(chosen, 0, "o", color=line.get_color())
-    spectra.set_xlabel("index i")
-    spectra.set_title("singular values of a gradient G or of inputs A")
+        shown = objective - objective.max()
+        criterion.plot(s, shown, color=colour)
+        criterion.plot(chosen, 0, "o", color=colour)
+        text = f"G {gradient}, A {inputs}: p = {p_label(p_of(chosen))}"
+        at, va = (place, float(np.interp(place, s, shown))), "bottom" if place > 0 else "top"
+        criterion.annotate(text, at, xytext=(6, 0), textcoords="offset points", va=va, color=colour, fontsize=9)
+    spectra.set(xlabel="index i", ylabel="singular value", title="Spectra of a gradient G or of inputs A")
     _label_p(criterion)
-    criterion.set_title("criterion, relative to its maximum")
+    criterion.set(ylabel="log ‖G‖ − log ‖A‖, less its maximum", title="The criterion; a dot is the p that it chooses")
+    criterion.set_xlim(right=1.0)
     for axes in (spectra, criterion):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
     figure.savefig(path, dpi=110)
 
 
-def error_table() -> str:
-    """Return the table of the largest errors in Markdown."""
-    rows = [["p", *map(p_label, SHOWN)], ["---"] * (len(SHOWN) + 1)]
-    for lowest in (0.01, LOWEST):
-        errors = [f"{largest_error(p, lowest):.3f}" for p in SHOWN]
-        rows.append([f"largest error, singular values from {lowest:g} to 1", *errors])
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def shades(number: int) -> list[Colour]:
+    """Return so many colours in an order that stays one in grey, and for colour-blind readers."""
+    return [colormaps["viridis"](place) for place in np.linspace(0, 0.85, number)]
+
+
+def _label(axes: Axes, place: tuple[float, float], text: str, colour: Colour | str) -> None:
+    """Write to the left of a curve's beginning."""
+    axes.annotate(
+        text, place, xytext=(-4, 0), textcoords="offset points", ha="right", va="center", color=colour, fontsize=9
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw both pictures and print the table."""
+    """Draw all pictures."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     folder = Path(__file__).with_name("figures")
     parser.add_argument("--output", type=Path, default=folder, help="folder (default: figures beside this script)")
     output = parser.parse_args(arguments).output
     output.mkdir(parents=True, exist_ok=True)
+    draw_regimes(load(OUTCOMES), output / "regimes.png")
     draw_spectral_power(output / "spectral_power.png")
     draw_criterion(output / "criterion.png")
-    print(error_table())
 
 
 def _label_p(axes: Axes) -> None:
-    ticks = (1, 1.5, 2, 3, 4, 6, 10, math.inf)
-    axes.set_xticks([1 / p for p in ticks], labels=[p_label(p) for p in ticks])
+    ticks = (1, 1.5, 2, 3, 4, 6, 10, math.inf, -10, -6, -4)
+    axes.set_xticks([exponent_of(p) for p in ticks], labels=[p_label(p) for p in ticks])
     axes.set_xlabel("p, on an axis linear in 1/p")
 
 

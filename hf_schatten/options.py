@@ -64,7 +64,7 @@ class SchattenOptions:
             Default -4, which was best, or as good as the best, in all six kinds of training that were compared.
         p_overrides: ``pattern:p`` pairs for matrices that keep a p of their own, such as ``*.c_proj:inf``; several
             are joined by ``;``. The first that matches counts. Default none.
-        p_schedule: ``START:END`` or ``START:END:STEPS`` of ``p="schedule"``: 1/p goes linearly from the first p to the
+        p_schedule: ``START:END`` or ``START:END:STEPS`` of ``p=schedule``: 1/p goes linearly from the first p to the
             last in this number of steps, a Trainer's whole training where none is given. Default ``4:inf``.
         p_estimator: how the norms of gradient and input are computed for an estimate of p; see
             :data:`hf_schatten.linalg.spectrum.LOG_NORM_ESTIMATORS`. Default ``lanczos``.

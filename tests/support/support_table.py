@@ -1,7 +1,7 @@
-"""Runs the rows of the README's table of support and writes the table: ``python tests/support/support_table.py``.
+"""Runs the rows of docs/support.md and writes its table: ``python tests/support/support_table.py``.
 
 A row is a test function with the marker ``supports(theme, what, note)``. The table is written when all of them pass,
-the slow ones too; ``test_support_table.py`` fails when README and markers differ.
+the slow ones too; ``test_support_table.py`` fails when page and markers differ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent
-README = FOLDER.parents[1] / "README.md"
+PAGE = FOLDER.parents[1] / "docs" / "support.md"
 BEGIN = "<!-- support: written by tests/support/support_table.py -->"
 END = "<!-- support: end -->"
 THEMES = ("Trainers", "Architectures", "Adapters", "Precision", "Memory and speed", "Batches", "Checkpoints", "Runs")
@@ -81,14 +81,14 @@ def table(rows: list[Row]) -> str:
 
 
 def split_at_table(text: str) -> tuple[str, str, str]:
-    """Return what a README has before, between and after the two comments, which stay with the outer parts.
+    """Return what the page has before, between and after the two comments, which stay with the outer parts.
 
     Raises:
         ValueError: when it has not exactly one such place.
     """
     match = re.fullmatch(f"(.*{re.escape(BEGIN)}\n)(.*?)({re.escape(END)}.*)", text, flags=re.DOTALL)
     if match is None or text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"The README must have {BEGIN!r} and then {END!r} once, each on a line of its own.")
+        raise ValueError(f"The page must have {BEGIN!r} and then {END!r} once, each on a line of its own.")
     return match[1], match[2], match[3]
 
 
@@ -113,11 +113,11 @@ def main() -> int:
     rows = declared_rows()
     failed = [row.test for row in rows if not outcomes.passed.get(row.test)]
     if failed:
-        print(f"README.md stays as it is, since these rows have not passed: {', '.join(failed)}.")
+        print(f"docs/support.md stays as it is, since these rows have not passed: {', '.join(failed)}.")
         return 1
-    before, _, after = split_at_table(README.read_text())
-    README.write_text(before + table(rows) + after)
-    print(f"README.md has the {len(rows)} rows.")
+    before, _, after = split_at_table(PAGE.read_text())
+    PAGE.write_text(before + table(rows) + after)
+    print(f"docs/support.md has the {len(rows)} rows.")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""The README's table of support is what the tests beside this file declare, and every row of it has a test."""
+"""The table of docs/support.md is what the tests beside this file declare, and every row of it has a test."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import inspect
 
 import pytest
 import support_table
-from support_table import BEGIN, END, FOLDER, README, Outcomes, declared_rows, split_at_table, table
+from support_table import BEGIN, END, FOLDER, PAGE, Outcomes, declared_rows, split_at_table, table
 
 
-def test_the_readme_has_the_table_that_the_tests_declare():
-    _, written, _ = split_at_table(README.read_text())
+def test_the_page_has_the_table_that_the_tests_declare():
+    _, written, _ = split_at_table(PAGE.read_text())
     assert written == table(declared_rows()), "run python tests/support/support_table.py"
 
 
@@ -48,10 +48,10 @@ def test_a_row_counts_when_all_its_cases_have_passed():
 
 @pytest.mark.parametrize("old", ["", "| old |\n"])
 def test_the_table_is_written_between_its_comments_when_all_rows_pass_and_else_not(old, tmp_path, monkeypatch, capsys):
-    readme = tmp_path / "README.md"
+    page = tmp_path / "support.md"
     around = "# Title\n\n" + BEGIN + "\n{}" + END + "\n\nrest\n"
-    readme.write_text(around.format(old))
-    monkeypatch.setattr(support_table, "README", readme)
+    page.write_text(around.format(old))
+    monkeypatch.setattr(support_table, "PAGE", page)
     rows = declared_rows()
 
     def run(missing):
@@ -63,12 +63,12 @@ def test_the_table_is_written_between_its_comments_when_all_rows_pass_and_else_n
 
     assert run(missing=rows[3].test) == 1
     assert rows[3].test in capsys.readouterr().out
-    assert readme.read_text() == around.format(old)
+    assert page.read_text() == around.format(old)
     assert run(missing=None) == 0
-    assert readme.read_text() == around.format(table(rows))
+    assert page.read_text() == around.format(table(rows))
 
 
 @pytest.mark.parametrize("text", ["", f"{BEGIN}\n", f"{END}\n{BEGIN}\n", 2 * f"{BEGIN}\n{END}\n"])
-def test_a_readme_without_one_place_for_the_table_is_refused(text):
-    with pytest.raises(ValueError, match=r"The README must have .* once"):
+def test_a_page_without_one_place_for_the_table_is_refused(text):
+    with pytest.raises(ValueError, match=r"The page must have .* once"):
         split_at_table(text)

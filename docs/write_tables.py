@@ -1,0 +1,142 @@
+"""Writes the tables of README and docs that come from code or results: ``python docs/write_tables.py``.
+
+Each table stands between two comments that name it, and ``tests/test_documentation.py`` compares it with what this
+script makes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import inspect
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.regimes.compare_regimes import CANDIDATES, best_losses
+from benchmarks.regimes.regimes import REGIMES
+from benchmarks.regimes.runs import load
+from hf_schatten import SchattenOptions
+from hf_schatten.exponent import exponent_of, p_label
+from hf_schatten.linalg import Coefficients
+from hf_schatten.linalg.coefficient_table import interpolate
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTCOMES = ROOT / "benchmarks/regimes/results/outcomes.jsonl"
+STEPS = 5  # of the spectral power, the default
+SHOWN = (1, 1.5, 2, 4, 10, math.inf, -10, -4)
+LOWEST = 1e-3  # of the singular values, relative to the norm
+
+
+def regimes() -> str:
+    """Return the losses of the six kinds of training: a row for each optimizer, a column for each training."""
+    outcomes = load(OUTCOMES)
+    rows: list[tuple[str, ...]] = [("validation loss", *REGIMES)]
+    for name, candidate in CANDIDATES.items():
+        losses = [list(best_losses(regime, candidate, outcomes)[1].values()) for regime in REGIMES]
+        if any(losses):
+            rows.append((name, *map(_mean_and_error, losses)))
+    return markdown(rows)
+
+
+def _mean_and_error(values: Sequence[float]) -> str:
+    """Return a mean and its standard error, of which one value has none."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}" if values else "–"
+    return f"{fmean(values):.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
+
+
+def options() -> str:
+    """Return the options, their defaults, and what their docstring says of them."""
+    text = inspect.getdoc(SchattenOptions) or ""
+    arguments = text.partition("Args:\n")[2].partition("\n\n")[0]
+    meanings = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", arguments, flags=re.MULTILINE | re.DOTALL))
+    rows = [("option", "default", "meaning")]
+    for field in dataclasses.fields(SchattenOptions):
+        rows.append((f"`{field.name}`", default_text(field.default), _plain(meanings[field.name])))
+    return markdown(rows)
+
+
+def default_text(value: Any) -> str:
+    """Return a default as the table of options writes it."""
+    if value in (None, ()):
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"`{value}`" if isinstance(value, str) or math.isinf(value) else f"{value:g}"
+
+
+def _plain(meaning: str) -> str:
+    """Return a docstring's text as Markdown, without the default, which has a column of its own."""
+    text = " ".join(meaning.split())
+    text = re.sub(r" Default (``[^`]+``|[\w.]+)\.(?= |$)", "", text)
+    text = re.sub(r"[;,]? see :\w+:`[^`]+`| See :\w+:`[^`]+`\.", "", text)
+    return text.replace("``", "`").replace(" (default)", "").replace("|", r"\|")
+
+
+def errors() -> str:
+    """Return the largest errors of the spectral power, by p."""
+    rows = [["p", *map(p_label, SHOWN)]]
+    for lowest in (0.01, LOWEST):
+        found = [f"{largest_error(p, lowest):.3f}" for p in SHOWN]
+        rows.append([f"largest error, singular values from {lowest:g} to 1", *found])
+    return markdown(rows)
+
+
+def coefficients(p: float) -> Coefficients:
+    """Return the five steps that the optimizer takes for p."""
+    row = interpolate(torch.tensor([exponent_of(p)], dtype=torch.float64), STEPS)[0]
+    return Coefficients.from_row(row.tolist())
+
+
+def largest_error(p: float, lowest: float) -> float:
+    """Return the largest |f(x) - x^{1/p}| on [lowest, 1]."""
+    x = np.geomspace(lowest, 1, 4000)
+    return float(np.abs(coefficients(p).transfer(x) - x ** exponent_of(p)).max())
+
+
+def markdown(rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown, of which the first row is the header."""
+    header, *others = rows
+    lines = [header, ["---"] * len(header), *others]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[], str]]] = {
+    "regimes": ("README.md", regimes),
+    "options": ("docs/options.md", options),
+    "errors": ("docs/how_it_works.md", errors),
+}
+
+
+def split_at(text: str, name: str) -> tuple[str, str, str]:
+    """Return what a page has before, between and after a table's two comments, which stay with the outer parts.
+
+    Raises:
+        ValueError: when the page has not exactly one such place.
+    """
+    begin, end = f"<!-- {name}: written by docs/write_tables.py -->\n", f"<!-- {name}: end -->"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"A page must have {begin.strip()!r} and then {end!r} once, each on a line of its own.")
+    before, _, rest = text.partition(begin)
+    table, _, after = rest.partition(end)
+    return before + begin, table, end + after
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write all tables."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args(arguments)
+    for name, (file, make) in TABLES.items():
+        page = ROOT / file
+        before, _, after = split_at(page.read_text("utf-8"), name)
+        page.write_text(before + make() + after, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
