@@ -29,8 +29,10 @@ _IMPOSSIBLE = {("convolutions", "muon")}  # torch.optim.Muon takes two-dimension
 CANDIDATES = {
     "AdamW": "adamw",
     "Muon": "muon",
+    "p = 2": "p=2",
     "p = 4": "p=4",
     "p = ∞": "p=inf",
+    "p = -10": "p=-10",
     "p = -5": "p=-5",
     "p = -4": "p=-4",
     "adaptive": "p=adaptive,p_max=-4",
