@@ -1,4 +1,4 @@
-"""Optimizers of other packages, by the path of their class: ``pytorch_optimizer.SOAP``, ``pytorch_optimizer.NorMuon``."""
+"""Optimizers of other packages, by the path of their class, such as ``pytorch_optimizer.SOAP``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def peer_optimizer(
 ) -> torch.optim.Optimizer:
     """Make an optimizer of its defaults, at one learning rate for all parameters.
 
-    One that has Muon's groups (``use_muon``) gets the matrices of our routing there, with Moonlight's scale, with which
-    AdamW's learning rate carries over; all other parameters use the AdamW that it brings along.
+    One that has Muon's groups (``use_muon``) gets the matrices of our routing there, with Moonlight's scale, with
+    which AdamW's learning rate carries over; all other parameters use the AdamW that it brings along.
 
     Raises:
         ImportError, AttributeError: when there is no such class: install its package.
@@ -35,12 +35,13 @@ def peer_optimizer(
             {"params": [*matrices, *decayed], "weight_decay": weight_decay},
             {"params": others, "weight_decay": 0.0},
         ]
-        made: torch.optim.Optimizer = cls([group for group in groups if group["params"]], lr=rate)
-        return made
-    groups = [
-        {"params": matrices, "use_muon": True, "weight_decay": weight_decay},
-        {"params": decayed, "use_muon": False, "lr": rate, "weight_decay": weight_decay},
-        {"params": others, "use_muon": False, "lr": rate, "weight_decay": 0.0},
-    ]
-    made = cls([group for group in groups if group["params"]], lr=rate, use_adjusted_lr=True)
+        options: dict[str, Any] = {}
+    else:
+        groups = [
+            {"params": matrices, "use_muon": True, "weight_decay": weight_decay},
+            {"params": decayed, "use_muon": False, "lr": rate, "weight_decay": weight_decay},
+            {"params": others, "use_muon": False, "lr": rate, "weight_decay": 0.0},
+        ]
+        options = {"use_adjusted_lr": True}
+    made: torch.optim.Optimizer = cls([group for group in groups if group["params"]], lr=rate, **options)
     return made

@@ -61,11 +61,11 @@ def train(run: Run) -> Outcome:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = run.rate * rate_factor(step, steps)
-        loss = training.loss(model, training.batch(step))
-        losses.append(loss.item())
+        of_step = training.loss(model, training.batch(step))
+        losses.append(of_step.item())
         if not math.isfinite(losses[-1]):
             return Outcome(**asdict(run), loss=math.inf, training_loss=math.inf, seconds=0.0)
-        loss.backward()
+        of_step.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
