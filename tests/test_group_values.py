@@ -128,7 +128,7 @@ def test_an_edited_p_is_the_p_of_the_matrices():
 
 def test_a_p_that_is_learned_cannot_be_edited():
     model = nn.Sequential(nn.Linear(4, 6))
-    optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False)
+    optimizer = hf_schatten.create_schatten_optimizer(model, p="adaptive", verbose=False)
     step(optimizer)
     optimizer.param_groups[0]["p"] = 4.0
     for _ in range(2):
