@@ -445,9 +445,9 @@ def cells(page, name):
     return [[cell.strip() for cell in row] for row in rows if name in row[0]]
 
 
-def compared(recipe, candidate):
+def compared(recipe, candidate, results="results"):
     """Return mean and standard error, as pages write them, of a candidate at its best learning rate."""
-    outcomes = json.loads((ROOT / "recipes" / recipe / "results/comparison.json").read_text())
+    outcomes = json.loads((ROOT / "recipes" / recipe / results / "comparison.json").read_text())
     own = [outcome for outcome in outcomes if outcome["candidate"] == candidate]
     swept = {outcome["learning_rate"]: outcome["eval_loss"][-1] for outcome in own if outcome["seed"] == 42}
     best = min(swept, key=swept.get)
@@ -464,6 +464,14 @@ def test_losses_of_the_negative_results_are_those_of_the_comparisons(name, candi
     (row,) = cells(DOCS / "negative_results.md", name)
     recipes = "pretrain_clm", "image_classification", "lora_sft"
     assert row[1:] == [compared(recipe, candidate) for recipe in recipes]
+
+
+@pytest.mark.parametrize("recipe", ["pretrain_clm", "image_classification", "lora_sft"])
+@pytest.mark.parametrize("candidate", ["AdamW", "Muon", "p = inf", "p = -5"])
+def test_losses_of_the_recipes_are_those_of_their_comparisons(recipe, candidate):
+    folders = ["results", "results_resmlp"] if recipe == "image_classification" else ["results"]
+    rows = cells(ROOT / "recipes" / recipe / "README.md", f"`{candidate}`")
+    assert [row[2] for row in rows] == [compared(recipe, candidate, folder) for folder in folders]
 
 
 def test_costs_of_the_readme_are_those_that_were_measured():
