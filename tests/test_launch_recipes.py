@@ -111,7 +111,7 @@ def test_zero_has_its_stage_and_nothing_elsewhere(stage):
     arguments = parsed(FOLDER / f"zero{stage}.yaml")
     assert (arguments.use_deepspeed, arguments.num_processes, arguments.zero_stage) == (True, 8, stage)
     assert (arguments.offload_optimizer_device, arguments.offload_param_device) == ("none", "none")
-    assert arguments.zero3_init_flag == ("true" if stage == 3 else "false")
+    assert arguments.zero3_init_flag == (stage == 3)
 
 
 def test_fsdp2_is_version_2_with_whole_checkpoints():
