@@ -11,7 +11,6 @@ from transformers import TrainingArguments
 from hf_schatten.matrices.engines import UnsupportedEngineError
 
 _SHORTER_SEQUENCES = "cp_size", "sp_size"
-_DEFAULTS: tuple[Any, ...] = None, False, 0, 1, "none", {}
 
 # Settings of DeepSpeed that change what the optimizer gets, and what to do instead.
 _OF_DEEPSPEED = {
@@ -74,7 +73,8 @@ def _refuse_settings(config: Mapping[str, Any]) -> None:
         )
     for name, instead in _OF_DEEPSPEED.items():
         value = _setting(config, name)
-        if value not in _DEFAULTS:
+        used = value not in (-1, 1, "none") if isinstance(value, int | str) and value is not True else value
+        if used:
             raise UnsupportedEngineError(
                 f"schatten_p does not support {name}={value!r} of DeepSpeed: leave it out; {instead}. Or use "
                 "optim='adamw_torch'."

@@ -176,7 +176,8 @@ class Partitions(Parameters):
         self._coupling_order = coupling_order
         for number, view in enumerate(self._views):
             flat = self._partitions[number].flat
-            if flat in self._optimizer.state or not any(view is group for group in groups):
+            created = self._optimizer.state.get(flat)  # DeepSpeed makes an empty one when it looks
+            if created or not any(view is group for group in groups):
                 continue
             for name, parameter in named_parameters(view) if view["spectral"] else ():
                 require_matrix(name, parameter, view, coupling_order)
