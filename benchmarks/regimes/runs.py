@@ -75,10 +75,10 @@ def train(run: Run) -> Outcome:
     model.eval()
     with torch.no_grad():
         validation = [training.loss(model, batch).item() for batch in training.validation]
-    loss = mean(validation)
-    if not math.isfinite(loss):  # after the last step: NaN would compare with nothing
-        loss = math.inf
-    return Outcome(**asdict(run), loss=loss, training_loss=mean(losses), seconds=seconds, exponents=exponents)
+    held_out = mean(validation)
+    if not math.isfinite(held_out):  # after the last step: NaN would compare with nothing
+        held_out = math.inf
+    return Outcome(**asdict(run), loss=held_out, training_loss=mean(losses), seconds=seconds, exponents=exponents)
 
 
 def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
