@@ -39,7 +39,7 @@ CANDIDATES = {
     "adaptive, shuffled": "shuffled:p=adaptive,p_max=-4",
     "random p": "random",
     "schedule, 4 to -5": "p=schedule,p_schedule=4:-5",
-    # Where the package pytorch_optimizer is installed: --only SOAP NorMuon
+    # Of the package pytorch_optimizer
     "SOAP": "pytorch_optimizer.SOAP",
     "NorMuon": "pytorch_optimizer.NorMuon",
 }

@@ -18,6 +18,7 @@ from torch.nn.functional import mse_loss
 from benchmarks.regimes import compare_regimes, regimes, response, runs
 from benchmarks.regimes.candidates import make_optimizer
 from benchmarks.regimes.compare_regimes import CANDIDATES, next_runs
+from benchmarks.regimes.peers import peer_optimizer
 from benchmarks.regimes.regimes import REGIMES, Regime, Training, rate_factor
 from benchmarks.regimes.runs import Outcome, Run
 
@@ -350,3 +351,29 @@ def test_malformed_arguments(main, arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert arguments[-1] in capsys.readouterr().err
+
+
+# Optimizers of other packages
+
+
+class WithMuonsGroups(torch.optim.SGD):
+    """An optimizer whose groups say which use Muon, as those of other packages do."""
+
+    def __init__(self, params, lr, use_adjusted_lr=False):
+        self.adjusts = use_adjusted_lr
+        super().__init__(params, lr)
+
+
+def test_peers_get_the_matrices_of_our_routing_and_one_rate(monkeypatch):
+    monkeypatch.setattr(torch.optim, "WithMuonsGroups", WithMuonsGroups, raising=False)
+    model = toy(0).model
+    heads = ("4.weight",)
+    plain = peer_optimizer("torch.optim.RMSprop", model, 3e-3, 0.1, heads)
+    assert [group["weight_decay"] for group in plain.param_groups] == [0.1, 0.0]
+    assert [len(group["params"]) for group in plain.param_groups] == [3, 3]
+    muons = peer_optimizer("torch.optim.WithMuonsGroups", model, 3e-3, 0.1, heads)
+    assert muons.adjusts
+    assert [group["use_muon"] for group in muons.param_groups] == [True, False, False]
+    assert muons.param_groups[0]["params"] == [model[0].weight, model[2].weight]
+    assert muons.param_groups[1]["params"] == [model[4].weight]
+    assert all(group["lr"] == 3e-3 for group in muons.param_groups)
