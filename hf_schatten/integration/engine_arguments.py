@@ -17,6 +17,7 @@ _OF_DEEPSPEED = {
     "zero_optimization.offload_optimizer.device": "stages 2 and 3 keep a share of the state on each GPU without it",
     "zero_optimization.offload_param.device": "stage 3 keeps a share of the parameters on each GPU without it",
     "zero_optimization.elastic_checkpoint": "resume with the number of processes that wrote the checkpoint",
+    "zero_optimization.round_robin_gradients": "DeepSpeed does not say where it puts parameters then",
     "zero_optimization.mics_shard_size": "stage 3 without it shares the parameters out to all processes",
     "checkpoint.load_universal": "resume with the number of processes that wrote the checkpoint, or start a run from "
     "its weights with optim_args='p_init=CHECKPOINT'",

@@ -132,6 +132,7 @@ class Partitions(Parameters):
             )
         self._bound: dict[int, list[Tensor]] = {}
         self._present = [0]
+        self._checked = False
         self._coupling_order: float | None = None
 
     @property
@@ -162,6 +163,10 @@ class Partitions(Parameters):
             raise UnsupportedEngineError(
                 "DeepSpeed steps tensors that it did not make of this model: make a new optimizer for a new engine."
             )
+        if not self._checked:  # a state that is loaded comes before the weights
+            for partition in self._partitions:
+                partition.check()
+            self._checked = True
         groups = self.groups
         for number in self._present:
             partition, view = self._partitions[number], groups[number]

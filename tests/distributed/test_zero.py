@@ -190,11 +190,13 @@ def refusals():
         with pytest.raises(UnsupportedEngineError) as error:
             steps_of(engine, 1, batches(1, 1))
         messages.append(str(error.value))
-    engine, optimizer = engine_of(2)
-    optimizer.parameter_of = None
-    with pytest.raises(UnsupportedEngineError) as error:
-        steps_of(engine, 1, batches(1, 1))
-    return [*messages, str(error.value)]
+    for zero, known in (({"round_robin_gradients": True}, True), ({}, False)):
+        engine, optimizer = engine_of(2, zero=zero, options={"p": 2.0})
+        optimizer.parameter_of = optimizer.parameter_of if known else None
+        with pytest.raises(UnsupportedEngineError) as error:
+            steps_of(engine, 1, batches(1, 1))
+        messages.append(str(error.value))
+    return messages
 
 
 @pytest.fixture(scope="module")
@@ -249,9 +251,10 @@ def test_resuming_is_exact(pair):
 
 
 def test_what_is_not_supported_is_refused_by_name(pair):
-    preconditioned, coupled, unknown = pair[0]["refused"]
+    preconditioned, coupled, reordered, unknown = pair[0]["refused"]
     assert "precondition='adam' is not supported where the parameters are sharded" in preconditioned
     assert "coupling_order=2 is not supported where" in coupled
+    assert "round_robin_gradients: leave it out" in reordered
     assert "make it by hf_schatten.create_schatten_optimizer(model)" in unknown
 
 
