@@ -64,7 +64,7 @@ VALUES = {
 @pytest.mark.parametrize("name", VALUES)
 def test_a_value_may_be_text_or_of_another_library(name):
     given, expected = VALUES[name]
-    found = getattr(SchattenOptions(**{name: given}), name)
+    found = getattr(SchattenOptions(**{"p": "adaptive", name: given}), name)
     assert found == expected
     assert type(found) is type(expected)
 
