@@ -8,11 +8,12 @@ TRAINING := $(VENV)/.installed-recipes
 DEVELOPMENT := $(VENV)/.installed-dev
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 RECIPE := recipes/pretrain_clm
+PACKAGES := outputs/package
 # A process for each core. It takes neighbouring tests, which share fixtures, and at the end tests of slower processes.
 PARALLEL := --numprocesses logical --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all quality style clean
+.PHONY: help install train test test-all quality style package clean
 
 help: ## Show the commands.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,6 +49,11 @@ quality: $(DEVELOPMENT) ## Check lint, format and types.
 style: $(DEVELOPMENT) ## Fix lint and format where a tool can.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+package: $(DEVELOPMENT) ## Build the source distribution and the wheel, and check what a package index would show.
+	rm -rf $(PACKAGES)
+	$(BIN)/python -m build --no-isolation --outdir $(PACKAGES) .
+	$(BIN)/twine check --strict $(PACKAGES)/*
 
 clean: ## Remove the environment, caches and outputs.
 	rm -rf $(VENV) outputs build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

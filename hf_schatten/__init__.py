@@ -1,6 +1,29 @@
-"""Adaptive Schatten-p optimization for Hugging Face Transformers and Accelerate.
+"""Schatten-p optimization for Hugging Face Transformers and Accelerate.
 
-Importing the package makes ``TrainingArguments(optim="schatten_p")`` valid.
+Weight matrices are updated with U Σ^(1/p) Vᵀ of their momentum U Σ Vᵀ: p = 1 is like SGD, p = inf is Muon, and the
+default, p = -4, lies beyond Muon, where small singular values become larger than large ones. All other parameters use
+AdamW.
+
+Importing the package makes ``optim="schatten_p"`` valid::
+
+    arguments = TrainingArguments("run", learning_rate=4e-3, optim="schatten_p", optim_args="exclude=*.mlp.*")
+    trainer = hf_schatten.SchattenTrainer(model, arguments, train_dataset=dataset)
+    trainer.train()
+
+Without a Trainer::
+
+    optimizer = hf_schatten.create_schatten_optimizer(model, lr=4e-3)
+
+What there is:
+
+* ``SchattenTrainer``, and ``SchattenTrainerMixin`` for other Trainers: exact resume, a section of the model card.
+* ``create_schatten_optimizer``: the optimizer of a model, for any loop; ``SchattenP`` is its class.
+* ``SchattenOptions``: all options, with their defaults.
+* ``route_parameters``: which parameters use which update, and why.
+* ``load_learned_p``: p of every matrix in a checkpoint.
+* ``linalg``: spectral powers and Schatten norms of tensors.
+
+``python -m hf_schatten.run script.py …`` trains with scripts that do not import the package.
 """
 
 from hf_schatten import linalg
