@@ -349,8 +349,8 @@ def test_a_slower_network_never_helps(wide):
 def test_statistics_are_spread_over_the_interval(wide, plain):
     rare, often = (replicated(wide, plain, interval, 1).statistics for interval in (100, 10))
     assert often == pytest.approx(10 * rare, **EXACT)
-    # Seven matrices a layer, as many outputs, and as many inputs: each module's are sampled for themselves.
-    assert rare == pytest.approx(7.0 * (21 + 21 + 21) / 100, **EXACT)
+    # Seven matrices a layer, and as many inputs: each module's are sampled for themselves.
+    assert rare == pytest.approx(7.0 * (21 + 21) / 100, **EXACT)
 
 
 def test_crossover():
