@@ -281,8 +281,8 @@ def test_a_step_that_is_not_finite_is_skipped_everywhere(alone, pair):
 def test_what_is_not_supported_is_refused_by_name(pair):
     of_sums, preconditioned, coupled = pair[0]["refused"]
     assert "'layer.weight' has the placements (Partial(sum),)" in of_sums
-    assert "precondition='adam' is not supported where FSDP shards the parameters" in preconditioned
-    assert "coupling_order=2 is not supported where FSDP" in coupled
+    assert "precondition='adam' is not supported where the parameters are sharded" in preconditioned
+    assert "coupling_order=2 is not supported where the parameters are sharded" in coupled
 
 
 @pytest.mark.slow
