@@ -50,8 +50,8 @@ def has_p_by_layer(log_history: LogHistory) -> bool:
 def plot_p_by_layer(log_history: LogHistory, path: Path) -> bool:
     """Draw the learned p as a heat map, layers × steps of the estimates; return whether there was one to draw.
 
-    Colours are linear in s = 1/p, in which the update is smooth, and labelled in p. Layers of one kind lie together; the
-    title says so where all p are equal. The folder of the PNG is made.
+    Colours are linear in s = 1/p, in which the update is smooth, and labelled in p. Layers of one kind lie together.
+    The title says so where all p are equal. The folder of the PNG is made.
     """
     return plot_p_of_runs({"p of each layer (1: SGD-like, ∞: Muon)": log_history}, path)
 
