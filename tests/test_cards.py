@@ -46,8 +46,8 @@ def table_rows(text):
 @pytest.mark.parametrize(
     "optim_args",
     [
-        "p=adaptive,criterion=kronecker",
-        "p=adaptive,criterion=alignment,p_interval=50,p_max=inf,p_ema_decay=0.95",
+        "p=adaptive",
+        "p=adaptive,p_interval=50,p_max=inf,p_ema_decay=0.95",
         "p=inf,nesterov=false,schatten_lr_ratio=20,exclude=*.mlp.*;*.gate",
         "p=4.5,p_overrides=*.c_proj:inf;*.q_proj:2,coupling_order=2,step_rule=ball,report=none",
         "p=schedule,p_schedule=4:inf:300",
@@ -321,7 +321,7 @@ def test_trls_sft_trainer_keeps_the_section_over_its_saves(gpt2, tmp_path):
     trainer.create_model_card()
     card = ModelCard.load(tmp_path / "README.md")
     assert "trained using [TRL]" in card.text
-    assert "'p=adaptive,criterion=kronecker,p_interval=2'" in section_of(card.text)
+    assert "'p=adaptive,p_interval=2'" in section_of(card.text)
     assert (tmp_path / "figures" / "p_by_layer.png").is_file()
     assert {"trl", "sft", "schatten-p"} <= set(card.data.tags)
     assert load_learned_p(tmp_path / "checkpoint-4") == trainer.optimizer.optimizer.learned_p()

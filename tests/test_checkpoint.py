@@ -27,7 +27,7 @@ def make(steps=3, **options):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4))
     optimizer = hf_schatten.create_schatten_optimizer(
-        model, lr=0.01, verbose=False, **{"p_interval": 2, "p_first_step": 1} | options
+        model, lr=0.01, verbose=False, **{"p": "adaptive", "p_interval": 2, "p_first_step": 1} | options
     )
     for _ in range(steps):
         model(torch.randn(5, 6)).square().sum().backward()
@@ -66,15 +66,29 @@ def test_p_is_read_by_matrix_where_a_parameter_has_several(gpt2, tmp_path):
     assert [learned[f"transformer.h.1.attn.c_attn.weight.{part}"] for part in "qkv"] == [2.0, math.inf, math.inf]
 
 
-def test_another_criterion_forgets_the_statistics_but_keeps_p(saved):
+def test_statistics_of_an_earlier_criterion_begin_again_and_p_stays(saved):
     optimizer, folder = saved
-    again = make(steps=0, criterion="decrease")
+    state = load_file(folder / STATE_FILE)
+    with safe_open(folder / STATE_FILE, framework="pt") as file:
+        metadata = file.metadata()
+    for key in ("0.weight/statistics", "1.weight/statistics"):  # of three curves, as earlier versions had
+        state[key] = torch.cat([state[key], torch.ones_like(state[key][:, :1])], dim=1)
+    save_file(state, folder / STATE_FILE, metadata)
+    again = make(steps=0)
     load_optimizer(again, folder)
     assert again.learned_p() == optimizer.learned_p()
-    assert all(matrix.statistics_weight == 0 and not matrix.statistics.any() for matrix in again.matrices())
+    for matrix, before in zip(again.matrices(), optimizer.matrices(), strict=True):
+        assert matrix.statistics.shape == before.statistics.shape
+        assert not matrix.statistics.any()
+        assert matrix.statistics_weight == 0
+        assert before.statistics_weight > 0
+        assert torch.equal(matrix.state["momentum"], before.state["momentum"])
     same = make(steps=0)
+    save_optimizer(optimizer, folder)
     load_optimizer(same, folder)
-    assert all(matrix.statistics_weight > 0 and matrix.statistics.any() for matrix in same.matrices())
+    for matrix, before in zip(same.matrices(), optimizer.matrices(), strict=True):
+        assert torch.equal(matrix.statistics, before.statistics)
+        assert torch.equal(matrix.statistics_weight, before.statistics_weight)
 
 
 def test_the_files_are_safetensors_by_name_and_strict_json(saved):
@@ -187,7 +201,7 @@ def as_format_3(group):
 
 
 def old_options(**changed):
-    """Return options as the first format had them, of a run with the present defaults."""
+    """Return options as the first format had them, of a run with an adaptive p."""
     options = {"p": "adaptive", "p_interval": 2, "p_first_step": 1, "split_fused": True, "workspace_mib": 512}
     options |= {"sync": "statistics", "p_groups": [], "p_start": 4.0, "p_end": "inf", "p_steps": None}
     return options | {"precondition": "none", "precondition_exponent": "scaled"} | changed

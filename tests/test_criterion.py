@@ -1,4 +1,4 @@
-"""Every criterion against a brute-force maximisation of its definition in float64."""
+"""The criterion against a brute-force maximisation of its definition in float64."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from hf_schatten import SchattenOptions
 from hf_schatten.adaptive.criterion import (
-    CRITERIA,
-    CURVES,
-    NODES,
-    Estimator,
-    Factor,
+    Inputs,
     Sample,
     exponent_nodes,
     maximising_exponent,
     objective_curve,
+    statistics_of,
 )
 from hf_schatten.linalg.spectrum import exact_log_norms
+from hf_schatten.optim.matrix import CURVES, NODES
 
-EXACT = Estimator.named("exact")
 RANGES = [(0.0, 1.0), (0.01, 1.0), (0.25, 0.5), (-0.25, 1.0)]
 
 
@@ -44,51 +40,10 @@ def brute_force_exponent(objective, s_min: float, s_max: float) -> float:
     return float((low + high) / 2)
 
 
-def kronecker_objective(G, M, A, D):
-    sigma_g, sigma_a, sigma_d = (np.linalg.svd(X, compute_uv=False) for X in (G, A, D))
-
-    def objective(s):
-        order = 2 * hoelder_partner(s)
-        return log_norm(sigma_g, 1 + s) - log_norm(sigma_a, order) - log_norm(sigma_d, order)
-
-    return objective
-
-
-def holder_objective(G, M, A, D):
+def definition(G, A):
+    """Return the criterion of s: log ‖G‖_{1+s} − log ‖A‖_k."""
     sigma_g, sigma_a = (np.linalg.svd(X, compute_uv=False) for X in (G, A))
     return lambda s: log_norm(sigma_g, 1 + s) - log_norm(sigma_a, hoelder_partner(s))
-
-
-def alignment_objective(G, M, A, D):
-    U, sigma, Vh = np.linalg.svd(M, full_matrices=False)
-    sigma_a = np.linalg.svd(A, compute_uv=False)
-    aligned = np.einsum("mi,mn,in->i", U, G, Vh)
-
-    def objective(s):
-        gain = (aligned * sigma**s).sum()
-        bound = 2 * log_norm(sigma_a, hoelder_partner(s)) + 2 * s * log_norm(sigma, 1 + s)
-        return 2 * np.log(gain) - bound if gain > 0 else -np.inf
-
-    return objective
-
-
-def decrease_objective(G, M, A, D):
-    U, sigma, Vh = np.linalg.svd(M, full_matrices=False)
-
-    def objective(s):
-        update = (U * sigma**s) @ Vh
-        gain = (G * update).sum()
-        return 2 * np.log(gain) - np.log(((A @ update.T) ** 2).sum()) if gain > 0 else -np.inf
-
-    return objective
-
-
-DEFINITIONS = {
-    "kronecker": kronecker_objective,
-    "holder": holder_objective,
-    "alignment": alignment_objective,
-    "decrease": decrease_objective,
-}
 
 
 def spectra(seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -104,37 +59,29 @@ def spectra(seed: int) -> tuple[np.ndarray, np.ndarray]:
     return sigma_g, sigma_a
 
 
-def matrices(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return a gradient, a momentum partly aligned with it, inputs, and outputs' gradients, in random bases."""
+def matrices(seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return a gradient and inputs in random bases."""
     sigma_g, sigma_a = spectra(seed)
     rng = np.random.default_rng(1000 + seed)
     m, n = len(sigma_g), len(sigma_g) + len(sigma_a)
     bases = [np.linalg.qr(rng.standard_normal((n, n)))[0] for _ in range(2)]
     left = np.linalg.qr(rng.standard_normal((m, m)))[0]
-    G = left @ np.diag(sigma_g) @ bases[0][:m]
-    M = G + rng.uniform(0, 1) * G.std() * rng.standard_normal(G.shape)
-    A = np.diag(sigma_a) @ bases[1][: len(sigma_a)]
-    D = np.diag((1 + np.arange(m)) ** -rng.uniform(0.0, 0.4)) @ left.T
-    return G, M, A, D
+    return left @ np.diag(sigma_g) @ bases[0][:m], np.diag(sigma_a) @ bases[1][: len(sigma_a)]
 
 
-def statistics(criterion: str, G, M, A, D) -> torch.Tensor:
-    G, M, A, D = (torch.as_tensor(X) for X in (G, M, A, D))
-    needed = CRITERIA[criterion]
-    sample = Sample(G, M if needed.needs_momentum else None, Factor(A), Factor(D) if needed.needs_outputs else None)
-    return needed.statistics([sample], EXACT)[0]
+def statistics(G, A) -> torch.Tensor:
+    return statistics_of([Sample(torch.as_tensor(G), Inputs(torch.as_tensor(A)))], exact_log_norms)[0]
 
 
-def exponent(criterion: str, curves: torch.Tensor, s_min: float, s_max: float) -> torch.Tensor:
-    return maximising_exponent(objective_curve(criterion, curves, s_min, s_max), s_min, s_max)
+def exponent(curves: torch.Tensor, s_min: float, s_max: float) -> torch.Tensor:
+    return maximising_exponent(objective_curve(curves, s_min, s_max), s_min, s_max)
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("s_range", RANGES)
-def test_the_exponent_maximises_the_criterion(criterion, s_range):
+def test_the_exponent_maximises_the_criterion(s_range):
     problems = [matrices(seed) for seed in range(24)]
-    found = exponent(criterion, torch.stack([statistics(criterion, *problem) for problem in problems]), *s_range)
-    objectives = [DEFINITIONS[criterion](*problem) for problem in problems]
+    found = exponent(torch.stack([statistics(*problem) for problem in problems]), *s_range)
+    objectives = [definition(*problem) for problem in problems]
     expected = torch.tensor([brute_force_exponent(objective, *s_range) for objective in objectives]).double()
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=0.0)
     if s_range == (0.0, 1.0):  # the problems reach both ends or the inside
@@ -142,51 +89,40 @@ def test_the_exponent_maximises_the_criterion(criterion, s_range):
         assert 1 <= inside < 24
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_scale_of_gradient_momentum_and_input_does_not_matter(criterion):
-    G, M, A, D = matrices(3)
-    plain, scaled = statistics(criterion, G, M, A, D), statistics(criterion, 1e-9 * G, 1e12 * M, 1e6 * A, 1e-5 * D)
-    torch.testing.assert_close(plain, scaled, atol=1e-8, rtol=1e-8)
+def test_samples_are_measured_together_as_alone():
+    problems = [matrices(seed) for seed in range(4)]
+    shared = Inputs(torch.as_tensor(problems[0][1]))  # as of queries, keys and values
+    samples = [Sample(torch.as_tensor(problems[0][0][:rows]), shared) for rows in (2, 3)]
+    samples += [Sample(torch.as_tensor(G), Inputs(torch.as_tensor(A))) for G, A in problems[1:]]
+    alone = torch.stack([statistics(sample.gradient, sample.inputs.rows) for sample in samples])
+    torch.testing.assert_close(statistics_of(samples, exact_log_norms), alone, atol=1e-12, rtol=1e-12)
+
+
+def test_scale_of_gradient_and_input_does_not_matter():
+    G, A = matrices(3)
+    torch.testing.assert_close(statistics(G, A), statistics(1e-9 * G, 1e6 * A), atol=1e-8, rtol=1e-8)
 
 
 def test_a_flat_gradient_wants_muon_and_a_flat_input_wants_sgd():
     flat, peaked = torch.eye(30).double(), torch.diag(torch.exp(-torch.arange(30.0).double()))
     for gradient, inputs, s in ((flat, peaked, 0.0), (peaked, flat, 1.0)):
-        for criterion in ("holder", "kronecker"):
-            found = exponent(criterion, statistics(criterion, gradient, gradient, inputs, inputs), 0.0, 1.0)
-            torch.testing.assert_close(found, torch.tensor(s).double(), atol=1e-9, rtol=0.0)
+        found = exponent(statistics(gradient, inputs), 0.0, 1.0)
+        torch.testing.assert_close(found, torch.tensor(s).double(), atol=1e-9, rtol=0.0)
 
 
-@pytest.mark.parametrize(("a", "b", "g"), [(0.3, 0.3, 2.0), (0.45, 0.45, 2.0), (0.5, 0.5, 1.8), (0.2, 0.2, 0.9)])
-def test_power_laws_get_newtons_step_of_the_kronecker_factored_curvature(a, b, g):
-    """The gradient i^-g over the curvatures i^-2a and i^-2b of the sides is i^-(g s) with s = 1 - 2 (a + b) / g."""
+@pytest.mark.parametrize(("a", "g"), [(0.3, 2.0), (0.45, 2.0), (0.5, 1.8), (0.2, 0.9)])
+def test_power_laws_get_newtons_step_of_the_inputs_curvature(a, g):
+    """The gradient i^-g over the inputs' curvature i^-2a is i^-(g s) with s = 1 - 2 a / g."""
     index = 1 + np.arange(400.0)
-    G, A, D = (np.diag(index**-decay) for decay in (g, a, b))
-    found = exponent("kronecker", statistics("kronecker", G, G, A, D), -0.25, 1.0)
-    assert float(found) == pytest.approx(1 - 2 * (a + b) / g, rel=0.0, abs=0.02)
+    found = exponent(statistics(np.diag(index**-g), np.diag(index**-a)), -0.25, 1.0)
+    assert float(found) == pytest.approx(1 - 2 * a / g, rel=0.0, abs=1e-4)
 
 
-def test_without_the_outputs_gradient_kronecker_is_holder():
-    G, _, A, _ = (torch.as_tensor(X) for X in matrices(4))
-    sample = Sample(G, None, Factor(A))
-    found, expected = (CRITERIA[name].statistics([sample], EXACT)[0] for name in ("kronecker", "holder"))
-    torch.testing.assert_close(found, expected, atol=0.0, rtol=0.0)
-
-
-@pytest.mark.parametrize("criterion", ["alignment", "decrease"])
-def test_a_momentum_that_points_uphill_at_some_exponents_is_not_chosen_there(criterion):
-    G = np.diag([1.0, -0.5, -0.5, -0.5])  # along M's polar factor the loss rises, along M itself it falls
-    M = np.diag([1.0, 0.1, 0.1, 0.1])
-    s = exponent(criterion, statistics(criterion, G, M, np.eye(4), np.eye(4)), 0.0, 1.0)
-    assert s > np.log10(1.5)  # where 1 = 3 · 0.5 · 0.1^s
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_a_zero_gradient_has_no_finite_statistics(criterion):
-    G, M, A, D = matrices(5)
-    assert not statistics(criterion, 0 * G, M, A, D).isfinite().all()
-    assert not statistics(criterion, G, M, 0 * A, D).isfinite().all()
-    assert statistics(criterion, G, M, A, 0 * D).isfinite().all() == (criterion != "kronecker")
+def test_a_zero_gradient_or_input_has_no_finite_statistics():
+    G, A = matrices(5)
+    assert statistics(G, A).isfinite().all()
+    assert not statistics(0 * G, A).isfinite().all()
+    assert not statistics(G, 0 * A).isfinite().all()
 
 
 def test_inputs_compute_their_curve_once():
@@ -196,32 +132,14 @@ def test_inputs_compute_their_curve_once():
         calls.append(X)
         return exact_log_norms(X, inverse_orders)
 
-    inputs = Factor(torch.eye(3))
+    inputs = Inputs(torch.eye(3))
     assert torch.equal(inputs.curve(counting), inputs.curve(counting))
     assert len(calls) == 1
-    inputs.curve(counting, 2)
-    assert len(calls) == 2
 
 
-def test_the_nodes_span_the_exponents_and_the_default_curves_fit_a_kibibyte():
+def test_the_nodes_span_the_exponents_and_the_curves_fit_a_kibibyte():
     nodes = exponent_nodes()
     assert nodes[0] == -0.25
     assert nodes[-1] == 1.0
-    assert max(criterion.curves for criterion in CRITERIA.values()) == CURVES
-    assert CRITERIA[SchattenOptions().criterion].curves * NODES * nodes.element_size() <= 1024
-
-
-@pytest.mark.parametrize("criterion", ["alignment", "decrease"])
-def test_the_iterates_choose_nearly_the_exponents_of_the_svd(criterion):
-    problems = [matrices(seed) for seed in range(24)]
-    chosen = []
-    for name in ("exact", "iterates"):
-        curves = []
-        for G, M, A, _ in problems:
-            sample = Sample(torch.tensor(G), torch.tensor(M), Factor(torch.tensor(A)))
-            estimator = Estimator(exact_log_norms, Estimator.named(name).direction_curves)
-            curves.append(CRITERIA[criterion].statistics([sample], estimator)[0])
-        chosen.append(exponent(criterion, torch.stack(curves), 0.01, 1.0))
-    error = (chosen[0] - chosen[1]).abs()
-    assert error.median() <= 0.005
-    assert error.max() <= 0.05
+    assert statistics(*matrices(0)).shape == (CURVES, NODES)
+    assert CURVES * NODES * nodes.element_size() <= 1024

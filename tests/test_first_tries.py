@@ -64,7 +64,7 @@ VALUES = {
 @pytest.mark.parametrize("name", VALUES)
 def test_a_value_may_be_text_or_of_another_library(name):
     given, expected = VALUES[name]
-    found = getattr(SchattenOptions(**{name: given}), name)
+    found = getattr(SchattenOptions(**{"p": "adaptive", name: given}), name)
     assert found == expected
     assert type(found) is type(expected)
 
@@ -103,11 +103,12 @@ def test_a_value_of_another_type_is_refused(values, message):
     ("options", "sentence"),
     [
         ({"p": 4, "p_interval": 50}, "Without effect with p=4: p_interval=50."),
-        ({"p": "inf", "criterion": "holder", "p_max": -4}, "Without effect with p=inf: criterion=holder, p_max=-4."),
+        ({"p": "inf", "p_estimator": "exact", "p_max": -5}, "Without effect with p=inf: p_estimator=exact, p_max=-5."),
         ({"p": "schedule", "p_schedule": "4:inf:9", "probe_rows": 64}, "with p=schedule: probe_rows=64."),
-        ({"p_schedule": "4:-5"}, "Without effect with p=adaptive: p_schedule=4:-5."),
+        ({"p": "adaptive", "p_schedule": "4:-5"}, "Without effect with p=adaptive: p_schedule=4:-5."),
+        ({"p_interval": 50}, "Without effect with p=-4.0: p_interval=50."),
         ({"p": 4, "momentum": 0.5, "p_overrides": "*.c_proj:2"}, None),
-        ({"p_interval": 50, "criterion": "holder"}, None),
+        ({"p": "adaptive", "p_interval": 50}, None),
         ({"p": 4, "p_interval": 50, "report": "none"}, "Without effect with p=4: p_interval=50."),
     ],
 )
@@ -188,8 +189,8 @@ def test_optim_args_may_be_a_mapping_or_end_with_a_comma(given, text, gpt2, toke
     [
         (4, "optim_args=4 is not allowed: write a text such as 'p=adaptive,p_interval=100', or a mapping"),
         (["p=4"], r"optim_args=\['p=4'\] is not allowed"),
-        ("p_init=runs/p=4", "optim_args cannot hold p_init='runs/p=4': ',' and '=' separate options"),
-        ({"p_init": "runs/a,b"}, "optim_args cannot hold p_init='runs/a,b'"),
+        ("p=adaptive,p_init=runs/p=4", "optim_args cannot hold p_init='runs/p=4': ',' and '=' separate options"),
+        ({"p": "adaptive", "p_init": "runs/a,b"}, "optim_args cannot hold p_init='runs/a,b'"),
         ({"p": 4, "target": math.sqrt}, r"optimizers=\(create_schatten_optimizer\(model, target=…\), None\)"),
     ],
 )
@@ -298,7 +299,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_in_the_optimizer(gpt2,
         def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
             if state.global_step == 0:
                 policy = optimizer.optimizer.policy
-                self.starts.append((optimizer.optimizer.steps_taken(), policy.estimates, dict(policy._probe._inputs)))
+                self.starts.append((optimizer.optimizer.steps_taken(), policy.estimates, dict(policy._probe._samples)))
 
         def on_step_end(self, args, state, control, **kwargs):
             if self.fails and state.global_step == 3:
@@ -307,7 +308,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_in_the_optimizer(gpt2,
 
     callback = OutOfMemory()
     arguments = training_arguments(
-        auto_find_batch_size=True, max_steps=4, optim_args="p_interval=2,p_first_step=1,report=none"
+        auto_find_batch_size=True, max_steps=4, optim_args="p=adaptive,p_interval=2,p_first_step=1,report=none"
     )
     trainer = Trainer(gpt2, arguments, train_dataset=token_dataset, callbacks=[callback])
     trainer.train()
@@ -319,7 +320,7 @@ def test_an_attempt_that_ran_out_of_memory_leaves_nothing_in_the_optimizer(gpt2,
 
 
 def test_a_model_in_evaluation_mode_is_told_of(gpt2, caplog):
-    optimizer = create_schatten_optimizer(gpt2.eval(), p_first_step=1, verbose=False)
+    optimizer = create_schatten_optimizer(gpt2.eval(), p="adaptive", p_first_step=1, verbose=False)
     rows = torch.zeros(1, 8, dtype=torch.long)
     gpt2(input_ids=rows, labels=rows).loss.backward()
     with caplog.at_level(logging.WARNING):

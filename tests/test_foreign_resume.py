@@ -53,7 +53,7 @@ def run(trainer_class, output, checkpoint=None, **arguments):
     config = GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0, eos_token_id=0)
     defaults = {
         "optim": "schatten_p",
-        "optim_args": "p_interval=50,p_first_step=50",  # no estimate and no pictures, which take most of the time
+        "optim_args": "p=adaptive,p_interval=50,p_first_step=50",  # no estimate and no pictures: most of the time
         "max_steps": 6,
         "save_steps": 3,
         "logging_strategy": "no",

@@ -6,8 +6,6 @@ of the matrix, and with fewer inputs than features no other rows span it.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import peft
 import pytest
 import torch
@@ -124,7 +122,7 @@ MADE = {
 
 def sampled(model):
     routes = route_parameters(model).to("schatten_p")
-    probe = Probe(model, {route.name: route.module for route in routes}, 1000, outputs=True)
+    probe = Probe(model, {route.name: route.module for route in routes}, 1000)
     probe.arm(True)
     model.train()().square().sum().backward()
     found = probe.take()
@@ -135,28 +133,35 @@ def sampled(model):
 MODULES = ("bilinear", "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d")
 
 
-@pytest.mark.parametrize(
-    ("name", "read", "written"),
-    [
-        *((name, 1, 1) for name in MODULES[:-2]),
-        *((name, 1, 0) for name in MODULES[-2:]),
-        *(("conv1d in groups", 2, 2), ("conv2d in groups", 3, 3), ("conv_transpose2d in groups", 2, 0)),
-        *(("self-attention", 4, 0), ("cross-attention", 4, 0), ("mamba", 7, 7), ("xlnet", 7, 2)),
-        *(("jetmoe", 3, 3), ("llama4", 9, 9), ("dbrx", 9, 9), ("adalora", 2, 2)),
-    ],
-)
-def test_gradients_are_made_of_what_is_sampled(name, read, written):
-    """They lie in the span of the inputs, and are their product with the outputs' gradients, where these are seen."""
+# The fewest matrices of each that have fewer rows than features, so that their rows alone span the gradient.
+READ = {
+    **dict.fromkeys(MODULES, 1),
+    "conv1d in groups": 2,
+    "conv2d in groups": 3,
+    "conv_transpose2d in groups": 2,
+    "self-attention": 4,
+    "cross-attention": 4,
+    "mamba": 7,
+    "xlnet": 7,
+    "jetmoe": 3,
+    "llama4": 9,
+    "dbrx": 9,
+    "adalora": 2,
+}
+
+
+@pytest.mark.parametrize(("name", "read"), READ.items())
+def test_gradients_lie_in_the_span_of_what_is_sampled(name, read):
     torch.manual_seed(0)
     model = MADE[name]()
-    routes, found = sampled(model)
-    told = both = 0
+    routes, inputs = sampled(model)
+    told = 0
     for route in routes:
         shape = route.parameter.shape
         for index, part in enumerate(route.layout.part_names(shape)):
             own = matrix_name(route.name, part)
             shared = matrix_name(route.name, route.layout.expert(shape, index))
-            rows = found.inputs.get(own, found.inputs.get(shared))
+            rows = inputs.get(own, inputs.get(shared))
             gradient = route.layout.matrix(route.parameter.grad, index)
             gradient = (gradient.mT if route.layout.transposed else gradient).double()
             if rows is None:  # an expert without tokens
@@ -168,14 +173,7 @@ def test_gradients_are_made_of_what_is_sampled(name, read, written):
             atol = 1e-5 * float(gradient.abs().max())
             torch.testing.assert_close(inside, gradient, atol=atol, rtol=1e-4)
             told += gradient.any() and len(rows) < rows.shape[1]
-            columns = found.outputs.get(own)
-            if columns is None and shared in found.outputs:
-                columns = replace(route.layout, transposed=False).matrix(found.outputs[shared].mT, index).mT
-            if columns is not None:
-                torch.testing.assert_close(columns.double().mT @ rows.double(), gradient, atol=atol, rtol=1e-4)
-                both += bool(gradient.any())
     assert told >= read, "too few matrices have fewer rows than features, so that nothing was shown"
-    assert both >= written
 
 
 class InGroups(nn.Module):
@@ -198,7 +196,7 @@ class InGroups(nn.Module):
 def test_a_convolution_in_groups_trains_as_a_convolution_of_each(kind):
     torch.manual_seed(0)
     together = kind(15, 9, 2, groups=3, bias=False)
-    options = {"p_first_step": 2, "p_interval": 2, "criterion": "holder", "p_max": 1000.0}
+    options = {"p_first_step": 2, "p_interval": 2, "p": "adaptive", "p_max": 1000.0}
     ends = []
     for model in (InGroups(together), together):
         optimizer = create_schatten_optimizer(model, 1e-2, **options, verbose=False)
@@ -215,7 +213,7 @@ def test_a_convolution_in_groups_trains_as_a_convolution_of_each(kind):
 
 def test_a_weight_that_is_read_in_another_module_is_not_sampled_twice():
     torch.manual_seed(0)
-    routes, (inputs, _) = sampled(MADE["self-attention"]())
+    routes, inputs = sampled(MADE["self-attention"]())
     assert {route.name for route in routes} == {"module.in_proj_weight", "module.out_proj.weight"}
     assert {name: len(rows) for name, rows in inputs.items()} == {route.name: 5 for route in routes}
     torch.testing.assert_close(inputs["module.in_proj_weight"], x(1, 5, 12)[0], atol=0, rtol=0)
@@ -261,5 +259,5 @@ def test_other_uses_of_a_weight_break_no_forward(use):
     probe = Probe(model, {"layer.weight": model.layer}, 8)
     probe.arm(True)
     model(rows).backward()
-    torch.testing.assert_close(probe.take().inputs["layer.weight"], rows, rtol=0, atol=0)
+    torch.testing.assert_close(probe.take()["layer.weight"], rows, rtol=0, atol=0)
     assert model.layer.weight.grad.isfinite().all()

@@ -128,7 +128,7 @@ def test_an_edited_p_is_the_p_of_the_matrices():
 
 def test_a_p_that_is_learned_cannot_be_edited():
     model = nn.Sequential(nn.Linear(4, 6))
-    optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False)
+    optimizer = hf_schatten.create_schatten_optimizer(model, p="adaptive", verbose=False)
     step(optimizer)
     optimizer.param_groups[0]["p"] = 4.0
     for _ in range(2):
@@ -185,7 +185,7 @@ def run(start, steps, interval):
     """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4, dtype=torch.float32), nn.LayerNorm(4, dtype=torch.float32))
-    optimizer = hf_schatten.create_schatten_optimizer(model, 1e-3, verbose=False, p_interval=interval)
+    optimizer = hf_schatten.create_schatten_optimizer(model, 1e-3, verbose=False, p="adaptive", p_interval=interval)
     generator = torch.Generator().manual_seed(1)
     data = torch.randn(8, 4, generator=generator, dtype=torch.float32)
     estimates = []

@@ -19,6 +19,10 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
 from accelerate.utils.launch import prepare_multi_gpu_env
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_schatten import load_learned_p
 
@@ -28,7 +32,7 @@ FILES = sorted(FOLDER.glob("*.yaml"))
 STEPS, DUE = 6, [2, 4, 6]
 TRAINING = (
     "--train_file animals.txt --n_layer 1 --n_embd 16 --n_head 2 --vocab_size 270 --block_size 16 --optim schatten_p "
-    "--optim_args criterion=holder,p_interval=2,p_first_step=2 --learning_rate 1e-2 "
+    "--optim_args p=adaptive,p_interval=2,p_first_step=2 --learning_rate 1e-2 "
     f"--max_steps {STEPS} --save_steps {STEPS} "
     "--per_device_train_batch_size 2 --max_train_samples 40 --max_eval_samples 4 --logging_steps 1 --report_to none "
     "--output_dir out --disable_tqdm true --do_eval false --use_cpu"
@@ -52,8 +56,14 @@ def parsed(path, *flags):
     return _validate_launch_command(arguments)[0]
 
 
+def needs_deepspeed():
+    pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+
+
 def test_the_files_are_there():
-    assert [path.stem for path in FILES] == ["ddp", "ddp_cpu", "fsdp2", "multi_node", "single"]
+    assert [path.stem for path in FILES] == [
+        *("ddp", "ddp_cpu", "fsdp2", "multi_node", "single", "tp", "zero1", "zero2", "zero3"),
+    ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=name_of)
@@ -64,6 +74,8 @@ def test_accelerate_reads_the_file_without_a_warning(path, caplog):
         assert getattr(config, key) == given[key] is not None
     for value in (config.mixed_precision, config.distributed_type):
         assert isinstance(value, str)  # YAML's own no is False
+    if given["distributed_type"] == "DEEPSPEED":
+        needs_deepspeed()
     parsed(path)
     assert caplog.text == ""
 
@@ -79,17 +91,27 @@ def test_the_file_is_documented_with_the_command_of_its_head(path):
 
 
 def test_what_accelerate_starts():
-    found = {path.stem: parsed(path) for path in FILES}
+    found = {path.stem: parsed(path) for path in FILES if not path.stem.startswith("zero")}
     assert {name: arguments.num_processes for name, arguments in found.items()} == {
         "single": 1,
         "ddp": 8,
         "ddp_cpu": 2,
         "fsdp2": 8,
         "multi_node": 16,
+        "tp": 8,
     }
-    assert {name for name, arguments in found.items() if arguments.multi_gpu} == {"ddp", "ddp_cpu", "multi_node"}
+    assert {name for name, arguments in found.items() if arguments.multi_gpu} == {"ddp", "ddp_cpu", "multi_node", "tp"}
     assert {name for name, arguments in found.items() if arguments.use_fsdp} == {"fsdp2"}
     assert not any(arguments.cpu for arguments in found.values())  # which would start one process
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_has_its_stage_and_nothing_elsewhere(stage):
+    needs_deepspeed()
+    arguments = parsed(FOLDER / f"zero{stage}.yaml")
+    assert (arguments.use_deepspeed, arguments.num_processes, arguments.zero_stage) == (True, 8, stage)
+    assert (arguments.offload_optimizer_device, arguments.offload_param_device) == ("none", "none")
+    assert arguments.zero3_init_flag == (stage == 3)
 
 
 def test_fsdp2_is_version_2_with_whole_checkpoints():
@@ -128,7 +150,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def start(folder, path, *flags, before=(), placeholders=None):
+def start(folder, path, *flags, before=(), after=(), placeholders=None):
     """Start the documented command of a file with a tiny model and a small text; ``before`` precedes the script."""
     words = [(placeholders or {}).get(word, word) for word in command_of(path)]
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -139,7 +161,7 @@ def start(folder, path, *flags, before=(), placeholders=None):
     command = [sys.executable, "-m", "accelerate.commands.launch", *words[2:script], *flags]
     command += [*before, str(ROOT / words[script])]
     return subprocess.Popen(
-        [*command, *TRAINING.split()],
+        [*command, *TRAINING.split(), *after],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
@@ -225,3 +247,57 @@ def test_fsdp2_trains_on_two_processes(folder):
     end(start(folder, FOLDER / "fsdp2.yaml", *flags, before=[str(folder / "with_fsdp.py")]))
     assert_trained(folder, 2)
     assert list((folder / "out" / f"checkpoint-{STEPS}").glob("pytorch_model_fsdp*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_trains_on_two_processes(folder, stage, monkeypatch):
+    needs_deepspeed()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    end(start(folder, FOLDER / f"zero{stage}.yaml", "--num_processes", "2", "--mixed_precision", "no"))
+    assert_trained(folder, 2)
+    files = sorted(path.name for path in (folder / "out" / f"checkpoint-{STEPS}" / f"global_step{STEPS}").iterdir())
+    assert len([name for name in files if name.endswith("optim_states.pt")]) == 2
+
+
+# Tensor parallelism on a CPU, which accelerate does not take.
+WITH_TP = f"""
+import runpy, sys
+from accelerate import ParallelismConfig
+ParallelismConfig._validate_accelerator = lambda self, accelerator: None
+del sys.argv[0]
+sys.path[0] = {str(ROOT / "recipes" / "pretrain_clm")!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def save_tokenizer(folder):
+    """Save a tokenizer of bytes."""
+    characters = {character: number for number, character in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(characters | {"<|endoftext|>": len(characters)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+
+
+@pytest.mark.slow
+def test_tp_trains_on_two_processes(folder):
+    (folder / "with_tp.py").write_text(WITH_TP)
+    config = LlamaConfig(
+        vocab_size=270,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=16,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    save_tokenizer(folder / "model")
+    words = command_of(FOLDER / "tp.yaml")
+    own = words[words.index("--model_name_or_path") :]
+    assert own == ["--model_name_or_path", "MODEL", "--tp_plan", "auto", "--save_strategy", "no"]
+    flags = ["--num_processes", "2", "--mixed_precision", "no"]
+    arguments = ["--model_name_or_path", str(folder / "model"), *own[2:]]
+    end(start(folder, FOLDER / "tp.yaml", *flags, before=[str(folder / "with_tp.py")], after=arguments))
+    log = json.loads((folder / "out" / "trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "schatten_p_median" in entry] == DUE

@@ -30,9 +30,9 @@ def options(tmp_path):
     return materials.TRAINING | materials.SCHATTEN | materials.language_modeling(tmp_path)
 
 
-def launch(folder, *command, check=True):
+def launch(folder, *command, check=True, cpu="true"):
     """Run Python with these arguments, and return what it has printed."""
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ACCELERATE_USE_CPU": cpu, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
         [sys.executable, *map(str, command)], capture_output=True, text=True, check=False, cwd=folder, env=environment
     )
@@ -128,3 +128,31 @@ def test_the_script_of_trl_runs_as_a_module_and_resumes_exactly(options, tmp_pat
     launch(tmp_path, *command, "--output_dir", "resumed", "--resume_from_checkpoint", middle)
     assert not (tmp_path / "resumed" / f"checkpoint-{materials.MIDDLE}").exists()
     assert_same_end(tmp_path / "resumed", tmp_path / "straight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_deepspeed_trains_and_resumes_exactly(options, stage, tmp_path, monkeypatch):
+    """The script knows nothing of the optimizer, and --deepspeed names a file."""
+    pytest.importorskip("deepspeed", reason="the extra deepspeed is not installed")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    config = dict.fromkeys((*automatic, "gradient_clipping"), "auto") | {"zero_optimization": {"stage": stage}}
+    (tmp_path / "zero.json").write_text(json.dumps(config))
+    # Where there is no GPU, Accelerate leaves it to the script to say how many processes DeepSpeed has.
+    (tmp_path / "with_deepspeed.py").write_text(
+        "import runpy, sys, deepspeed\ndeepspeed.init_distributed('gloo')\ndel sys.argv[0]\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [*TORCHRUN, "--nproc_per_node", "2", *RUNNER, "with_deepspeed.py", SCRIPT]
+    options = options | {"--deepspeed": "zero.json", "--per_device_train_batch_size": 2}
+    result = launch(tmp_path, *command, *materials.flags(options, {"--output_dir": "run"}), cpu="false")
+    assert ranks(result) == ["process 0 of 2", "process 1 of 2"]
+    assert "schatten_p: 8 tensors" in result.stdout
+    found = estimates(tmp_path / "run")
+    middle = tmp_path / "run" / f"checkpoint-{materials.MIDDLE}"
+    resumed = {"--output_dir": "resumed", "--resume_from_checkpoint": middle}
+    launch(tmp_path, *command, *materials.flags(options, resumed), cpu="false")
+    again = json.loads((tmp_path / "resumed" / END / "trainer_state.json").read_text())["log_history"]
+    for expected, entry in zip(found, [each for each in again if "schatten_p_median" in each], strict=True):
+        assert {key: entry[key] for key in expected} == expected

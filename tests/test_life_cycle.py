@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler, swa_utils
 from hf_schatten import CheckpointError, SchattenP, create_schatten_optimizer
 from hf_schatten.integration.checkpoint import load_optimizer, save_optimizer
 
-FIRST = {"p_first_step": 2, "p_interval": 3, "criterion": "holder", "exclude": ["head"], "verbose": False}
+FIRST = {"p_first_step": 2, "p_interval": 3, "p": "adaptive", "exclude": ["head"], "verbose": False}
 
 
 class Net(nn.Module):

@@ -171,16 +171,16 @@ def test_the_bar_shows_the_median_of_every_estimate(run, capsys, logging_strateg
             p = sorted(1 / p for p in optimizer.optimizer.learned_p().values())
             medians.append(f"{1 / p[len(p) // 2]:.3g}")
 
-    run([Medians()], optim_args="criterion=holder,p_interval=2,p_first_step=2", disable_tqdm=False, max_steps=7)
-    assert medians[0] == "-5"
+    run([Medians()], optim_args="p=adaptive,p_interval=2,p_first_step=2", disable_tqdm=False, max_steps=7)
+    assert medians[0] == "-4"
     assert len(set(medians)) > 2
     estimated = list(dict.fromkeys(medians[1:]))
-    assert "-5" not in estimated
+    assert "-4" not in estimated
     assert medians_at_the_bar(capsys.readouterr().err) == estimated
 
 
 def test_the_bar_goes_on_with_the_median_of_the_last_estimate(run, capsys):
-    trainer = run(optim_args="criterion=holder,p_interval=100,p_first_step=2", disable_tqdm=False, max_steps=3)
+    trainer = run(optim_args="p=adaptive,p_interval=100,p_first_step=2", disable_tqdm=False, max_steps=3)
     (median,) = medians_at_the_bar(capsys.readouterr().err)
     trainer.train()
     assert medians_at_the_bar(capsys.readouterr().err) == [median]

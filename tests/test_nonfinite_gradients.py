@@ -138,7 +138,7 @@ def spoiled_trainer(gpt2, training_arguments, token_dataset, caplog):
     """Return a function that trains six steps, with one spoiled gradient, and returns the Trainer and its warnings."""
 
     def train(bad, **arguments):
-        arguments = training_arguments(optim_args="p_interval=2,p_first_step=2", max_steps=6, **arguments)
+        arguments = training_arguments(optim_args="p=adaptive,p_interval=2,p_first_step=2", max_steps=6, **arguments)
         trainer, calls = Trainer(gpt2, arguments, train_dataset=token_dataset), []
 
         def spoil(gradient):
@@ -183,7 +183,7 @@ def test_a_trainer_logs_how_many(spoiled_trainer):
 def test_training_under_amp_goes_on_after_an_overflow():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
-    optimizer = create_schatten_optimizer(model, 1e-2, p_interval=2, p_first_step=2, verbose=False)
+    optimizer = create_schatten_optimizer(model, 1e-2, p="adaptive", p_interval=2, p_first_step=2, verbose=False)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
     inputs, targets = torch.randn(32, 8), torch.randn(32, 8)
     losses, scales = [], []

@@ -286,7 +286,7 @@ def test_a_zero_gradient_moves_nothing_but_the_decay():
 
 
 def test_all_state_is_tensors_and_created_at_the_first_step(llama):
-    optimizer = hf_schatten.create_schatten_optimizer(llama, verbose=False)
+    optimizer = hf_schatten.create_schatten_optimizer(llama, p="adaptive", verbose=False)
     assert not optimizer.state_dict()["state"]
     tokens = torch.randint(0, 64, (2, 16))
     keys = []
@@ -481,7 +481,7 @@ def test_a_target_that_the_step_rule_cannot_measure_is_refused():
     with pytest.raises(ValueError, match=r"target='top_k:2' .*: the norm of step_rule=ball .* step_rule=pinned"):
         SchattenP([nn.Parameter(torch.zeros(4, 4))], p=2, target="top_k:2", step_rule="ball")
     with pytest.raises(hf_schatten.OptionError, match=r"p=adaptive .* set p to a number"):
-        hf_schatten.create_schatten_optimizer(nn.Linear(4, 4), target=squared)
+        hf_schatten.create_schatten_optimizer(nn.Linear(4, 4), p="adaptive", target=squared)
 
 
 @pytest.mark.parametrize("kind", ["gradient contiguous", "both channels last", "slice of a larger tensor"])

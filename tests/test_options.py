@@ -29,13 +29,13 @@ def test_optim_args_parse_to_the_options_types():
 
 
 def test_the_range_of_the_estimate_may_reach_beyond_muon():
-    options = SchattenOptions.from_optim_args("p_min=2,p_max=-5,p_init=inf")
+    options = SchattenOptions.from_optim_args("p=adaptive,p_min=2,p_max=-5,p_init=inf")
     assert (options.p_min, options.p_max, options.initial_p) == (2.0, -5.0, math.inf)
 
 
 def test_a_path_may_look_like_options():
     for path in ("runs/p=4/checkpoint-500", "runs/a;b=4"):
-        assert SchattenOptions.from_optim_args(f"p_init={path}").p_init == path
+        assert SchattenOptions.from_optim_args(f"p=adaptive,p_init={path}").p_init == path
 
 
 def test_overrides_are_pairs_of_pattern_and_p():
@@ -134,6 +134,7 @@ def test_there_are_no_more_options_than_a_reader_can_learn():
         ("workspace_mib=64", "The option 'workspace_mib' is a constant now; leave it out"),
         ("buffer_mib=64", "The option 'buffer_mib' is a constant now; leave it out"),
         ("share_processes=8", "The option 'share_processes' is a constant now; leave it out"),
+        ("criterion=holder", "The option 'criterion' is gone: p=adaptive has one criterion, which was holder"),
         ("p_interval_growth=2", "The option 'p_interval_growth' is gone; raise p_interval"),
         ("p_groups=*.mlp.*", "The option 'p_groups' is gone: .* p_overrides=PATTERN:P"),
         ("p_start=2", "The option 'p_start' is part of p_schedule; write p_schedule=START:END or"),
@@ -144,6 +145,7 @@ def test_there_are_no_more_options_than_a_reader_can_learn():
             "precondition=adafactor",
             "precondition='adafactor' is not allowed: it is gone; use adam, which keeps 4 bytes",
         ),
+        ("p_estimator=submatrix", "p_estimator='submatrix' is not allowed: it is gone; use lanczos"),
         ("p_estimator=lowrank", "p_estimator='lowrank' is not allowed: it is gone; use lanczos"),
         ("p_estimator=exact32", "p_estimator='exact32' is not allowed: it is gone; use exact"),
     ],
@@ -154,14 +156,18 @@ def test_an_option_that_is_gone_says_what_to_write_instead(text, instead):
 
 
 def test_adaptive_p_starts_at_p_max_unless_told():
-    assert SchattenOptions(p_max=20).initial_p == 20
-    assert SchattenOptions(p_max=20, p_init=3).initial_p == 3
+    assert SchattenOptions(p="adaptive", p_max=20).initial_p == 20
+    assert SchattenOptions(p="adaptive", p_max=20, p_init=3).initial_p == 3
+
+
+def test_p_and_the_largest_estimate_are_minus_four_unless_told():
+    assert SchattenOptions().p == SchattenOptions().initial_p == -4
+    assert SchattenOptions(p="adaptive").largest_p == SchattenOptions(p="adaptive").initial_p == -4
 
 
 def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
-    assert SchattenOptions().largest_p == SchattenOptions().initial_p == -5
-    assert SchattenOptions(step_rule="ball").largest_p == 100
-    assert SchattenOptions(p_max=math.inf).largest_p == math.inf
+    assert SchattenOptions(p="adaptive", step_rule="ball").largest_p == 100
+    assert SchattenOptions(p="adaptive", step_rule="ball", p_max=math.inf).largest_p == math.inf
 
 
 @pytest.mark.parametrize(
@@ -208,7 +214,6 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("p_schedule=4:inf:9:9", "p_schedule='4:inf:9:9' is not allowed: write START:END"),
         ("p_schedule=slow:fast", "p_schedule='slow:fast' is not allowed: write START:END"),
         ("report=loud", "report='loud' is not allowed: one of full, summary, none"),
-        ("criterion=best", "criterion='best' is not allowed: one of kronecker, holder, alignment, decrease"),
         ("p_estimator=guess", "p_estimator='guess' is not allowed: one of exact, "),
         (
             "p_overrides=*.q_proj",
@@ -247,13 +252,17 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("step_rule=ball,coupling_order=0.5", "coupling_order=0.5 is not allowed: 1 or more, or none"),
         ("step_rule=ball,coupling_order=nan", "coupling_order=nan is not allowed: 1 or more, or none"),
         ("step_rule=ball,coupling_weights=sqrt_n_over_m", "coupling_weights='sqrt_n_over_m' .* set coupling_order"),
+        ("step_rule=ball", "p=-4.0 is not allowed .* Use p of at least 1, p=adaptive, or step_rule=pinned"),
         (
             "step_rule=ball,p=-10",
             "p=-10.0 is not allowed with step_rule=ball: the order p \\+ 1 of its norm is at least 2",
         ),
-        ("step_rule=regularized,p_max=-10", "p_max=-10.0 is not allowed with step_rule=regularized"),
+        ("step_rule=regularized,p=adaptive,p_max=-10", "p_max=-10.0 is not allowed with step_rule=regularized"),
         ("step_rule=ball,p=schedule,p_schedule=4:-5", "p_schedule: END=-5.0 is not allowed with step_rule=ball"),
-        ("step_rule=ball,p_overrides=*.c_proj:-8", "p_overrides: \\*.c_proj=-8.0 is not allowed with step_rule=ball"),
+        (
+            "step_rule=ball,p=4,p_overrides=*.c_proj:-8",
+            "p_overrides: \\*.c_proj=-8.0 is not allowed with step_rule=ball",
+        ),
         ("p=inf,target=low_rank", "target='low_rank' is not allowed: one of power, top_k:K, soft_threshold:TAU, soft"),
         ("p=inf,target=soft_treshold:0.1", "Did you mean 'soft_threshold'\\?"),
         (
@@ -265,7 +274,10 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("p=inf,target=soft_threshold:1", "target='soft_threshold:1' is not allowed: .* TAU between 0 and 1, such as"),
         ("p=inf,target=soft_step:nan", "target='soft_step:nan' is not allowed: write soft_step:TAU"),
         ("target=power:2", "target='power:2' is not allowed: write power, whose exponent is 1/p"),
-        ("target=top_k:4", "target='top_k:4' is not allowed: .* p=adaptive .* would be ignored; set p to a number"),
+        (
+            "p=adaptive,target=top_k:4",
+            "target='top_k:4' is not allowed: .* p=adaptive .* would be ignored; set p to a number",
+        ),
         ("p=schedule,target=top_k:4", "p=schedule .* would be ignored; set p to a number, such as p=inf"),
         ("p=2,p_overrides=*.fc:4,target=top_k:4", "p_overrides would be ignored; .* leave p_overrides out"),
         (

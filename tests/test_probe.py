@@ -51,7 +51,7 @@ def test_each_row_is_sampled_once_over_accumulated_micro_batches(use_reentrant):
         net.eval()
         net(batch)
         net.train()
-    samples = probe.take().inputs
+    samples = probe.take()
     torch.testing.assert_close(samples["first.weight"], batches.reshape(-1, 3), atol=0.0, rtol=0.0)
     expected = net.first(batches).relu().reshape(-1, 4).detach()
     torch.testing.assert_close(samples["second.weight"], expected, atol=1e-6, rtol=1e-6)
@@ -62,18 +62,18 @@ def test_nothing_is_sampled_unless_armed():
     probe = armed_probe(net)
     probe.arm(False)
     net(torch.randn(2, 3)).sum().backward()
-    assert probe.take().inputs == {}
+    assert probe.take() == {}
 
 
 def test_take_forgets_and_remove_ends():
     net = Net(None)
     probe = armed_probe(net)
     net(torch.randn(2, 3)).sum().backward()
-    assert set(probe.take().inputs) == {"first.weight", "second.weight"}
-    assert probe.take().inputs == {}
+    assert set(probe.take()) == {"first.weight", "second.weight"}
+    assert probe.take() == {}
     probe.remove()
     net(torch.randn(2, 3)).sum().backward()
-    assert probe.take().inputs == {}
+    assert probe.take() == {}
 
 
 def test_the_global_random_generator_is_untouched():
@@ -145,7 +145,7 @@ def test_padding_is_left_out(flat):
     for half in (slice(0, 2), slice(2, 4)):
         rows = hidden[half].reshape(-1, 3) if flat else hidden[half]
         model(rows, attention_mask=mask[half]).sum().backward()
-    assert torch.equal(probe.take().inputs["layer.weight"], hidden[mask.bool()])
+    assert torch.equal(probe.take()["layer.weight"], hidden[mask.bool()])
 
 
 def test_a_decoder_takes_its_own_mask():
@@ -162,7 +162,7 @@ def test_a_decoder_takes_its_own_mask():
     probe.arm(True)
     first, second = torch.tensor([[1, 0, 0]]), torch.tensor([[1, 1, 0]])
     model(torch.randn(1, 3, 3), attention_mask=first, decoder_attention_mask=second).sum().backward()
-    assert {name: len(rows) for name, rows in probe.take().inputs.items()} == {
+    assert {name: len(rows) for name, rows in probe.take().items()} == {
         "encoder.weight": 1,
         "decoder.weight": 2,
     }
@@ -187,7 +187,7 @@ def test_a_convolutions_rows_times_its_filters_are_its_output(options, memory_fo
     output = layer(images)
     output.sum().backward()
     expected = output.detach().permute(0, 2, 3, 1).reshape(-1, 4) - layer.bias.detach()
-    found = probe.take().inputs["weight"] @ layer.weight.detach().flatten(1).mT
+    found = probe.take()["weight"] @ layer.weight.detach().flatten(1).mT
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -202,7 +202,7 @@ def test_an_experts_rows_give_its_weights_gradient(architecture):
     tokens = torch.randint(1, 30, (2, 5))
     mask = torch.tensor([[1] * 5, [1, 1, 1, 0, 0]])
     model(input_ids=tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss.backward()
-    samples = probe.take().inputs
+    samples = probe.take()
     assert sum(len(rows) for name, rows in samples.items() if "gate" in name) == 8 * 2
     for name in ("gate_up_proj", "down_proj"):
         for expert in range(8):
@@ -235,9 +235,9 @@ def test_rows_are_copied_when_the_gradient_passes():
     net = Net(None)
     probe = armed_probe(net)
     loss = net(torch.randn(2, 3)).sum()
-    assert not any(sample._pieces for sample in probe._inputs.values())
+    assert not any(sample._pieces for sample in probe._samples.values())
     loss.backward()
-    assert set(probe.take().inputs) == {"first.weight", "second.weight"}
+    assert set(probe.take()) == {"first.weight", "second.weight"}
 
 
 def test_an_input_is_let_go_while_backward_goes_on():
@@ -248,7 +248,7 @@ def test_an_input_is_let_go_while_backward_goes_on():
     loss = net(torch.randn(2, 3)).sum()
     loss.backward()
     assert hidden[0]() is None  # though the loss and the graph's nodes with their hooks are alive
-    assert set(probe.take().inputs) == {"first.weight", "second.weight"}
+    assert set(probe.take()) == {"first.weight", "second.weight"}
 
 
 @pytest.mark.parametrize("capacity", [4, 1000])
@@ -261,7 +261,7 @@ def test_rows_are_copied_at_once_where_autograd_keeps_a_converted_copy(capacity)
         loss = net(batch).sum()
     batch.zero_()
     loss.backward()
-    rows = probe.take().inputs["first.weight"]
+    rows = probe.take()["first.weight"]
     assert len(rows) == min(capacity, 20)
     assert all((row == before).all(dim=1).any() for row in rows)
 
@@ -277,7 +277,7 @@ def test_a_forward_without_a_gradient_does_not_count(autocast, capacity):
         norm = net(torch.eye(3)).detach().norm()
         loss = (net(tokens) / norm).sum()
     loss.backward()
-    rows = probe.take().inputs["first.weight"]
+    rows = probe.take()["first.weight"]
     add(alone, tokens.flatten(0, 1))
     assert len(rows) >= min(capacity, len(alone.rows()))
     assert all((row == tokens.flatten(0, 1)).all(dim=1).any() for row in rows)
@@ -299,7 +299,7 @@ def test_a_compiled_model_has_one_graph_and_runs_eagerly_while_armed(fresh_compi
         probe.arm(step % 4 == 2)
         compiled(torch.full((2, 3), float(step))).sum().backward()
         if probe.armed:
-            assert torch.equal(probe.take().inputs["first.weight"], torch.full((2, 3), float(step)))
+            assert torch.equal(probe.take()["first.weight"], torch.full((2, 3), float(step)))
     assert counter.frame_count == 1
 
 
@@ -310,52 +310,3 @@ def test_a_second_armed_probe_and_a_forgotten_one_leave_the_compiler_as_it_was(f
     del probes, probe
     gc.collect()
     assert eval_frame._stance.stance == "default"
-
-
-# Gradients of outputs: with all rows sampled, the gradient of a weight is their product with the inputs
-
-
-ALL_ROWS = 10_000
-
-
-def sampled_both(model: nn.Module, layers: dict[str, nn.Module], rows=ALL_ROWS) -> Probe:
-    probe = Probe(model, layers, rows, outputs=True)
-    probe.arm(True)
-    return probe
-
-
-@pytest.mark.parametrize("use_reentrant", [None, False, True])
-def test_rows_of_both_sides_give_the_weights_gradient(use_reentrant):
-    torch.manual_seed(0)
-    net = Net(use_reentrant)
-    probe = sampled_both(net, {"first.weight": net.first, "second.weight": net.second})
-    for _ in range(2):  # micro-batches
-        net(torch.randn(5, 3, requires_grad=True)).square().sum().backward()
-    inputs, outputs = probe.take()
-    for name, layer in (("first.weight", net.first), ("second.weight", net.second)):
-        torch.testing.assert_close(outputs[name].mT @ inputs[name], layer.weight.grad, atol=1e-5, rtol=1e-5)
-    assert probe.take() == ({}, {})
-
-
-def test_padding_has_no_rows_of_either_side():
-    torch.manual_seed(0)
-    model = Masked()
-    probe = sampled_both(model, {"layer.weight": model.layer})
-    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
-    output = model(torch.randn(2, 3, 3), attention_mask=mask)
-    (output * mask[..., None]).square().sum().backward()
-    inputs, outputs = probe.take()
-    assert len(outputs["layer.weight"]) == len(inputs["layer.weight"]) == 3
-    product = outputs["layer.weight"].mT @ inputs["layer.weight"]
-    torch.testing.assert_close(product, model.layer.weight.grad, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("batch", [(2,), ()])
-def test_rows_of_both_sides_give_the_filters_gradient(batch):
-    torch.manual_seed(0)
-    layer = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=1)
-    probe = sampled_both(layer, {"weight": layer})
-    layer(torch.randn(*batch, 3, 7, 6)).square().sum().backward()
-    inputs, outputs = probe.take()
-    product = (outputs["weight"].mT @ inputs["weight"]).view_as(layer.weight)
-    torch.testing.assert_close(product, layer.weight.grad, atol=1e-4, rtol=1e-4)

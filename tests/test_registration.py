@@ -151,6 +151,10 @@ REFUSED = [
         {"deepspeed_plugin": plugin(zero_optimization={"stage": 3, "offload_param": {"device": "cpu"}})},
         r"zero_optimization\.offload_param\.device='cpu'",
     ),
+    (
+        {"deepspeed_plugin": plugin(zero_optimization={"stage": 1, "round_robin_gradients": True})},
+        r"zero_optimization\.round_robin_gradients=True",
+    ),
     ({"deepspeed_plugin": plugin(checkpoint={"load_universal": True}, **STAGE_2)}, r"checkpoint\.load_universal=True"),
     (
         {"deepspeed_plugin": plugin(tensor_parallel={"autotp_size": 2}, **STAGE_2)},

@@ -157,7 +157,7 @@ def test_the_card_describes_the_optimizer_once_however_often_it_is_written(gpt2,
     card = ModelCard.load(Path(arguments.output_dir) / "README.md")
     assert card.text.count("## Optimizer: Schatten-p") == 1
     assert "| schatten_p | 8 |" in card.text
-    assert "'p=adaptive,criterion=kronecker,p_interval=4,p_first_step=2'" in card.text
+    assert "'p=adaptive,p_interval=4,p_first_step=2'" in card.text
     assert "(figures/p_by_layer.png)" in card.text
     assert {"schatten-p", "demo"} <= set(card.data.tags)
     assert "# tiny" in card.text

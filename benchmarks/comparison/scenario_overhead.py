@@ -8,7 +8,7 @@ Whole runs of `compare_optimizers.py`, one after the other, differ by more than 
 Usage:
     python benchmarks/comparison/scenario_overhead.py recipes/pretrain_clm/comparison.yaml --repeats 3  # six minutes
     python benchmarks/comparison/scenario_overhead.py recipes/*/comparison.yaml --repeats 3
-    python benchmarks/comparison/scenario_overhead.py recipes/image_classification/comparison.yaml --candidate holder
+    python benchmarks/comparison/scenario_overhead.py recipes/lora_sft/comparison.yaml --candidate 'p = inf'
 """
 
 import argparse
@@ -152,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("tasks", nargs="+", type=Path, metavar="TASK.yaml", help="files of compare_optimizers.py")
-    parser.add_argument("--candidate", default="kronecker", help="of every task (default %(default)s)")
+    parser.add_argument("--candidate", default="adaptive", help="of every task (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each (default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder (default %(default)s)")
     options = parser.parse_args(arguments)

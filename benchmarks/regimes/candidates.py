@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from benchmarks.comparison.torch_muon import MuonAndAdamW
+from benchmarks.regimes.peers import peer_optimizer
 from benchmarks.regimes.regimes import Regime
-from hf_schatten import create_schatten_optimizer
+from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.exponent import MIN_EXPONENT, p_of
 from hf_schatten.optim.policy import Optimized, Policy
 
@@ -50,8 +51,9 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
     """Make the optimizer of a run.
 
     Args:
-        candidate: ``adamw``, ``muon``, ``random`` (1/p of each matrix is drawn once), options of the optimizer such as
-            ``p=-5``, these after ``shuffled:``, or before kinds of layers with another p: ``p=-4@query=inf``.
+        candidate: ``adamw``, ``muon``, ``random`` (1/p of each matrix is drawn once), the class of another package
+            (:mod:`benchmarks.regimes.peers`), options of the optimizer such as ``p=-5``, these after ``shuffled:``, or
+            before kinds of layers with another p: ``p=-4@query=inf``.
         regime: what is trained.
         model: its model.
         rate: learning rate.
@@ -69,6 +71,8 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
         return torch.optim.AdamW(groups, rate, **common)
     if candidate == "muon":
         return MuonAndAdamW(model, lr=rate, eps=1e-8, **common)
+    if "=" not in candidate and "." in candidate:
+        return peer_optimizer(candidate, model, rate, regime.weight_decay, regime.heads)
     text, *kinds = candidate.removeprefix("shuffled:").split("@")
     options: dict[str, Any] = dict(pair.split("=") for pair in ("p=-4" if text == "random" else text).split(","))
     if options["p"] == "schedule":
@@ -78,16 +82,17 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
     p_of_kind = dict(each.split("=") for each in kinds)
     options["p_overrides"] = tuple(f"{regime.kinds[kind]}:{p}" for kind, p in p_of_kind.items())
     if text == "random":
-        names = make_optimizer("p=-4", regime, model, rate, seed).learned_p()  # type: ignore[attr-defined]
-        options["p_overrides"] = _random_p(names, seed)
+        plain = make_optimizer("p=-4", regime, model, rate, seed)
+        assert isinstance(plain, SchattenP)
+        options["p_overrides"] = _random_p([matrix.name for matrix in plain.matrices()], seed)
     exclude = tuple(regime.heads)
     optimizer = create_schatten_optimizer(model, rate, exclude=exclude, verbose=False, **common, **options)
     if candidate.startswith("shuffled:") and optimizer.policy is not None:
-        optimizer.follow(Shuffled(optimizer.policy, seed))
+        optimizer.policy = Shuffled(optimizer.policy, seed)  # follow() would take the other policy's hooks away
     return optimizer
 
 
-def _random_p(names: Mapping[str, float], seed: int) -> tuple[str, ...]:
+def _random_p(names: Sequence[str], seed: int) -> tuple[str, ...]:
     """Return an override for each matrix, 1/p uniform in [-0.25, 0.2]."""
     drawn = torch.rand(len(names), generator=torch.Generator().manual_seed(seed))
     exponents = MIN_EXPONENT + (_LARGEST_RANDOM - MIN_EXPONENT) * drawn.double()

@@ -16,28 +16,32 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from statistics import mean, stdev
 
+from benchmarks.geometry.command_line import positive
 from benchmarks.regimes.regimes import REGIMES
-from benchmarks.regimes.runs import Outcome, Run, load, run_all
+from benchmarks.regimes.runs import Outcome, Run, load, parse_arguments, run_all
 from benchmarks.tables import print_table
 
-FOLDER = Path(__file__).parent / "results"
 _MOST_RATES = 7
 _IMPOSSIBLE = {("convolutions", "muon")}  # torch.optim.Muon takes two-dimensional parameters only
 
 CANDIDATES = {
     "AdamW": "adamw",
     "Muon": "muon",
+    "p = 2": "p=2",
     "p = 4": "p=4",
     "p = ∞": "p=inf",
+    "p = -10": "p=-10",
     "p = -5": "p=-5",
     "p = -4": "p=-4",
     "adaptive": "p=adaptive,p_max=-4",
     "adaptive, shuffled": "shuffled:p=adaptive,p_max=-4",
     "random p": "random",
     "schedule, 4 to -5": "p=schedule,p_schedule=4:-5",
+    # Of the package pytorch_optimizer
+    "SOAP": "pytorch_optimizer.SOAP",
+    "NorMuon": "pytorch_optimizer.NorMuon",
 }
 
 
@@ -97,14 +101,9 @@ def _with_error(values: Sequence[float], *, signed: bool = False) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, and print the tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("regimes", nargs="*", default=[*REGIMES], help=f"some of: {', '.join(REGIMES)}")
-    parser.add_argument("--only", nargs="+", default=[*CANDIDATES], metavar="CANDIDATE", help="leave the others out")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds at the best rate (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default %(default)s)")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run begins")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder (default %(default)s)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=[*CANDIDATES], help="leave the others out")
+    parser.add_argument("--seeds", type=positive, default=5, help="seeds at the best rate (default %(default)s)")
+    options = parse_arguments(parser, arguments)
     path = options.output / "outcomes.jsonl"
     if not options.report:
         chosen = [CANDIDATES[name] for name in options.only]

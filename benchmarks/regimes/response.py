@@ -22,12 +22,13 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.regimes.compare_regimes import CANDIDATES, FOLDER, best_losses
+from benchmarks.geometry.command_line import positive
+from benchmarks.regimes.compare_regimes import CANDIDATES, best_losses
 from benchmarks.regimes.regimes import REGIMES
-from benchmarks.regimes.runs import Outcome, Run, load, run_all
+from benchmarks.regimes.runs import Outcome, Run, load, parse_arguments, run_all
 from benchmarks.tables import print_table
 
-VALUES = ("-8", "inf", "4", "2")  # of p, in their order from the base on
+VALUES = ("-8", "inf", "4")  # of p, in their order from the base on
 _BASE = CANDIDATES["p = -4"]
 _ADAPTIVE = CANDIDATES["adaptive"]
 
@@ -106,7 +107,7 @@ def _panel(axes: Axes, by_p: Mapping[str, list[float]], chosen: Sequence[float])
     axes.errorbar(exponents, means, errors, marker="o", markersize=3, color="#0072b2", capsize=2)
     for s in chosen:
         axes.axvline(s, color="#d55e00", linewidth=0.8, linestyle=":")
-    axes.set_xticks([-0.25, 0, 0.25, 0.5], ["-4", "∞", "4", "2"])
+    axes.set_xticks([-0.25, -0.125, 0, 0.25], ["-4", "-8", "∞", "4"])
     axes.set_xlabel("p of this kind", fontsize=8)
     axes.tick_params(labelsize=7)
 
@@ -114,13 +115,8 @@ def _panel(axes: Axes, by_p: Mapping[str, list[float]], chosen: Sequence[float])
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is missing, print the table and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("regimes", nargs="*", default=[*REGIMES], help=f"some of: {', '.join(REGIMES)}")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds (default %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time (default %(default)s)")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run begins")
-    parser.add_argument("--report", action="store_true", help="run nothing")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="folder (default %(default)s)")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--seeds", type=positive, default=3, help="seeds (default %(default)s)")
+    options = parse_arguments(parser, arguments)
     path = options.output / "outcomes.jsonl"
     if not options.report:
         for outcome in run_all(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -14,9 +15,12 @@ from typing import Any
 import torch
 from torch import multiprocessing, nn
 
+from benchmarks.geometry.command_line import positive
 from benchmarks.regimes.candidates import make_optimizer
 from benchmarks.regimes.regimes import REGIMES, rate_factor
 from hf_schatten import SchattenP
+
+FOLDER = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -57,11 +61,11 @@ def train(run: Run) -> Outcome:
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = run.rate * rate_factor(step, steps)
-        loss = training.loss(model, training.batch(step))
-        losses.append(loss.item())
+        of_step = training.loss(model, training.batch(step))
+        losses.append(of_step.item())
         if not math.isfinite(losses[-1]):
             return Outcome(**asdict(run), loss=math.inf, training_loss=math.inf, seconds=0.0)
-        loss.backward()
+        of_step.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -71,9 +75,24 @@ def train(run: Run) -> Outcome:
     model.eval()
     with torch.no_grad():
         validation = [training.loss(model, batch).item() for batch in training.validation]
-    return Outcome(
-        **asdict(run), loss=mean(validation), training_loss=mean(losses), seconds=seconds, exponents=exponents
-    )
+    held_out = mean(validation)
+    if not math.isfinite(held_out):  # after the last step: NaN would compare with nothing
+        held_out = math.inf
+    return Outcome(**asdict(run), loss=held_out, training_loss=mean(losses), seconds=seconds, exponents=exponents)
+
+
+def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Parse the command line of a script that runs trainings: its own arguments, and those of all."""
+    parser.add_argument("regimes", nargs="*", default=[*REGIMES], help=f"some of: {', '.join(REGIMES)}")
+    parser.add_argument("--workers", type=positive, default=2, help="runs at a time (default %(default)s)")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run begins")
+    parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--output", type=Path, default=FOLDER, help="folder (default %(default)s)")
+    options = parser.parse_args(arguments)
+    for regime in options.regimes:
+        if regime not in REGIMES:
+            parser.error(f"{regime!r} is not a regime: one of {', '.join(REGIMES)}")
+    return options
 
 
 def load(path: Path) -> list[Outcome]:
@@ -110,23 +129,25 @@ def run_all(
     for process in processes:
         process.start()
     done, under_way = load(path), set[Run]()
-    with path.open("a", encoding="utf-8") as file:
-        while True:
-            waiting = [run for run in wanted(done) if run not in under_way]
-            while waiting and len(under_way) < workers and time.monotonic() - start < deadline:
-                under_way.add(waiting[0])
-                jobs.put(waiting.pop(0))
-            if not under_way:
-                break
-            run, outcome = outcomes.get()
-            if isinstance(outcome, str):
-                raise RuntimeError(f"{run} failed: {outcome}")
-            under_way.remove(run)
-            done.append(outcome)
-            file.write(json.dumps(asdict(outcome)) + "\n")
-            file.flush()
-            yield outcome
-    for _ in processes:
-        jobs.put(None)
-    for process in processes:
-        process.join(10)
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            while True:
+                waiting = [run for run in wanted(done) if run not in under_way]
+                while waiting and len(under_way) < workers and time.monotonic() - start < deadline:
+                    under_way.add(waiting[0])
+                    jobs.put(waiting.pop(0))
+                if not under_way:
+                    break
+                run, outcome = outcomes.get()
+                if isinstance(outcome, str):
+                    raise RuntimeError(f"{run} failed: {outcome}")
+                under_way.remove(run)
+                done.append(outcome)
+                file.write(json.dumps(asdict(outcome)) + "\n")
+                file.flush()
+                yield outcome
+    finally:  # also where the caller stops early
+        for _ in processes:
+            jobs.put(None)
+        for process in processes:
+            process.join(10)

@@ -193,8 +193,8 @@ class Workload:
 
     @property
     def spectra(self) -> int:
-        """How many spectra a due step estimates: of each matrix' gradient and outputs, and of each layer's inputs."""
-        return 2 * len(self.matrices) + len({matrix.input_name for matrix in self.matrices})
+        """How many spectra a due step estimates: of each matrix' gradient, and of each layer's inputs."""
+        return len(self.matrices) + len({matrix.input_name for matrix in self.matrices})
 
     def memory(self, optimizer: str, ranks: int) -> float:
         """Bytes of weights, gradients, DDP's buckets and the optimizer's state: all but activations and buffers.

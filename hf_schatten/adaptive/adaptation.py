@@ -68,7 +68,7 @@ class Adaptation(Policy):
         model: the model, whose forward begins a micro-batch.
         layers: the module that owns each parameter, by parameter name.
         matrices: names of the adapted matrices.
-        options: criterion, estimator, cadence, range and smoothing.
+        options: estimator, cadence, range and smoothing.
 
     Attributes:
         illustrated: how many matrices, evenly spaced, keep what their p was chosen from. Default 0.

@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from hf_schatten.distributed.pieces import experts_here, local
 from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
+from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.private_api import apply_gate, has_gate
 
 Masks = Mapping[str, Tensor]
@@ -161,7 +162,13 @@ def _activated(experts: Any, expert: int, pick: Callable[[Tensor], Tensor], inde
     gated = getattr(experts, "has_gate", True)
     first, bias = ("gate_up_proj", "gate_up_proj_bias") if gated else ("up_proj", "up_proj_bias")
     expert -= experts_here(getattr(experts, first)).start
-    weight = local(getattr(experts, first))[expert]
+    stack = local(getattr(experts, first))
+    if not stack.numel():
+        raise UnsupportedEngineError(
+            f"The weights of {type(experts).__name__} are elsewhere when its inputs are sampled, as under stage 3 of "
+            "DeepSpeed ZeRO: give p a number, or use stage 2."
+        )
+    weight = stack[expert]
     hidden = pick(index).to(weight.dtype)
     features = hidden @ (weight if getattr(experts, "is_transposed", False) else weight.mT)
     if getattr(experts, "has_bias", False):

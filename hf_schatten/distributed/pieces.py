@@ -64,14 +64,23 @@ class Partitioned(Tensor):
 
     pieces: Pieces
     piece: Tensor
-    grad: Partitioned | None
+    _gradient: Tensor | None = None
 
     @staticmethod
     def __new__(cls, shape: Sequence[int], piece: Tensor, pieces: Pieces) -> Partitioned:
         """Return a tensor of a shape, given this process' piece of it."""
         made: Partitioned = tensor_without_elements(cls, shape, piece)
-        made.piece, made.pieces, made.grad = piece, pieces, None
+        made.piece, made.pieces = piece, pieces
         return made
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient, cut alike, of any dtype."""
+        return self._gradient
+
+    @grad.setter
+    def grad(self, gradient: Tensor | None) -> None:
+        self._gradient = gradient
 
     def of(self, piece: Tensor) -> Partitioned:
         """Return another tensor of the same shape, cut alike."""

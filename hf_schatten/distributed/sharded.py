@@ -154,7 +154,7 @@ def on_owners(items: Iterable[Item], tensor_of: Callable[[Item], Tensor]) -> Ite
     """Yield those items that this process owns with something whole, (r, c) as stored; of what is not sharded, all.
 
     Every process must exhaust it, with items in the same order. ``tensor_of`` an item has the shape of its parameter
-    and is sharded as that is.
+    and is sharded as that is; it travels in the dtype of the parameter.
     """
     sharded: list[Item] = []
     for item in items:
@@ -165,7 +165,7 @@ def on_owners(items: Iterable[Item], tensor_of: Callable[[Item], Tensor]) -> Ite
     for peers, owned in _rounds(sharded):
         pieces = [local(tensor_of(slab.items[0])) for slab, _ in owned]
         parts = [slab.here(piece) for (slab, _), piece in zip(owned, pieces, strict=True)]
-        wholes = gather_to_owners(peers, owned, parts, pieces[0].dtype)
+        wholes = gather_to_owners(peers, owned, parts, owned[0][0].parameter.dtype)
         for slab, whole in zip(_owned_by(peers.rank, owned), wholes, strict=True):
             for item in slab.items:
                 yield item, item.of_expert(whole)

@@ -38,6 +38,7 @@ class Partition(NamedTuple):
     flat: Tensor
     fragments: list[Fragment]
     reduced: Callable[[], list[Tensor | None]]  # before the first call of a step: each fragment's gradient, unclipped
+    check: Callable[[], None] = lambda: None  # raises, before a step, where elements are elsewhere than DeepSpeed says
 
 
 def is_partitioned(groups: Sequence[dict[str, Any]]) -> bool:
@@ -108,7 +109,18 @@ def _of_group(group_number: int, group: dict[str, Any], parameters: Sequence[Any
         Fragment(number, parameter.shape, *of_zero.fragment)
         for number, (parameter, of_zero) in enumerate(zip(parameters, own, strict=True))
     ]
-    return Partition(group_number, flat, fragments, lambda: [parameter.reduced_gradient() for parameter in own])
+
+    def check() -> None:
+        for parameter, fragment in zip(parameters, fragments, strict=True):
+            of_parameter = parameter.detach().flatten().narrow(0, fragment.start, fragment.numel)
+            of_partition = flat.detach().narrow(0, fragment.offset, fragment.numel).to(parameter.dtype)
+            if not torch.allclose(of_partition, of_parameter, rtol=0.0, atol=0.0, equal_nan=True):
+                raise UnsupportedEngineError(
+                    "DeepSpeed says otherwise where the elements of parameters are than they are, as with "
+                    "round_robin_gradients: leave it out of zero_optimization, or use optim='adamw_torch'."
+                )
+
+    return Partition(group_number, flat, fragments, lambda: [each.reduced_gradient() for each in own], check)
 
 
 def _of_sub_groups(optimizer: Any, parameters: Sequence[Sequence[Any]]) -> list[Partition]:

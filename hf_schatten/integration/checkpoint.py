@@ -252,6 +252,11 @@ def _named_parameters(optimizer: SchattenP) -> Iterator[tuple[str, Tensor]]:
                 "The optimizer's parameters have no names, by which a checkpoint is keyed; pass (name, parameter) "
                 "pairs, or use hf_schatten.create_schatten_optimizer(model)."
             )
+        if len(group["param_names"]) != len(group["params"]):
+            raise ValueError(
+                "The optimizer's parameters are partitions of DeepSpeed ZeRO, whose own checkpoints hold their state: "
+                "call save_checkpoint and load_checkpoint of the engine, or save_state and load_state of Accelerate."
+            )
         yield from zip(group["param_names"], group["params"], strict=True)
 
 

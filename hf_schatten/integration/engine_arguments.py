@@ -11,13 +11,13 @@ from transformers import TrainingArguments
 from hf_schatten.matrices.engines import UnsupportedEngineError
 
 _SHORTER_SEQUENCES = "cp_size", "sp_size"
-_DEFAULTS: tuple[Any, ...] = None, False, 0, 1, "none", {}
 
 # Settings of DeepSpeed that change what the optimizer gets, and what to do instead.
 _OF_DEEPSPEED = {
     "zero_optimization.offload_optimizer.device": "stages 2 and 3 keep a share of the state on each GPU without it",
     "zero_optimization.offload_param.device": "stage 3 keeps a share of the parameters on each GPU without it",
     "zero_optimization.elastic_checkpoint": "resume with the number of processes that wrote the checkpoint",
+    "zero_optimization.round_robin_gradients": "DeepSpeed does not say where it puts parameters then",
     "zero_optimization.mics_shard_size": "stage 3 without it shares the parameters out to all processes",
     "checkpoint.load_universal": "resume with the number of processes that wrote the checkpoint, or start a run from "
     "its weights with optim_args='p_init=CHECKPOINT'",
@@ -74,7 +74,8 @@ def _refuse_settings(config: Mapping[str, Any]) -> None:
         )
     for name, instead in _OF_DEEPSPEED.items():
         value = _setting(config, name)
-        if value not in _DEFAULTS:
+        used = value not in (-1, 1, "none") if isinstance(value, int | str) and value is not True else value
+        if used:
             raise UnsupportedEngineError(
                 f"schatten_p does not support {name}={value!r} of DeepSpeed: leave it out; {instead}. Or use "
                 "optim='adamw_torch'."

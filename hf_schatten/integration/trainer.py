@@ -199,7 +199,7 @@ class SchattenTrainer(SchattenTrainerMixin, Trainer):
 def _destinations(optimizer: SchattenP) -> dict[str, tuple[int, int]]:
     """Return how many tensors and parameters each update has: ``{"schatten_p": (tensors, parameters), …}``."""
     counts = {OPTIMIZER_NAME: (0, 0), "adamw": (0, 0)}
-    for group in optimizer.param_groups:
+    for group in optimizer.held.groups:
         update = OPTIMIZER_NAME if group["spectral"] else "adamw"
         tensors, parameters = counts[update]
         size = sum(parameter.numel() for parameter in group["params"])

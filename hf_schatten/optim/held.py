@@ -132,6 +132,7 @@ class Partitions(Parameters):
             )
         self._bound: dict[int, list[Tensor]] = {}
         self._present = [0]
+        self._checked = False
         self._coupling_order: float | None = None
 
     @property
@@ -162,6 +163,10 @@ class Partitions(Parameters):
             raise UnsupportedEngineError(
                 "DeepSpeed steps tensors that it did not make of this model: make a new optimizer for a new engine."
             )
+        if not self._checked:  # a state that is loaded comes before the weights
+            for partition in self._partitions:
+                partition.check()
+            self._checked = True
         groups = self.groups
         for number in self._present:
             partition, view = self._partitions[number], groups[number]
@@ -176,7 +181,8 @@ class Partitions(Parameters):
         self._coupling_order = coupling_order
         for number, view in enumerate(self._views):
             flat = self._partitions[number].flat
-            if flat in self._optimizer.state or not any(view is group for group in groups):
+            created = self._optimizer.state.get(flat)  # DeepSpeed makes an empty one when it looks
+            if created or not any(view is group for group in groups):
                 continue
             for name, parameter in named_parameters(view) if view["spectral"] else ():
                 require_matrix(name, parameter, view, coupling_order)

@@ -183,7 +183,7 @@ class SchattenP(Optimizer):
             ValueError: when a function of coupling weights returns one that is not above 0.
         """
         loss = None if closure is None else torch.enable_grad()(closure)()
-        groups = (held := self._held).begin()
+        groups = (held := self.held).begin()
         self._groups.check_edited(held.groups, held.states, self.matrices, self._managed)
         held.create_state(groups, self.options.coupling_order)
         momenta = Momenta(gradients := FiniteGradients(groups))
@@ -234,8 +234,8 @@ class SchattenP(Optimizer):
 
     def matrices(self) -> Iterator[Matrix]:
         """Yield every matrix of the spectral groups."""
-        states = self._held.states
-        for group in self._held.groups:
+        states = self.held.states
+        for group in self.held.groups:
             if group["spectral"]:
                 for name, parameter in named_parameters(group):
                     state = states.get(parameter, {})  # indexing would create an entry
@@ -282,7 +282,7 @@ class SchattenP(Optimizer):
             CheckpointError: when the state is of another model, or of other updates of its parameters.
             ValueError: when the state is another optimizer's, or is in another file.
         """
-        loading = self._held.loading(self.param_groups, self.defaults, self._keeps_options)
+        loading = self.held.loading(self.param_groups, self.defaults, self._keeps_options)
         finish = partial(SchattenP._finish_loading, loading=loading)
         with (  # inside of the caller's own hooks
             self.register_load_state_dict_pre_hook(loading.prepare),
@@ -312,10 +312,10 @@ class SchattenP(Optimizer):
 
     def create_state(self) -> None:
         """Create the state of every parameter that has none: sharded checkpoints are loaded into what exists."""
-        self._held.create_state(self._held.groups, self.options.coupling_order)
+        self.held.create_state(self.held.groups, self.options.coupling_order)
 
     @property
-    def _held(self) -> Parameters:
+    def held(self) -> Parameters:
         """What the groups hold: parameters, or what an engine has made of them."""
         self._known = held_by(self, self._new_planner, self.parameter_of, self._known)
         return self._known

@@ -32,6 +32,10 @@ class ModelArguments:
         default=None,
         metadata={"help": "Weights (Hub name or folder) to continue from, instead of from scratch."},
     )
+    tp_plan: str | None = field(
+        default=None,
+        metadata={"help": "Cut these weights over all processes as they are loaded: 'auto', by the model's own plan."},
+    )
     tokenizer_name: str | None = field(
         default=None,
         metadata={

@@ -62,8 +62,10 @@ def build_model(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_
     if args.model_name_or_path:
         if args.config_overrides:
             raise InputError("--config_overrides changes a new model; it cannot go with --model_name_or_path.")
-        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path)
+        model = AutoModelForCausalLM.from_pretrained(args.model_name_or_path, tp_plan=args.tp_plan)
     else:
+        if args.tp_plan:
+            raise InputError("--tp_plan cuts weights that are loaded: it goes with --model_name_or_path.")
         config = new_config(args, tokenizer, block_size)
         model = AutoModelForCausalLM.from_config(config)
     require_context(model.config, block_size)

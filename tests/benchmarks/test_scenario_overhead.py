@@ -29,7 +29,7 @@ seeds: [7]
 learning_rates: [1.0e-3]
 candidates:
   Muon: { optim: torch_muon }
-  kronecker: { optim_args: "p_interval=3,p_first_step=2" }
+  adaptive: { optim_args: "p=adaptive,p_interval=3,p_first_step=2" }
 """
 
 
@@ -44,7 +44,7 @@ def test_whole_run(task: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(interleaved_timing, "_SHORTEST", 0.0)
     script.main([str(task), "--repeats", "2", "--output", str(tmp_path / "out")])
     (row,) = json.loads((tmp_path / "out" / "scenario_overhead.json").read_text("utf-8"))["rows"]
-    assert (row["candidate"], row["steps"]) == ("kronecker", 3)
+    assert (row["candidate"], row["steps"]) == ("adaptive", 3)
     assert row["run"]["median"] > 0
     assert "run over Muon's" in capsys.readouterr().out
 
@@ -61,7 +61,9 @@ def test_copies_are_trained_with_estimates_and_the_model_is_not(task: Path, tmp_
         lambda own, *args, **options: made.append((own, create(own, *args, **options))) or made[-1][1],
     )
     monkeypatch.setattr(interleaved_timing, "_SHORTEST", 0.0)
-    _, steps = script.measure(model, batch, Candidate("k", "schatten_p", "p_interval=3,p_first_step=2", ()), 1)
+    _, steps = script.measure(
+        model, batch, Candidate("k", "schatten_p", "p=adaptive,p_interval=3,p_first_step=2", ()), 1
+    )
     ((own, optimizer),) = made
     assert steps == 3
     estimated = [state["statistics_weight"] for state in optimizer.state.values() if "statistics_weight" in state]

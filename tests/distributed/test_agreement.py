@@ -21,7 +21,7 @@ from hf_schatten.distributed.processes import process_count, process_rank
 
 STEPS = 9
 COUNT = 2
-OPTIONS = {"p_interval": 3, "p_first_step": 2, "criterion": "holder", "p_max": 1000.0}
+OPTIONS = {"p_interval": 3, "p_first_step": 2, "p": "adaptive", "p_max": 1000.0}
 Weights = dict[str, Tensor]
 
 

@@ -128,7 +128,7 @@ def straggle(folder: Path) -> dict[str, Any]:
     module = nn.Sequential(nn.Linear(12, 10), nn.Tanh(), nn.Linear(10, 3))
     optimizer = hf_schatten.create_schatten_optimizer(
         module,
-        criterion="holder",
+        p="adaptive",
         p_async=True,
         p_interval=INTERVAL,
         p_first_step=INTERVAL,

@@ -61,7 +61,7 @@ def make(folder, name, trainer_class=SchattenTrainer, state_dict_type="FULL_STAT
     arguments = TrainingArguments(
         str(Path(folder) / name),
         optim="schatten_p",
-        optim_args="criterion=holder,p_interval=3,p_first_step=2,p_max=1000",
+        optim_args="p=adaptive,p_interval=3,p_first_step=2,p_max=1000",
         max_steps=STEPS,
         save_steps=STEPS // 2,
         per_device_train_batch_size=GLOBAL_BATCH // processes,

@@ -30,15 +30,13 @@ STEPS = 30
 DIFFERENT = "different rows"  # on the two processes, which otherwise have the same
 # Sizes of a micro-batch over all processes, and options.
 SETTINGS: dict[str, tuple[int, str]] = {
-    "holder": (8, "criterion=holder"),
-    "holder, 4 micro-batches": (2, "criterion=holder"),
-    "kronecker": (8, "criterion=kronecker"),  # whose p are at the end of the range here
-    "kronecker, 4 micro-batches": (2, "criterion=kronecker"),
-    DIFFERENT: (8, "criterion=holder"),
-    f"{DIFFERENT}, 4 micro-batches": (2, "criterion=holder"),
-    "in a worker": (8, "criterion=holder,p_async=true"),
+    "same rows": (8, "p=adaptive"),
+    "same rows, 4 micro-batches": (2, "p=adaptive"),
+    DIFFERENT: (8, "p=adaptive"),
+    f"{DIFFERENT}, 4 micro-batches": (2, "p=adaptive"),
+    "in a worker": (8, "p=adaptive,p_async=true"),
 }
-EXACT = [name for name, (_, options) in SETTINGS.items() if DIFFERENT not in name and "p_async" not in options]
+EXACT = [name for name in SETTINGS if name.startswith("same rows")]
 DUE = (10, 20, 30)
 HASHES = 4 * 8  # bytes, by which the processes know that they take the same steps
 # Bytes that processes add up: two curves of 63 nodes in float64 with a flag each, and three numbers with a flag each.
@@ -91,7 +89,7 @@ def test_p_and_weights_are_those_of_one_process(name, alone, pair):
     one, two = alone[name], pair[0][name]
     assert list(one["p"]) == [10, 20, 30]
     inside = (exponents(one["p"]) > 0.002) & (exponents(one["p"]) < 0.998)
-    assert inside.sum() >= 3 or "kronecker" in name  # p is not only at the ends of its range
+    assert inside.sum() >= 3  # p is not only at the ends of its range
     torch.testing.assert_close(two["statistics"], one["statistics"], atol=1e-5, rtol=1e-5)
     assert one["statistics"].std() > 0.1
     assert_same_p(two["p"], one["p"])

@@ -55,7 +55,7 @@ def train(folder: Path, resume: bool = False) -> dict[str, Any]:
     messages = Messages()
     logging.getLogger("hf_schatten").addHandler(messages)
     options = {
-        "optim_args": "criterion=holder,p_interval=3,p_first_step=3,p_max=1000",
+        "optim_args": "p=adaptive,p_interval=3,p_first_step=3,p_max=1000",
         "lr_scheduler_type": "cosine",
     }
     saving = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": SAVE}

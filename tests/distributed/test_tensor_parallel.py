@@ -20,10 +20,9 @@ import hf_schatten
 from hf_schatten.integration.checkpoint import CONFIG_FILE, STATE_FILE, load_optimizer, save_optimizer
 
 STEPS, LENGTH, GLOBAL_BATCH = 30, 8, 8
-ADAPTIVE = {"criterion": "holder", "p_max": 1000, "p_interval": 10, "p_first_step": 5}  # due: 5, 10, 20, 30
+ADAPTIVE = {"p": "adaptive", "p_max": 1000, "p_interval": 10, "p_first_step": 5}  # due: 5, 10, 20, 30
 SETTINGS: dict[str, tuple[str, dict[str, int], dict[str, Any]]] = {
     "columns and rows": ("llama", {"tp_size": 2}, ADAPTIVE),
-    "outputs": ("llama", {"tp_size": 2}, ADAPTIVE | {"criterion": "kronecker", "p_max": -5}),
     "experts in halves": ("mixtral", {"tp_size": 2}, ADAPTIVE),
     "experts apart": ("mixtral", {"tp_size": 2, "ep_size": 2}, ADAPTIVE),
 }
@@ -146,10 +145,7 @@ def assert_same(name, folder, results):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_weights_and_p_are_those_of_one_process(name, folder, pair):
     one = assert_same(name, folder, pair)
-    if name != "outputs":
-        assert len({round(p, 3) for p in one["p"].values()}) >= 3
-    else:  # all p are at the end of the range, and what they are chosen from is compared
-        assert one["statistics"][:, 1].std() > 0.01
+    assert len({round(p, 3) for p in one["p"].values()}) >= 3
 
 
 def test_momentum_is_cut_as_weights_are(pair):

@@ -54,7 +54,7 @@ def train(folder: Path, name: str, alike: bool = False) -> dict[str, Any]:
             micro_batch,
             num_train_epochs=4,
             # Due is the last step of each epoch.
-            optim_args="criterion=holder,p_interval=3,p_first_step=3,p_max=1000",
+            optim_args="p=adaptive,p_interval=3,p_first_step=3,p_max=1000",
             dataloader_drop_last=False,
             accelerator_config={"even_batches": even},
         ),
@@ -171,7 +171,7 @@ def train_experts(alike: bool) -> dict[str, Any]:
     mixtral, routing = MixtralForCausalLM(config), Routing()
     for layer in mixtral.model.layers:
         layer.mlp.gate.register_forward_hook(routing)
-    options = {"criterion": "holder", "p_estimator": "exact", "p_interval": 2, "p_first_step": 2, "p_max": FIRST_P}
+    options = {"p": "adaptive", "p_estimator": "exact", "p_interval": 2, "p_first_step": 2, "p_max": FIRST_P}
     optimizer = hf_schatten.create_schatten_optimizer(mixtral, lr=1e-3 if alike else 0.0, verbose=False, **options)
     wrapped = DistributedDataParallel(mixtral) if dist.is_initialized() else mixtral
     dataset = (sequences_alike if alike else sequences)(len(REACHED) * 8)

@@ -369,7 +369,9 @@ def test_four_bits_need_bitsandbytes_and_a_gpu(base, monkeypatch):
 def test_the_first_step_leaves_what_has_no_gradient(base):
     model = adapted(base)
     before = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
-    optimizer = hf_schatten.create_schatten_optimizer(model, lr=1e-2, weight_decay=0.0, p_interval=1, p_init=7)
+    optimizer = hf_schatten.create_schatten_optimizer(
+        model, lr=1e-2, weight_decay=0.0, p="adaptive", p_interval=1, p_init=7
+    )
     ids = torch.arange(32).reshape(2, 16)
 
     def step():
@@ -473,7 +475,7 @@ def test_a_resumed_run_is_the_run_that_did_not_stop(base, questions, tmp_path):
 def test_another_run_starts_from_the_p_that_was_learned(base, questions, tmp_path):
     lora_sft.main(flags(base, questions, tmp_path / "first", "--max_steps", "2"))
     learned = hf_schatten.load_learned_p(tmp_path / "first" / "checkpoint-2")
-    again = f"p_init={tmp_path / 'first' / 'checkpoint-2'},p_first_step=9,p_interval=9"
+    again = f"p=adaptive,p_init={tmp_path / 'first' / 'checkpoint-2'},p_first_step=9,p_interval=9"
     lora_sft.main(flags(base, questions, tmp_path / "second", "--max_steps", "1", "--optim_args", again))
     assert hf_schatten.load_learned_p(tmp_path / "second" / "checkpoint-1") == learned
     assert len(set(learned.values())) > 1
@@ -540,7 +542,7 @@ def run_script(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 @pytest.mark.slow
 def test_the_script_trains_on_the_headers(base, tmp_path):
     small = ["--block_size", "32", "--max_train_samples", "64", "--max_eval_samples", "8", "--max_steps", "3"]
-    small += ["--optim_args", "p_interval=3"]
+    small += ["--optim_args", "p=adaptive,p_interval=3"]
     given = ["--model_name_or_path", str(base), *COMMON, *small, "--output_dir", "out"]
     result = run_script(str(RECIPE / "gpt2_headers.yaml"), *given, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]

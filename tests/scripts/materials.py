@@ -34,7 +34,7 @@ TRAINING = {
     "--use_cpu": None,
     "--disable_tqdm": "true",
 }
-SCHATTEN = {"--optim": "schatten_p", "--optim_args": "criterion=holder,p_interval=2,p_first_step=2"}  # layers differ
+SCHATTEN = {"--optim": "schatten_p", "--optim_args": "p=adaptive,p_interval=2,p_first_step=2"}  # layers differ
 
 
 def flags(*tables: dict[str, object]) -> list[str]:

@@ -32,7 +32,7 @@ import hf_schatten
 WORDS, LABELS, LENGTH = 20, 3, 8
 ROWS, BATCH, EPOCHS = 40, 4, 2  # of training, of a process' batch
 HELD_OUT = 18  # which two processes pad to whole batches
-OPTIONS = {"p_init": FIRST_P, "p_first_step": 2, "p_interval": 3, "criterion": "holder", "p_max": 1000.0}
+OPTIONS = {"p_init": FIRST_P, "p_first_step": 2, "p_interval": 3, "p": "adaptive", "p_max": 1000.0}
 NO_DROPOUT = {"embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
 HOOKS = {"fp16": {}, "power_sgd": {"start_powerSGD_iter": 2, "matrix_approximation_rank": 2}}  # that gloo has too
 Found = dict[str, Any]

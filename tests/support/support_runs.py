@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_schatten import SchattenP, SchattenTrainer
-from hf_schatten.adaptive.probe import Probe, Sampled
+from hf_schatten.adaptive.probe import Probe
 from hf_schatten.integration.callback import unwrap_optimizer
 from hf_schatten.options import LARGEST_P
 from hf_schatten.report.log import LAYER_PREFIX
 
 FIRST_P = 33.0  # none that an estimate would give
-ADAPTIVE = f"p_init={FIRST_P},p_first_step=2,p_interval=6"
+ADAPTIVE = f"p=adaptive,p_init={FIRST_P},p_first_step=2,p_interval=6"
 STEPS, DUE = 12, [2, 6, 12]
 
 RUN = {
@@ -151,8 +151,8 @@ def record_samples(monkeypatch) -> list[dict[str, int]]:
     samples: list[dict[str, int]] = []
     take = Probe.take
 
-    def recorded(probe: Probe) -> Sampled:
-        seen = {name: sample.seen for name, sample in probe._inputs.items() if sample.seen}
+    def recorded(probe: Probe) -> dict[str, Tensor]:
+        seen = {name: sample.seen for name, sample in probe._samples.items() if sample.seen}
         if seen:
             samples.append(seen)
         return take(probe)

@@ -155,7 +155,7 @@ def test_a_trainer_that_is_given_the_optimizer(trainer_class, token_dataset, tra
     for checkpoint in (None, f"{arguments.output_dir}/checkpoint-{STEPS // 2}"):
         model = make()
         optimizer = hf_schatten.create_schatten_optimizer(
-            model, lr=1e-2, weight_decay=0.0, p_init=FIRST_P, p_first_step=2, p_interval=6
+            model, lr=1e-2, weight_decay=0.0, p="adaptive", p_init=FIRST_P, p_first_step=2, p_interval=6
         )
         trainer = trainer_class(model=model, args=arguments, train_dataset=token_dataset, optimizers=(optimizer, None))
         trainer.train(resume_from_checkpoint=checkpoint)
@@ -177,7 +177,7 @@ def test_accelerate(token_dataset, tmp_path, monkeypatch):
     def train(stop=None, start=0):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         model = make()
-        options = {"p_init": FIRST_P, "p_first_step": 2, "p_interval": 6}
+        options = {"p": "adaptive", "p_init": FIRST_P, "p_first_step": 2, "p_interval": 6}
         optimizer = hf_schatten.create_schatten_optimizer(model, lr=1e-2, **options)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, total_iters=STEPS)
         loader = DataLoader(token_dataset[: 4 * STEPS] + token_dataset[: 4 * STEPS], batch_size=4)

@@ -72,7 +72,7 @@ def test_fp32(model, token_dataset, training_arguments):
     assert len(batches) == STEPS
 
     optimizer = hf_schatten.create_schatten_optimizer(
-        alone, lr=1e-2, verbose=False, p_init=FIRST_P, p_first_step=2, p_interval=6
+        alone, lr=1e-2, verbose=False, p="adaptive", p_init=FIRST_P, p_first_step=2, p_interval=6
     )
     for batch in batches:
         alone(input_ids=batch, labels=batch).loss.backward()
@@ -105,7 +105,7 @@ def test_fp16_autocast(token_dataset, training_arguments, tmp_path):
     def train(start=0):
         model = make().to(device).train()
         optimizer = hf_schatten.create_schatten_optimizer(
-            model, 1e-2, p_init=FIRST_P, p_first_step=2, p_interval=6, verbose=False
+            model, 1e-2, p="adaptive", p_init=FIRST_P, p_first_step=2, p_interval=6, verbose=False
         )
         scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
         saved = {"model": model, "optimizer": optimizer, "scaler": scaler}
@@ -254,7 +254,7 @@ def test_max_grad_norm(model, token_dataset, training_arguments):
             norms = [parameter.grad.norm() for parameter in model.parameters()]
             seen.append(torch.stack(norms).norm().item())
 
-        options = {"optim_args": f"p_init={FIRST_P},p_first_step=1", "max_grad_norm": limit, "max_steps": 1}
+        options = {"optim_args": f"p=adaptive,p_init={FIRST_P},p_first_step=1", "max_grad_norm": limit, "max_steps": 1}
         arguments = training_arguments(**RUN | options | {"save_strategy": "no"})
         trainer = train(model, token_dataset, arguments, callbacks=[AtStep(note)])
         runs.append((seen, estimates(trainer)[1], weights(model)))
@@ -328,7 +328,7 @@ def test_save_total_limit(model, token_dataset, training_arguments):
 
 @pytest.mark.supports("Runs", "early stopping", "after it the model's inputs are no longer sampled")
 def test_early_stopping(model, token_dataset, training_arguments, monkeypatch):
-    cadence = {"optim_args": f"p_init={FIRST_P},p_interval=4,p_first_step=7"}  # due after the end, too
+    cadence = {"optim_args": f"p=adaptive,p_init={FIRST_P},p_interval=4,p_first_step=7"}  # due after the end, too
     arguments = training_arguments(**RUN | BY_SCORE | cadence, load_best_model_at_end=True)
     callbacks, metrics = [EarlyStoppingCallback(early_stopping_patience=1)], Scripted(2, 1)
     trainer = train(model, token_dataset, arguments, callbacks=callbacks, compute_metrics=metrics)
@@ -359,7 +359,7 @@ def test_hyperparameter_search(token_dataset, training_arguments):
         eval_dataset=token_dataset,
         callbacks=[Note()],
     )
-    choices = [f"{ADAPTIVE},criterion={name}" for name in ("holder", "alignment")]
+    choices = [f"{ADAPTIVE},p_estimator={name}" for name in ("lanczos", "exact")]
 
     def space(trial):
         return {
@@ -376,7 +376,7 @@ def test_hyperparameter_search(token_dataset, training_arguments):
     )
     assert {optim_args for optim_args, *_ in ends} == set(choices)
     for optim_args, learning_rate, optimizer, logged, _ in ends:
-        assert optimizer.options.criterion == optim_args.rpartition("=")[2]
+        assert optimizer.options.p_estimator == optim_args.rpartition("=")[2]
         assert optimizer.defaults["lr"] == learning_rate
         assert list(logged) == DUE
         assert FIRST_P not in logged[DUE[0]].values()
