@@ -10,7 +10,7 @@ import torch
 from matplotlib.image import imread
 
 from hf_schatten.adaptive.adaptation import Choice
-from hf_schatten.report import log_entry, plot_choices, plot_p_by_layer, plot_updates
+from hf_schatten.report import figures, log_entry, plot_choices, plot_p_by_layer, plot_updates
 from hf_schatten.report.__main__ import main
 from hf_schatten.report.figures import plot_p_of_runs
 from hf_schatten.report.log import LogError, history_entry, read_log_history
@@ -49,6 +49,18 @@ def test_the_picture_shows_layers_by_estimates(tmp_path):
     height, width, _ = imread(path).shape
     assert height > 100
     assert width > 500
+
+
+@pytest.mark.parametrize(("last", "said"), [(-4.0, "all are -4"), (2.0, None)])
+def test_layers_of_one_kind_lie_together_and_equal_p_is_said(last, said, monkeypatch, tmp_path):
+    drawn = []
+    monkeypatch.setattr(figures, "_save", lambda figure, path: drawn.append(figure))
+    names = ["0.query", "0.down", "1.query", "1.down"]
+    p = {f"{name}.weight": -4.0 for name in names} | {"1.down.weight": last}
+    assert plot_p_by_layer([{"step": 10, **log_entry(p)}], tmp_path / "p.png")
+    axes = drawn[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0.query", "1.query", "0.down", "1.down"]
+    assert axes.get_title().partition("\n")[2] == (said or "")
 
 
 def test_runs_are_four_in_a_row(tmp_path):

@@ -182,7 +182,7 @@ def draw(standings: Sequence[Standing], path: Path) -> None:
     by_step, by_time = figure.subplots(1, 2, sharey=True)
     metric = standings[0].task.metric
     for index, standing in enumerate(standings):
-        style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--", "marker": ".", "linewidth": 1.2}
+        style = {"color": f"C{index % 10}", "linestyle": "-" if index < 10 else "--", "linewidth": 1.4}
         steps, values = standing.mean_curve()
         seconds = statistics.median(outcome.step_time for outcome in standing.best_outcomes())
         by_step.plot(steps, values, label=standing.candidate.name, **style)
@@ -190,7 +190,7 @@ def draw(standings: Sequence[Standing], path: Path) -> None:
     _finish(by_step, "step", metric, [value for line in by_step.lines for value in np.asarray(line.get_ydata())])
     by_time.set_xlabel("seconds of training (step × mean time of a step)")
     by_time.grid(alpha=0.3)
-    figure.legend(*by_step.get_legend_handles_labels(), loc="outside right upper")
+    _name_curves(by_step)
     figure.savefig(path)
 
 
@@ -202,6 +202,17 @@ def _finish(axes: Axes, label: str, metric: str, values: Iterable[float]) -> Non
     axes.set_xlabel(label)
     axes.set_ylabel(metric)
     axes.grid(alpha=0.3)
+
+
+def _name_curves(axes: Axes) -> None:
+    """Write each curve's name at its right end, with names that would meet pushed apart."""
+    low, high = axes.get_ylim()
+    gap, free = (high - low) / 28, math.inf
+    ends = [(float(np.asarray(line.get_ydata())[-1]), line) for line in axes.lines]
+    for value, line in sorted(ends, key=lambda end: end[0] if math.isfinite(end[0]) else math.inf, reverse=True):
+        free = min(value if math.isfinite(value) else high, high, free - gap)
+        place = {"xycoords": ("axes fraction", "data"), "annotation_clip": False}
+        axes.annotate(str(line.get_label()), (1.02, free), va="center", color=line.get_color(), fontsize=9, **place)
 
 
 def _origin(standings: Sequence[Standing]) -> str:

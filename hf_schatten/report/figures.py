@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from hf_schatten.adaptive.adaptation import Choice
 from hf_schatten.exponent import exponent_of, p_label, p_of
-from hf_schatten.matrices.layout import layer_name
+from hf_schatten.matrices.layout import layer_kind, layer_name
 from hf_schatten.report.log import LAYER_PREFIX, RELATIVE_SIZE_PREFIX, STABLE_RANK_PREFIX
 
 if TYPE_CHECKING:
@@ -28,6 +29,8 @@ P_BY_LAYER, SPECTRA, UPDATES = (FOLDER / f"{name}.png" for name in ("p_by_layer"
 
 _PANELS_IN_A_ROW = 4  # of several runs
 _P_TICKS = (1, 1.5, 2, 3, 4, 6, 10, math.inf, -10, -6, -4)
+
+_BLUE, _ORANGE = "#0072B2", "#D55E00"  # which colour-blind readers tell apart (M. Okabe and K. Ito, 2008)
 
 Array = NDArray[np.float64]
 LogHistory = Sequence[Mapping[str, Any]]  # entries as in ``trainer_state.json``
@@ -47,7 +50,8 @@ def has_p_by_layer(log_history: LogHistory) -> bool:
 def plot_p_by_layer(log_history: LogHistory, path: Path) -> bool:
     """Draw the learned p as a heat map, layers × steps of the estimates; return whether there was one to draw.
 
-    Colours are linear in s = 1/p, in which the update is smooth, and labelled in p. The folder of the PNG is made.
+    Colours are linear in s = 1/p, in which the update is smooth, and labelled in p. Layers of one kind lie together.
+    The title says so where all p are equal. The folder of the PNG is made.
     """
     return plot_p_of_runs({"p of each layer (1: SGD-like, ∞: Muon)": log_history}, path)
 
@@ -72,7 +76,8 @@ def plot_p_of_runs(log_histories: Mapping[str, LogHistory], path: Path) -> bool:
     for axes, (title, (steps, layers, p)) in zip(panels, runs.items(), strict=True):
         image = axes.imshow(1 / p, aspect="auto", interpolation="nearest", cmap="viridis", vmin=lowest, vmax=1.0)
         _label_layers_and_steps(axes, layers, steps)
-        axes.set_title(title)
+        shown = {p_label(each) for each in p[~np.isnan(p)]}
+        axes.set_title(f"{title}\nall are {shown.pop()}" if len(shown) == 1 else title)
     bar = figure.colorbar(image, ax=panels, label="p")
     places, labels = _ticks(lowest, 1.0)
     bar.set_ticks(places, labels=labels)
@@ -120,9 +125,10 @@ def plot_choices(choices: Sequence[Choice], path: Path) -> bool:
 
 
 def _draw_spectra(axes: Axes, choice: Choice) -> None:
-    for label, spectrum in (("gradient G", choice.gradient_spectrum), ("input rows A", choice.input_spectrum)):
+    drawn = (("gradient G", choice.gradient_spectrum, _BLUE), ("input rows A", choice.input_spectrum, _ORANGE))
+    for label, spectrum, colour in drawn:
         positive = spectrum[spectrum > 0].numpy()
-        axes.plot(np.arange(1, len(positive) + 1), positive / positive[0], label=label)
+        axes.plot(np.arange(1, len(positive) + 1), positive / positive[0], color=colour, label=label)
     title = f"{layer_name(choice.name)}, step {choice.step}"
     axes.set(xscale="log", yscale="log", xlabel="index i", ylabel="singular value σᵢ / σ₁", title=title)
     axes.grid(alpha=0.3)
@@ -132,14 +138,29 @@ def _draw_spectra(axes: Axes, choice: Choice) -> None:
 def _draw_criterion(axes: Axes, choice: Choice) -> None:
     exponents, objective = choice.exponents.numpy(), choice.objective.numpy()
     finite = np.isfinite(objective)
-    axes.plot(exponents[finite], objective[finite] - objective[finite].max())
-    chosen = f"chosen: p = {p_label(p_of(choice.chosen))}"
-    axes.axvline(choice.chosen, color="tab:red", linestyle="--", label=chosen)
+    with np.errstate(divide="ignore"):  # at s = 1 the inputs' order is infinite
+        terms = {
+            "log ‖G‖ of order 1 + 1/p, this step": _log_norms(choice.gradient_spectrum.numpy(), 1 + exponents),
+            "−log ‖A‖ of order k, this step": -_log_norms(
+                choice.input_spectrum.numpy(), 2 * (1 + exponents) / (1 - exponents)
+            ),
+        }
+    for (label, curve), style in zip(terms.items(), ("--", ":"), strict=True):
+        axes.plot(exponents, curve - np.interp(choice.chosen, exponents, curve), style, color="black", label=label)
+    label = "criterion: their sum, averaged over estimates"
+    axes.plot(exponents[finite], objective[finite] - objective[finite].max(), color=_BLUE, linewidth=2, label=label)
+    chosen = f"its maximum: p = {p_label(p_of(choice.chosen))}"
+    axes.axvline(choice.chosen, color=_ORANGE, label=chosen)
     axes.set_xticks(*_ticks(exponents[0] - 0.01, exponents[-1]))
-    ylabel = "criterion, relative to its maximum"
-    axes.set(xlabel="p, on an axis linear in 1/p", ylabel=ylabel, title="criterion")
+    axes.set(xlabel="p, on an axis linear in 1/p", ylabel="relative to the chosen p", title="criterion and its terms")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8)
+
+
+def _log_norms(spectrum: Array, orders: Array) -> Array:
+    """Return the logarithms of Schatten norms, relative to the spectral norm, of every order."""
+    relative = spectrum[spectrum > 0] / spectrum.max(initial=0.0)
+    return np.log((relative ** orders[:, None]).sum(axis=1)) / orders
 
 
 def _ticks(lowest: float, highest: float) -> tuple[list[float], list[str]]:
@@ -149,12 +170,16 @@ def _ticks(lowest: float, highest: float) -> tuple[list[float], list[str]]:
 
 
 def _by_layer(log_history: LogHistory, prefix: str) -> tuple[list[int], list[str], Array]:
-    """Return the steps of the entries with this prefix, the layers, and the values (layers, steps)."""
+    """Return the steps of the entries with this prefix, the layers by kind, and the values (layers, steps)."""
     entries = [entry for entry in log_history if any(key.startswith(prefix) for key in entry)]
-    keys = [key for key in entries[-1] if key.startswith(prefix)] if entries else []
+    layers = [key.removeprefix(prefix) for key in entries[-1] if key.startswith(prefix)] if entries else []
+    kinds = list(dict.fromkeys(map(layer_kind, layers)))
+    layers.sort(key=lambda layer: kinds.index(layer_kind(layer)))
     # A log history holds the string ``inf`` for infinity.
-    values = np.array([[float(entry.get(key, math.nan)) for entry in entries] for key in keys], dtype=np.float64)
-    return [entry["step"] for entry in entries], [key.removeprefix(prefix) for key in keys], values
+    values = np.array(
+        [[float(entry.get(prefix + layer, math.nan)) for entry in entries] for layer in layers], dtype=np.float64
+    )
+    return [entry["step"] for entry in entries], layers, values
 
 
 def _figure(width: float, height: float) -> Figure:
@@ -166,6 +191,9 @@ def _figure(width: float, height: float) -> Figure:
 
 def _label_layers_and_steps(axes: Axes, layers: Sequence[str], steps: Sequence[int]) -> None:
     axes.set_yticks(range(len(layers)), layers, fontsize=7)
+    for row, pair in enumerate(pairwise(map(layer_kind, layers))):
+        if pair[0] != pair[1]:
+            axes.axhline(row + 0.5, color="white", linewidth=1.5)
     shown = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), 12)).astype(int))
     axes.set_xticks(shown, [f"{steps[column]}" for column in shown])
     axes.set_xlabel("step of the estimate")
