@@ -87,7 +87,7 @@ def test_a_script_trains_with_adaptive_p_and_resumes_exactly(name, run_script, t
     for entry in estimates:
         assert sorted(logged_p(entry)) == sorted(LAYERS[name])
         assert len(set(logged_p(entry).values())) > len(LAYERS[name]) // 2
-        assert all(-0.2 - 1e-6 <= 1 / p <= 1 for p in logged_p(entry).values())
+        assert all(-0.25 - 1e-6 <= 1 / p <= 1 for p in logged_p(entry).values())
     assert sum(logged_p(estimates[0])[layer] != logged_p(estimates[-1])[layer] for layer in LAYERS[name]) > 2
     learned = {layer.replace(".weight", ""): p for layer, p in load_learned_p(straight / end).items()}
     assert learned == logged_p(estimates[-1])

@@ -61,9 +61,9 @@ def measure(
     if some:
         finite = torch.stack([sample.is_finite() for _, sample in some]).tolist()  # one wait for the device
         measured = [pair for pair, is_finite in zip(some, finite, strict=True) if is_finite]
-        curves = statistics_of([sample for _, sample in measured], LOG_NORM_ESTIMATORS[options.p_estimator])
-        for (index, _), of_sample in zip(measured, curves, strict=True):
-            statistics[index] = of_sample
+        if measured:
+            found = statistics_of([sample for _, sample in measured], LOG_NORM_ESTIMATORS[options.p_estimator])
+            statistics[[index for index, _ in measured]] = found
         for index, sample in measured:
             if index in illustrated:
                 spectra[index] = _spectrum(sample.gradient), _spectrum(sample.inputs.rows)

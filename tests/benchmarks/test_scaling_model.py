@@ -532,7 +532,7 @@ def test_bytes_of_the_page_are_those_that_processes_really_exchange(monkeypatch:
     model = Workload(PLANS["tiny"]()).model
     optimizer = create_schatten_optimizer(model, p=2.0, verbose=False)
     monkeypatch.setattr(type(optimizer), "alone", False)
-    monkeypatch.setattr(optimizer._planner, "_sharing", Peers(None, 2, 0))
+    monkeypatch.setattr(optimizer.held.planner, "_sharing", Peers(None, 2, 0))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()

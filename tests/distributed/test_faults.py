@@ -63,7 +63,7 @@ def train_with_fault(folder: Path, fault: Callable[[Path], None], options: str) 
 
 
 # Where the other process waits: for updates, or, on a due step, for statistics.
-WAITS = {"updates": "p=2", "statistics": f"p_first_step={FAULTY_STEP},share_work=false"}
+WAITS = {"updates": "p=2", "statistics": f"p=adaptive,p_first_step={FAULTY_STEP},share_work=false"}
 
 
 @pytest.mark.parametrize(

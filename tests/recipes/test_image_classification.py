@@ -350,7 +350,7 @@ def test_inputs_across_patches_are_sampled_by_channel(resmlp):
     probe.arm(True)
     pixels = torch.randn(3, 1, 8, 8)
     resmlp(pixels, torch.tensor([0, 1, 2])).loss.backward()
-    samples = probe.take().inputs
+    samples = probe.take()
     tokens = layer.affine_before_patches(resmlp.resmlp.patches(pixels).flatten(2).mT).detach()  # (3, 16, 12)
     expected = torch.stack([tokens[image, :, channel] for image in range(3) for channel in range(12)])
     torch.testing.assert_close(samples["across.weight"], expected, atol=1e-6, rtol=1e-6)
