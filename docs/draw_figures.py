@@ -68,15 +68,16 @@ def criterion_of(gradient_decay: float, input_decay: float) -> tuple[Array, Arra
 
 def draw_regimes(outcomes: Sequence[Outcome], path: Path) -> None:
     """Draw the validation loss of each optimizer in each kind of training; what is far to the right is named there."""
+    candidates = {name: each for name, each in CANDIDATES.items() if any(each == run.candidate for run in outcomes)}
     figure = Figure(figsize=(11, 6), layout="constrained")
     for axes, regime in zip(figure.subplots(2, 3, sharey=True).flat, REGIMES, strict=True):
-        losses = {name: list(best_losses(regime, each, outcomes)[1].values()) for name, each in CANDIDATES.items()}
+        losses = {name: list(best_losses(regime, each, outcomes)[1].values()) for name, each in candidates.items()}
         means = {name: fmean(values) for name, values in losses.items() if values}
         near = [mean for name, mean in means.items() if name != "AdamW"] or [*means.values()]
         margin = 0.1 * (max(near) - min(near)) or 0.1
         end = max(near) + 2 * margin
         for name, mean in means.items():
-            colour, row = COLOURS.get(name, GREY), -list(CANDIDATES).index(name)
+            colour, row = COLOURS.get(name, GREY), -list(candidates).index(name)
             error = stdev(losses[name]) / len(losses[name]) ** 0.5 if len(losses[name]) > 1 else 0.0
             if mean <= end:
                 axes.errorbar(mean, row, xerr=error, fmt="o", color=colour, markersize=7, capsize=3)
@@ -84,8 +85,8 @@ def draw_regimes(outcomes: Sequence[Outcome], path: Path) -> None:
                 axes.text(end, row, f"{mean:.3g} →", color=colour, ha="right", va="center", fontsize=9)
         if "Muon" in means:
             axes.axvline(means["Muon"], color=ORANGE, linewidth=0.8, linestyle=":")
-        axes.set(xlim=(min(near) - margin, end), ylim=(0.6 - len(CANDIDATES), 0.6))
-        axes.set_yticks([-row for row in range(len(CANDIDATES))], list(CANDIDATES))
+        axes.set(xlim=(min(near) - margin, end), ylim=(0.6 - len(candidates), 0.6))
+        axes.set_yticks([-row for row in range(len(candidates))], list(candidates))
         axes.set_title(regime)
         axes.grid(axis="x", alpha=0.3)
     figure.supxlabel("validation loss; bars are standard errors, the dotted line is Muon")

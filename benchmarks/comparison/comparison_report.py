@@ -211,8 +211,15 @@ def _name_curves(axes: Axes) -> None:
     ends = [(float(np.asarray(line.get_ydata())[-1]), line) for line in axes.lines]
     for value, line in sorted(ends, key=lambda end: end[0] if math.isfinite(end[0]) else math.inf, reverse=True):
         free = min(value if math.isfinite(value) else high, high, free - gap)
-        place = {"xycoords": ("axes fraction", "data"), "annotation_clip": False}
-        axes.annotate(str(line.get_label()), (1.02, free), va="center", color=line.get_color(), fontsize=9, **place)
+        axes.annotate(
+            str(line.get_label()),
+            (1.02, free),
+            xycoords=("axes fraction", "data"),
+            annotation_clip=False,
+            va="center",
+            color=line.get_color(),
+            fontsize=9,
+        )
 
 
 def _origin(standings: Sequence[Standing]) -> str:
