@@ -95,7 +95,10 @@ def draw(
         for axes in row[len(kinds) :]:
             axes.set_visible(False)
         row[0].set_ylabel("loss - loss of p = -4", fontsize=8)
-    figure.suptitle("One kind of layer with another p, all others with p = -4: mean and standard error")
+    figure.suptitle(
+        "One kind of layer with another p, all others with p = -4: mean and standard error.\n"
+        "Dotted: the p that the estimate gave this kind at the end, a line for each seed"
+    )
     figure.savefig(path)
 
 
@@ -109,7 +112,7 @@ def _panel(axes: Axes, by_p: Mapping[str, list[float]], chosen: Sequence[float])
         axes.axvline(s, color="#d55e00", linewidth=0.8, linestyle=":")
     axes.set_xticks([-0.25, -0.125, 0, 0.25], ["-4", "-8", "∞", "4"])
     axes.set_xlabel("p of this kind", fontsize=8)
-    axes.tick_params(labelsize=7)
+    axes.tick_params(labelsize=7, labelbottom=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
