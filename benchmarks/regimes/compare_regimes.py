@@ -37,6 +37,8 @@ CANDIDATES = {
     "p = -4": "p=-4",
     "adaptive": "p=adaptive,p_max=-4",
     "adaptive, shuffled": "shuffled:p=adaptive,p_max=-4",
+    "adaptive, ∞ to -4": "p=adaptive,p_min=inf,p_max=-4",
+    "queries and keys ∞": "p=-4@query=inf@key=inf",  # about what the estimate chooses on text
     "random p": "random",
     "schedule, 4 to -5": "p=schedule,p_schedule=4:-5",
     # Of the package pytorch_optimizer
@@ -64,9 +66,15 @@ def next_runs(regime: str, candidate: str, outcomes: Iterable[Outcome], seeds: i
 
 def wanted(regimes: Sequence[str], candidates: Sequence[str], outcomes: Sequence[Outcome], seeds: int) -> list[Run]:
     """Return all runs that can begin now, sweeps before further seeds."""
-    pairs = [(regime, each) for regime in regimes for each in candidates if (regime, each) not in _IMPOSSIBLE]
+    pairs = [(regime, each) for regime in regimes for each in candidates if _is_possible(regime, each)]
     runs = [run for pair in pairs for run in next_runs(*pair, outcomes, seeds)]
     return sorted(runs, key=lambda run: run.seed)
+
+
+def _is_possible(regime: str, candidate: str) -> bool:
+    """Return whether a regime has what a candidate trains."""
+    kinds = {each.partition("=")[0] for each in candidate.split("@")[1:]}
+    return (regime, candidate) not in _IMPOSSIBLE and kinds <= REGIMES[regime].kinds.keys()
 
 
 def rows_of(regime: str, outcomes: Sequence[Outcome]) -> list[tuple[str, ...]]:
