@@ -61,7 +61,7 @@ class SchattenOptions:
         p: one number for all matrices: 1 is SGD-like, ``inf`` is Muon, and negative numbers up to -4, with spectral
             exponents 1/p in [-0.25, 0), lie beyond Muon; or ``"adaptive"`` (estimated per matrix from the spectra of
             gradient and input, see :mod:`hf_schatten.adaptive.criterion`), or ``"schedule"`` (as ``p_schedule`` says).
-            Default -4, which was best, or as good as the best, in all six kinds of training that were compared.
+            Default -4, the best number for all matrices in all six kinds of training that were compared.
         p_overrides: ``pattern:p`` pairs for matrices that keep a p of their own, such as ``*.c_proj:inf``; several
             are joined by ``;``. The first that matches counts. Default none.
         p_schedule: ``START:END`` or ``START:END:STEPS`` of ``p=schedule``: 1/p goes linearly from the first p to the
