@@ -1,7 +1,7 @@
 """Compare optimizers in six kinds of training, each small enough for some seconds of one core.
 
 Usage:
-    python benchmarks/regimes/compare_regimes.py                      # all six, two workers: about two hours
+    python benchmarks/regimes/compare_regimes.py                      # all six, two workers: about an hour
     python benchmarks/regimes/compare_regimes.py text --seeds 5       # one regime
     python benchmarks/regimes/compare_regimes.py --deadline 600       # what fits ten minutes; one more call goes on
     python benchmarks/regimes/compare_regimes.py --report             # the table of what has run

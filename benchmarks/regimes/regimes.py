@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
+from benchmarks.comparison.lora_factors import headers
 from benchmarks.geometry.text import read_text
 
-HELD_OUT = 16  # every so many blocks are for validation
+_HELD_OUT = 16  # every so many blocks are for validation
 _VOCABULARY = 1024
 _PRETRAINING_RATE = 2e-3
 _LENGTH = 64  # tokens of a sequence
@@ -85,15 +86,10 @@ def _tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _headers() -> str:
-    folder = Path(torch.__file__).parent / "include" / "ATen"
-    return "\n".join(path.read_text("utf-8", errors="replace") for path in sorted(folder.glob("*.h")))
-
-
 @lru_cache(maxsize=2)
 def _tokens(language: str) -> Tensor:
     """Return a language's text in tokens of Python's, int64."""
-    lines = (read_text(None) if language == "python" else _headers()).splitlines(keepends=True)
+    lines = (read_text(None) if language == "python" else headers()).splitlines(keepends=True)
     size = 2000  # lines at a time
     texts = ["".join(lines[start : start + size]) for start in range(0, len(lines), size)]
     return torch.tensor([i for encoding in _tokenizer().encode_batch(texts) for i in encoding.ids])
@@ -103,7 +99,7 @@ def _text(language: str, length: int, sequences: int, seed: int) -> tuple[Batch,
     """Return batches of blocks of tokens in a random order, and 128 blocks for validation."""
     tokens = _tokens(language)
     blocks = tokens[: len(tokens) // length * length].view(-1, length)
-    is_held_out = torch.arange(len(blocks)) % HELD_OUT == 0
+    is_held_out = torch.arange(len(blocks)) % _HELD_OUT == 0
     training, held_out = blocks[~is_held_out], blocks[is_held_out]
     order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed))
 

@@ -1,7 +1,7 @@
 """The response: how the loss changes when one kind of layer has another p than all others.
 
 Usage:
-    python benchmarks/regimes/response.py                # after compare_regimes.py; two workers, about an hour
+    python benchmarks/regimes/response.py                # after compare_regimes.py; two workers: a quarter of one
     python benchmarks/regimes/response.py text vit       # some regimes
     python benchmarks/regimes/response.py --report       # draw what has run
 

@@ -9,7 +9,7 @@ the guaranteed decrease of a one-step random-feature model, whose maximiser is t
 where k is infinite, and at s = 0. A matrix's statistics are the two curves at fixed nodes in s: small, independent of
 the matrix's size, and linear to average.
 
-Other criteria were measured and are gone, since none was better anywhere: docs/negative_results.md has the numbers.
+Other criteria were measured and are gone: docs/negative_results.md has the numbers.
 """
 
 from __future__ import annotations
