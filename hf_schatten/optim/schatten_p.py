@@ -311,7 +311,7 @@ class SchattenP(Optimizer):
             self.policy = None
 
     def create_state(self) -> None:
-        """Create the state of every parameter that has none: sharded checkpoints are loaded into what exists."""
+        """Create missing state, into which sharded checkpoints load; UnsupportedEngineError of an unknown engine."""
         self.held.create_state(self.held.groups, self.options.coupling_order)
 
     @property
