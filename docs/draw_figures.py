@@ -17,9 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.regimes.compare_regimes import CANDIDATES, best_losses
-from benchmarks.regimes.regimes import REGIMES
-from benchmarks.regimes.runs import Outcome, load
+from benchmarks.comparison.compare_optimizers import CANDIDATES, standing
+from benchmarks.comparison.outcomes import Outcome, load
+from benchmarks.comparison.regimes import SMALL
+from benchmarks.comparison.report import COLOURS, GREY, ORANGE
 from docs.write_tables import LOWEST, OUTCOMES, SHOWN, coefficients
 from hf_schatten.adaptive.criterion import Inputs, Sample, maximising_exponent, objective_curve, statistics_of
 from hf_schatten.exponent import exponent_of, p_label, p_of
@@ -27,10 +28,6 @@ from hf_schatten.linalg import Coefficients
 from hf_schatten.linalg.spectrum import exact_log_norms
 
 EXAMPLE = 4.0  # whose iterates are drawn
-
-# Colours that colour-blind readers tell apart (M. Okabe and K. Ito, 2008).
-BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"
-COLOURS = {"p = -4": BLUE, "Muon": ORANGE, "AdamW": "black"}
 
 # Powers of the index by which the singular values of the criterion's examples fall.
 DECAYS = {"flat": 0.25, "medium": 0.5, "steep": 1.5}
@@ -70,8 +67,8 @@ def draw_regimes(outcomes: Sequence[Outcome], path: Path) -> None:
     """Draw the validation loss of each optimizer in each kind of training; what is far to the right is named there."""
     candidates = {name: each for name, each in CANDIDATES.items() if any(each == run.candidate for run in outcomes)}
     figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, regime in zip(figure.subplots(2, 3, sharey=True).flat, REGIMES, strict=True):
-        losses = {name: list(best_losses(regime, each, outcomes)[1].values()) for name, each in candidates.items()}
+    for axes, regime in zip(figure.subplots(2, 3, sharey=True).flat, SMALL, strict=True):
+        losses = {name: list(standing(regime, name, outcomes).losses.values()) for name in candidates}
         means = {name: fmean(values) for name, values in losses.items() if values}
         near = [mean for name, mean in means.items() if name != "AdamW"] or [*means.values()]
         margin = 0.1 * (max(near) - min(near)) or 0.1

@@ -13,22 +13,23 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 import torch
 
-from benchmarks.regimes.compare_regimes import CANDIDATES, best_losses
-from benchmarks.regimes.regimes import REGIMES
-from benchmarks.regimes.runs import load
+from benchmarks.comparison.compare_optimizers import CANDIDATES, standing
+from benchmarks.comparison.outcomes import NAME, load
+from benchmarks.comparison.regimes import SMALL
+from benchmarks.comparison.report import with_error
+from benchmarks.comparison.runs import FOLDER
 from hf_schatten import SchattenOptions
 from hf_schatten.exponent import exponent_of, p_label
 from hf_schatten.linalg import Coefficients
 from hf_schatten.linalg.coefficient_table import interpolate
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTCOMES = ROOT / "benchmarks/regimes/results/outcomes.jsonl"
+OUTCOMES = FOLDER / NAME
 STEPS = 5  # of the spectral power, the default
 SHOWN = (1, 1.5, 2, 4, 10, math.inf, -10, -4)
 LOWEST = 1e-3  # of the singular values, relative to the norm
@@ -37,19 +38,12 @@ LOWEST = 1e-3  # of the singular values, relative to the norm
 def regimes() -> str:
     """Return the losses of the six kinds of training: a row for each optimizer, a column for each training."""
     outcomes = load(OUTCOMES)
-    rows: list[tuple[str, ...]] = [("validation loss", *REGIMES)]
-    for name, candidate in CANDIDATES.items():
-        losses = [list(best_losses(regime, candidate, outcomes)[1].values()) for regime in REGIMES]
+    rows: list[tuple[str, ...]] = [("validation loss", *SMALL)]
+    for name in CANDIDATES:
+        losses = [list(standing(regime, name, outcomes).losses.values()) for regime in SMALL]
         if any(losses):
-            rows.append((name, *map(_mean_and_error, losses)))
+            rows.append((name, *(with_error(values, digits=3) if values else "–" for values in losses)))
     return markdown(rows)
-
-
-def _mean_and_error(values: Sequence[float]) -> str:
-    """Return a mean and its standard error, of which one value has none."""
-    if len(values) < 2:
-        return f"{values[0]:.3f}" if values else "–"
-    return f"{fmean(values):.3f} ± {stdev(values) / len(values) ** 0.5:.3f}"
 
 
 def options() -> str:

@@ -1,185 +1,126 @@
-"""Compare optimizers on a training script: a sweep of learning rates for each, then more seeds at the best rate.
+"""Compare optimizers in kinds of training (regimes), each at the best of its learning rates.
 
 Usage:
-    python benchmarks/comparison/compare_optimizers.py recipes/pretrain_clm/comparison.yaml
-    python benchmarks/comparison/compare_optimizers.py TASK.yaml --only "p = 2" "p = 4" --seeds 1  # two sweeps
-    python benchmarks/comparison/compare_optimizers.py TASK.yaml --report                          # of what has run
-    python benchmarks/comparison/compare_optimizers.py TASK.yaml --keep --only "p = 3"             # one more row
+    python benchmarks/comparison/compare_optimizers.py                  # six small regimes, two workers: two hours
+    python benchmarks/comparison/compare_optimizers.py text --seeds 3   # one of them
+    python benchmarks/comparison/compare_optimizers.py longer "width 128" --only AdamW Muon "p = -4"
+    python benchmarks/comparison/compare_optimizers.py vit --only p=-6 torch.optim.NAdam   # options, or a class
+    python benchmarks/comparison/compare_optimizers.py recipes/pretrain_clm/comparison.yaml  # a script with a Trainer
+    python benchmarks/comparison/compare_optimizers.py --deadline 600   # what fits ten minutes; one more call goes on
+    python benchmarks/comparison/compare_optimizers.py --report         # the tables and pages of what has run
 
-A run that is stored is not run again, so that an interrupted comparison goes on where it stopped. Tables, a picture
-and all outcomes go beside the task's file: into ``results`` from ``comparison.yaml``, and into ``results_NAME`` from
-``NAME_comparison.yaml`` or ``NAME.yaml``. A report is of what has run here, and with ``--keep`` also of what it had
-before, which does not run again.
+Every optimizer gets a sweep over learning rates with the first seed, extended by factors of two until the best rate is
+not at its end, and the other seeds at the best rate. N workers each take runs from a queue (``--workers``), so that
+small models fill a GPU. Outcomes are added to ``outcomes.jsonl`` as they come, and a run that is there is not
+repeated: after a change of the training, give another ``--output``.
 """
 
+from __future__ import annotations
+
 import argparse
-import hashlib
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from pathlib import Path
+import math
+from collections.abc import Iterable, Sequence
 
-from tqdm import tqdm
+from benchmarks.comparison.outcomes import NAME, Outcome, Run, load
+from benchmarks.comparison.regimes import find
+from benchmarks.comparison.report import Standing, rows_of, write_page
+from benchmarks.comparison.runs import parse_arguments, run_all
+from benchmarks.geometry.command_line import positive
+from benchmarks.tables import markdown
 
-from benchmarks.comparison import comparison_numbers
-from benchmarks.comparison.comparison import Candidate, ComparisonError, Outcome, Run, Standing, Task, next_runs
-from benchmarks.comparison.comparison_numbers import load_outcomes
-from benchmarks.comparison.comparison_report import write_report
+_MOST_RATES = 7
 
-_TIMED_RUN = Path(__file__).with_name("timed_run.py")
+CANDIDATES = {
+    "AdamW": "adamw",  # betas (0.9, 0.95)
+    "AdamW, β₂ = 0.999": "adamw:0.999",
+    "Muon": "muon",
+    "p = 2": "p=2",
+    "p = 4": "p=4",
+    "p = ∞": "p=inf",
+    "p = -10": "p=-10",
+    "p = -5": "p=-5",
+    "p = -4": "p=-4",
+    "adaptive": "p=adaptive,p_max=-4",
+    "adaptive, shuffled": "shuffled:p=adaptive,p_max=-4",
+    "adaptive, ∞ to -4": "p=adaptive,p_min=inf,p_max=-4",
+    "queries and keys ∞": "p=-4@query=inf@key=inf",  # about what the estimate chooses on text
+    "random p": "random",
+    "schedule, 4 to -5": "p=schedule,p_schedule=4:-5",
+    # Of the package pytorch_optimizer
+    "SOAP": "pytorch_optimizer.SOAP",
+    "NorMuon": "pytorch_optimizer.NorMuon",
+}
 
 
-class Store:
-    """The outcomes of a task's runs, one file each.
+def candidate_of(name: str) -> str:
+    """Return the candidate with a name of the table, or which this is: options, or the class of another package.
 
-    Args:
-        task: The task; outcomes of other arguments than its own are passed over.
-        folder: Where the files are.
-        kept: Outcomes of an earlier report, where there is no file of the same run.
+    Raises:
+        ValueError: when it is neither.
     """
-
-    def __init__(self, task: Task, folder: Path, kept: Sequence[Outcome] = ()) -> None:
-        self.task, self._folder, self._kept = task, folder, kept
-
-    def outcomes(self, candidate: Candidate) -> list[Outcome]:
-        """The stored outcomes of a candidate, as it is now."""
-        stored = [Outcome.load(path) for path in sorted(self._folder.glob("*.json"))]
-        found = {
-            (outcome.learning_rate, outcome.seed): outcome
-            for outcome in (*self._kept, *stored)
-            if self._is_of(outcome, candidate)
-        }
-        return [found[run] for run in sorted(found)]
-
-    def not_kept(self) -> list[str]:
-        """The candidates, by name, of earlier outcomes that are of other arguments, or of no candidate any more."""
-        lost = [each for each in self._kept if not any(self._is_of(each, one) for one in self.task.candidates)]
-        return list(dict.fromkeys(outcome.candidate for outcome in lost))
-
-    def execute(self, run: Run, threads: int) -> None:
-        """Train, and store the outcome.
-
-        Raises:
-            ComparisonError: The script failed; its output is kept.
-        """
-        folder = self._folder / run.name
-        folder.mkdir(parents=True, exist_ok=True)
-        arguments, times = self._arguments(run), folder / "times.json"
-        command = [sys.executable, str(_TIMED_RUN), str(times), str(self.task.script), *self.task.arguments]
-        command += [*run.flags(), "--output_dir", str(folder / "output")]
-        log = folder / "output.log"
-        with log.open("w", encoding="utf-8") as file:
-            code = subprocess.run(
-                command,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                check=False,
-            ).returncode
-        if code:
-            raise ComparisonError(f"{self.task.script} failed with exit code {code}; its output is in {log}.")
-        outcome = Outcome(
-            candidate=run.candidate.name,
-            learning_rate=run.learning_rate,
-            seed=run.seed,
-            arguments=arguments,
-            **json.loads(times.read_text("utf-8")),
-        )
-        outcome.save(self._folder / f"{run.name}.json")
-
-    def _is_of(self, outcome: Outcome, candidate: Candidate) -> bool:
-        return (
-            outcome.candidate == candidate.name
-            and outcome.seed in self.task.seeds
-            and outcome.arguments == self._arguments(Run(candidate, outcome.learning_rate, outcome.seed))
-        )
-
-    def _arguments(self, run: Run) -> tuple[str, ...]:
-        """Return the arguments of a run, a file's by name and digest: outcomes of another content are others."""
-        return (*map(_identity, self.task.arguments), *run.flags())
+    if name not in CANDIDATES and not ("=" in name or "." in name):
+        raise ValueError(f"{name!r} is none of {', '.join(CANDIDATES)}, no options such as p=3, and no package.Class")
+    return CANDIDATES.get(name, name)
 
 
-def _identity(argument: str) -> str:
-    path = Path(argument)
-    if not path.is_file():
-        return argument
-    return f"{path.name}:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+def next_runs(regime: str, candidate: str, outcomes: Iterable[Outcome], seeds: int) -> list[Run]:
+    """Return what a candidate lacks and can run now: the sweep, its extension, or the other seeds at the best rate."""
+    mine = [each for each in outcomes if each.regime == regime and each.candidate == candidate]
+    losses = {each.rate: each.loss for each in mine if each.seed == 0}
+    first = find(regime).adamw_rates if candidate.startswith("adamw") else find(regime).rates
+    if missing := [rate for rate in first if rate not in losses]:
+        return [Run(regime, candidate, rate, 0) for rate in missing]
+    best = min(losses, key=losses.__getitem__)
+    if len(losses) < _MOST_RATES and math.isfinite(losses[best]):
+        if best == max(losses):
+            return [Run(regime, candidate, best * 2, 0)]
+        if best == min(losses):
+            return [Run(regime, candidate, best / 2, 0)]
+    done = {each.seed for each in mine if each.rate == best}
+    return [Run(regime, candidate, best, seed) for seed in range(seeds) if seed not in done]
 
 
-def run_all(store: Store, candidates: Sequence[Candidate], seeds: int, *, jobs: int, threads: int) -> None:
-    """Run what is missing, candidate by candidate, ``jobs`` runs at a time."""
-    with ThreadPoolExecutor(jobs) as pool, tqdm(unit="run", smoothing=0) as bar:
-        running: dict[Future[None], Run] = {}
-        try:
-            while True:
-                busy = {run.name for run in running.values()}
-                wanted = [
-                    run for each in candidates for run in next_runs(store.task, each, store.outcomes(each), seeds)
-                ]
-                waiting = [run for run in wanted if run.name not in busy]
-                bar.total = bar.n + len(running) + len(waiting)
-                for run in waiting[: jobs - len(running)]:
-                    running[pool.submit(store.execute, run, threads)] = run
-                if not running:
-                    return
-                bar.set_postfix_str(", ".join(run.name for run in running.values()))
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    future.result()
-                    del running[future]
-                    bar.update()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+def wanted(regimes: Sequence[str], candidates: Sequence[str], outcomes: Sequence[Outcome], seeds: int) -> list[Run]:
+    """Return all runs that can begin now, sweeps before further seeds."""
+    pairs = [(regime, each) for regime in regimes for each in candidates if find(regime).can(each)]
+    runs = [run for pair in pairs for run in next_runs(*pair, outcomes, seeds)]
+    return sorted(runs, key=lambda run: run.seed)
 
 
-def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+def standing(regime: str, name: str, outcomes: Iterable[Outcome]) -> Standing:
+    """Return how a candidate stands in a regime, by the name of the table or as :func:`candidate_of` takes it."""
+    candidate = candidate_of(name)
+    return Standing.of(name, [each for each in outcomes if (each.regime, each.candidate) == (regime, candidate)])
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run what is missing, print the tables, and write a page for each regime."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", type=Path, help="YAML file that describes the comparison")
-    parser.add_argument("--only", nargs="+", default=[], metavar="CANDIDATE", help="leave the other candidates out")
-    parser.add_argument("--seeds", type=int, default=3, help="seeds of every candidate's best rate (default 3)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--threads", type=int, help="threads of a run (default: the cores divided by --jobs)")
-    parser.add_argument("--runs", type=Path, help="folder of the outcomes (default outputs/comparisons/NAME)")
-    parser.add_argument("--output", type=Path, help="folder of the report (default: beside TASK)")
-    parser.add_argument("--report", action="store_true", help="run nothing; report on what has run")
-    parser.add_argument("--keep", action="store_true", help="go on from the report that is there, and keep its rows")
-    parsed = parser.parse_args(arguments)
-    for name in ("seeds", "jobs", "threads"):
-        value = getattr(parsed, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: give 1 or more")
-    return parsed
-
-
-def main(arguments: Sequence[str]) -> None:
-    parsed = parse_arguments(arguments)
-    task = Task.load(parsed.task)
-    candidates = task.only(parsed.only)
-    kind = parsed.task.stem.removesuffix("comparison").rstrip("_")
-    name = "_".join(filter(None, (parsed.task.resolve().parent.name, kind)))
-    output = parsed.output or parsed.task.parent / "_".join(filter(None, ("results", kind)))
-    kept = load_outcomes(output / comparison_numbers.NAME, task.metric) if parsed.keep else []
-    store = Store(task, parsed.runs or Path("outputs/comparisons") / name, kept)
-    if lost := store.not_kept():
-        print(
-            f"Outcomes of other arguments leave the report: {', '.join(lost)}. {parsed.task}, or a file it names, "
-            f"was changed since; restore it, and {output} from version control, to have them back.",
-            file=sys.stderr,
-        )
-    if not parsed.report:
-        threads = parsed.threads or max(1, (os.cpu_count() or 1) // parsed.jobs)
-        run_all(store, candidates, parsed.seeds, jobs=parsed.jobs, threads=threads)
-    shown = task.candidates if parsed.keep else candidates
-    standings = [Standing(task, each, tuple(store.outcomes(each))) for each in shown]
-    page = write_report([standing for standing in standings if standing.outcomes], output, title=name)
-    print(page.read_text("utf-8"))
+    parser.add_argument("--only", nargs="+", default=[], metavar="OPTIMIZER", help="leave the others out")
+    parser.add_argument("--seeds", type=positive, default=5, help="seeds at the best rate (default %(default)s)")
+    options = parse_arguments(parser, arguments)
+    try:
+        chosen = [candidate_of(name) for name in options.only or CANDIDATES]
+    except ValueError as error:
+        parser.error(str(error))
+    path = options.output / NAME
+    if not options.report:
+        for outcome in run_all(
+            path,
+            lambda outcomes: wanted(options.regimes, chosen, outcomes, options.seeds),
+            workers=options.workers,
+            device=options.device,
+            deadline=options.deadline,
+        ):
+            run = f"{outcome.regime}, {outcome.candidate}, rate {outcome.rate:g}, seed {outcome.seed}"
+            print(f"{run}: {outcome.loss:.4f}", flush=True)
+    outcomes = load(path)
+    for regime in options.regimes:
+        all_standings = [standing(regime, name, outcomes) for name in dict.fromkeys([*CANDIDATES, *options.only])]
+        if standings := [each for each in all_standings if each.sweep]:
+            print(f"\n{regime}: {write_page(regime, standings, options.output)}\n")
+            print(markdown(rows_of(standings)))
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ComparisonError as error:
-        sys.exit(f"compare_optimizers.py: error: {error}")
+    main()

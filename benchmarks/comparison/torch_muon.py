@@ -8,11 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
-from transformers.trainer_optimizer import OptimizerContext
 
 from hf_schatten import route_parameters
-
-NAME = "torch_muon"
 
 
 class MuonAndAdamW(Optimizer):
@@ -45,11 +42,11 @@ class MuonAndAdamW(Optimizer):
             if groups[name]
         ]
         # With adapters, there may be matrices alone.
-        self._optimizers = [muon, *([AdamW(others, lr, betas=betas, eps=eps)] if others else [])]
+        self.optimizers = [muon, *([AdamW(others, lr, betas=betas, eps=eps)] if others else [])]
         super().__init__([{"params": group["params"]} for group in self._groups()], {"lr": lr})
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -60,17 +57,6 @@ class MuonAndAdamW(Optimizer):
                 loss = closure()
         for own, inner in zip(self.param_groups, self._groups(), strict=True):
             inner["lr"] = own["lr"]
-        for optimizer in self._optimizers:
+        for optimizer in self.optimizers:
             optimizer.step()
         return loss
-
-
-def handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:
-    """Return what Trainer calls to make the optimizer, for `registration.register_optimizer`."""
-    arguments = context.optimizer_kwargs | context.adam_kwargs | {"weight_decay": context.args.weight_decay}
-    return _Factory, arguments
-
-
-class _Factory:
-    def __call__(self, model: nn.Module, **arguments: Any) -> MuonAndAdamW:
-        return MuonAndAdamW(model, **arguments)

@@ -1,4 +1,4 @@
-"""The comparison of six kinds of training, on a toy one: what runs, what its controls change, what is reported."""
+"""The comparison of optimizers, on a toy training: what runs, what its controls change, what is reported."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from benchmarks.regimes import compare_regimes, regimes, response, runs
-from benchmarks.regimes.candidates import make_optimizer
-from benchmarks.regimes.compare_regimes import CANDIDATES, next_runs
-from benchmarks.regimes.peers import peer_optimizer
-from benchmarks.regimes.regimes import REGIMES, Regime, Training, rate_factor
-from benchmarks.regimes.runs import Outcome, Run
+from benchmarks.comparison import compare_optimizers, regimes, response, runs
+from benchmarks.comparison.candidates import make_optimizer
+from benchmarks.comparison.compare_optimizers import CANDIDATES, next_runs, standing
+from benchmarks.comparison.outcomes import NAME, Outcome, Run, load
+from benchmarks.comparison.regime import Regime, Training, rate_factor
+from benchmarks.comparison.regimes import REGIMES
 
 STEPS = 6
+CPU = torch.device("cpu")
 KINDS = {"first": "0.*", "last": "4.*"}
 
 
@@ -40,8 +41,9 @@ def toy(seed: int) -> Training:
 
 @pytest.fixture
 def regime(monkeypatch):
-    monkeypatch.setitem(REGIMES, "toy", Regime(toy, STEPS, 0.1, (1e-3, 2e-3), (4e-3, 8e-3), KINDS, interval=2))
-    return REGIMES["toy"]
+    made = Regime(toy, STEPS, 0.1, (1e-3, 2e-3), (4e-3, 8e-3), KINDS, interval=2, evaluations=3)
+    monkeypatch.setitem(REGIMES, "toy", made)
+    return made
 
 
 class Threads:
@@ -55,9 +57,9 @@ class Threads:
 def trained(regime, monkeypatch):
     """Return the list of runs that are trained, by threads."""
     made: list[Run] = []
-    train = runs.train
+    own = Regime.train
     monkeypatch.setattr(runs.multiprocessing, "get_context", lambda method: Threads)
-    monkeypatch.setattr(runs, "train", lambda run: made.append(run) or train(run))
+    monkeypatch.setattr(Regime, "train", lambda self, run, device: made.append(run) or own(self, run, device))
     return made
 
 
@@ -66,7 +68,7 @@ def trained(regime, monkeypatch):
 
 @pytest.mark.parametrize("candidate", [*(each for each in CANDIDATES.values() if "@" not in each), "p=-4@last=2"])
 def test_every_candidate_trains_and_a_run_repeats(candidate, regime):
-    outcome, again = (runs.train(Run("toy", candidate, 4e-3, 1)) for _ in range(2))
+    outcome, again = (regime.train(Run("toy", candidate, 4e-3, 1), CPU) for _ in range(2))
     data = toy(1)
     with torch.no_grad():
         before = mean(data.loss(data.model, batch).item() for batch in data.validation)
@@ -95,7 +97,7 @@ def test_a_run_is_a_plain_loop(regime):
         scheduler.step()
         optimizer.zero_grad()
     expected = mean(data.loss(model, batch).item() for batch in data.validation)
-    assert runs.train(Run("toy", "adamw", 8e-3, 3)).loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert regime.train(Run("toy", "adamw", 8e-3, 3), CPU).loss == pytest.approx(expected, rel=1e-5, abs=1e-7)
 
 
 def test_the_rate_warms_up_for_a_tenth_and_falls_as_a_cosine():
@@ -108,9 +110,22 @@ def test_the_rate_warms_up_for_a_tenth_and_falls_as_a_cosine():
 
 
 def test_a_run_that_diverges_has_an_infinite_loss(regime):
-    outcome = runs.train(Run("toy", "adamw", 1e30, 0))
+    outcome = regime.train(Run("toy", "adamw", 1e30, 0), CPU)
     assert outcome.loss == math.inf
     assert Outcome(**json.loads(json.dumps(vars(outcome)))) == outcome
+
+
+def test_an_outcome_has_its_curve_its_time_and_the_size_of_the_state(regime):
+    outcome = regime.train(Run("toy", "adamw", 8e-3, 3), CPU)
+    assert [step for step, _, _ in outcome.curve] == [2, 4, 6]
+    assert outcome.curve[-1][2] == outcome.loss
+    assert 0 < outcome.curve[0][1] < outcome.curve[-1][1] <= outcome.seconds + 1e-3
+    parameters = list(toy(3).model.parameters())
+    assert outcome.state == sum(8 * W.numel() + 4 for W in parameters)  # two moments and a step
+    muon = regime.train(Run("toy", "muon", 8e-3, 3), CPU)
+    assert muon.state == outcome.state - sum(4 * W.numel() + 4 for W in parameters[::2])  # of matrices, one momentum
+    assert muon.machine
+    assert muon.memory == 0
 
 
 def test_the_images_are_digits_and_batches_repeat():
@@ -242,14 +257,14 @@ def test_a_sweep_begins_with_the_candidates_own_rates_and_passes_over_divergence
 @pytest.mark.usefixtures("regime")
 def test_sweeps_come_before_further_seeds():
     done = sweep(lambda rate, seed: abs(math.log(rate / 1.4e-3)), seeds=1)
-    seeds = [run.seed for run in compare_regimes.wanted(["toy"], ["p=inf", "p=-4"], done, 3)]
+    seeds = [run.seed for run in compare_optimizers.wanted(["toy"], ["p=inf", "p=-4"], done, 3)]
     assert seeds == [0, 0, 1, 2]
 
 
 # Whole runs
 
 
-def rows_of(text: str) -> dict[str, list[str]]:
+def cells_of(text: str) -> dict[str, list[str]]:
     """Return the cells of the rows of printed tables by their first one."""
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
     return {row[0]: row[1:] for row in cells}
@@ -260,30 +275,30 @@ def number_and_error(cell: str) -> list[float]:
 
 
 def test_interrupted_runs_go_on_and_the_report_is_of_what_has_run(trained, tmp_path, capsys):
-    path = tmp_path / "out" / "outcomes.jsonl"
+    path = tmp_path / "out" / NAME
     chosen = [CANDIDATES["p = -4"], CANDIDATES["adaptive"]]
-    begun = runs.run_all(path, lambda done: compare_regimes.wanted(["toy"], chosen, done, 3), workers=2)
+    begun = runs.run_all(path, lambda done: compare_optimizers.wanted(["toy"], chosen, done, 3), workers=2, device=CPU)
     first = [next(begun) for _ in range(3)]
     begun.close()
-    assert runs.load(path) == first
+    assert load(path) == first
     before = len(trained)
 
     command = ["toy", "--only", "p = -4", "adaptive", "--seeds", "3", "--output", str(path.parent)]
-    compare_regimes.main([*command, "--deadline", "0"])
+    compare_optimizers.main([*command, "--deadline", "0"])
     assert len(trained) == before
-    compare_regimes.main(command)
-    outcomes = runs.load(path)
+    compare_optimizers.main(command)
+    outcomes = load(path)
     assert outcomes[:3] == first
     keys = [(each.candidate, each.rate, each.seed) for each in outcomes]
     assert len(set(keys)) == len(keys)
     again = len(trained)
-    compare_regimes.main(command)  # nothing is missing
+    compare_optimizers.main(command)  # nothing is missing
     assert len(trained) == again
 
     capsys.readouterr()
-    compare_regimes.main(["toy", "--report", "--output", str(path.parent)])
-    rows = rows_of(capsys.readouterr().out)
-    assert set(rows) - {"", "-" * 8} == {"p = -4", "adaptive"}
+    compare_optimizers.main(["toy", "--report", "--output", str(path.parent)])
+    rows = cells_of(capsys.readouterr().out)
+    assert {name for name in rows if name.strip("-") not in ("", "optimizer")} == {"p = -4", "adaptive"}
     losses = {}
     for name in ("p = -4", "adaptive"):
         own = [each for each in outcomes if each.candidate == CANDIDATES[name]]
@@ -302,47 +317,48 @@ def test_responses_are_paired_with_the_base_at_its_best_rate(trained, tmp_path, 
     command = ["toy", "--seeds", "2", "--output", str(tmp_path)]
     response.main(command)
     assert not trained  # without a best rate of p = -4, there is nothing to vary
-    compare_regimes.main([*command, "--only", "p = -4", "adaptive"])
+    compare_optimizers.main([*command, "--only", "p = -4", "adaptive"])
     capsys.readouterr()
     response.main(command)
-    outcomes = runs.load(tmp_path / "outcomes.jsonl")
-    rate, base = compare_regimes.best_losses("toy", "p=-4", outcomes)
+    outcomes = load(tmp_path / NAME)
+    base = standing("toy", "p = -4", outcomes)
     varied = [each for each in outcomes if "@" in each.candidate]
-    assert {each.rate for each in varied} == {rate}
+    assert {each.rate for each in varied} == {base.rate}
     assert len(varied) == 2 * len(KINDS) * len(response.VALUES)
-    shown = rows_of(capsys.readouterr().out)
+    shown = cells_of(capsys.readouterr().out)
     response.main([*command, "--report"])
-    assert rows_of(capsys.readouterr().out) == shown
+    assert cells_of(capsys.readouterr().out) == shown
     for kind in KINDS:
         for p, cell in zip(response.VALUES, shown[kind], strict=True):
-            differences = [each.loss - base[each.seed] for each in varied if each.candidate == f"p=-4@{kind}={p}"]
+            differences = [
+                each.loss - base.losses[each.seed] for each in varied if each.candidate == f"p=-4@{kind}={p}"
+            ]
             expected = [mean(differences), stdev(differences) / 2**0.5]
             assert number_and_error(cell) == pytest.approx(expected, rel=0, abs=6e-5)
     assert len({cell for kind in KINDS for cell in shown[kind]}) > 1
     height, width, _ = matplotlib.image.imread(tmp_path / "response.png").shape
     assert width > 2 * height * 0.9  # two panels, side by side
 
-    rate, losses = compare_regimes.best_losses("toy", CANDIDATES["adaptive"], outcomes)
-    adaptive = [each for each in outcomes if (each.candidate, each.rate) == (CANDIDATES["adaptive"], rate)]
-    last = [each.exponents[str(STEPS)]["0.weight"] for each in adaptive]
-    assert len(losses) == 2
+    adaptive = standing("toy", "adaptive", outcomes)
+    last = [each.exponents[str(STEPS)]["0.weight"] for each in adaptive.best.values()]
+    assert len(last) == 2
     assert response.chosen_exponents("toy", "first", outcomes) == pytest.approx(last, rel=1e-12, abs=0)
 
 
 @pytest.mark.slow  # another process imports everything again
 def test_a_worker_of_another_process_tells_what_failed(tmp_path):
     impossible = Run("poetry", "p=-4", 1e-3, 0)
-    runs_of = runs.run_all(tmp_path / "outcomes.jsonl", lambda done: [impossible], workers=1)
-    with pytest.raises(RuntimeError, match=r"Run\(regime='poetry', .*\) failed: KeyError\('poetry'\)"):
+    runs_of = runs.run_all(tmp_path / NAME, lambda done: [impossible], workers=1, device=CPU)
+    with pytest.raises(RuntimeError, match=r"Run\(regime='poetry', .*\) failed: .*'poetry' is not a regime"):
         next(runs_of)
 
 
 @pytest.mark.parametrize(
     ("main", "arguments"),
     [
-        (compare_regimes.main, ["poetry"]),
-        (compare_regimes.main, ["text", "--only", "SGD"]),
-        (compare_regimes.main, ["text", "--seeds", "0"]),
+        (compare_optimizers.main, ["poetry"]),
+        (compare_optimizers.main, ["text", "--only", "SGD"]),
+        (compare_optimizers.main, ["text", "--seeds", "0"]),
         (response.main, ["text", "--workers", "0"]),
         (response.main, ["poetry"]),
     ],
@@ -351,29 +367,3 @@ def test_malformed_arguments(main, arguments, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert arguments[-1] in capsys.readouterr().err
-
-
-# Optimizers of other packages
-
-
-class WithMuonsGroups(torch.optim.SGD):
-    """An optimizer whose groups say which use Muon, as those of other packages do."""
-
-    def __init__(self, params, lr, use_adjusted_lr=False):
-        self.adjusts = use_adjusted_lr
-        super().__init__(params, lr)
-
-
-def test_peers_get_the_matrices_of_our_routing_and_one_rate(monkeypatch):
-    monkeypatch.setattr(torch.optim, "WithMuonsGroups", WithMuonsGroups, raising=False)
-    model = toy(0).model
-    heads = ("4.weight",)
-    plain = peer_optimizer("torch.optim.RMSprop", model, 3e-3, 0.1, heads)
-    assert [group["weight_decay"] for group in plain.param_groups] == [0.1, 0.0]
-    assert [len(group["params"]) for group in plain.param_groups] == [3, 3]
-    muons = peer_optimizer("torch.optim.WithMuonsGroups", model, 3e-3, 0.1, heads)
-    assert muons.adjusts
-    assert [group["use_muon"] for group in muons.param_groups] == [True, False, False]
-    assert muons.param_groups[0]["params"] == [model[0].weight, model[2].weight]
-    assert muons.param_groups[1]["params"] == [model[4].weight]
-    assert all(group["lr"] == 3e-3 for group in muons.param_groups)

@@ -1,12 +1,12 @@
 """The response: how the loss changes when one kind of layer has another p than all others.
 
 Usage:
-    python benchmarks/regimes/response.py                # after compare_regimes.py; two workers: a quarter of one
-    python benchmarks/regimes/response.py text vit       # some regimes
-    python benchmarks/regimes/response.py --report       # draw what has run
+    python benchmarks/comparison/response.py                # after compare_optimizers.py; a quarter of an hour
+    python benchmarks/comparison/response.py text vit       # some regimes
+    python benchmarks/comparison/response.py --report       # draw what has run
 
 For each kind of layer (queries, down-projections, …) p of that kind alone is varied, with p = -4 for all others, at
-the best learning rate that ``compare_regimes.py`` found for p = -4. ``response.png`` draws the difference to p = -4
+the best learning rate that ``compare_optimizers.py`` found for p = -4. ``response.png`` draws the difference to p = -4
 for all, paired by seed, against 1/p, and marks where the criterion puts this kind at the end of training.
 """
 
@@ -22,15 +22,17 @@ from statistics import mean, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.comparison.compare_optimizers import CANDIDATES, standing
+from benchmarks.comparison.outcomes import NAME, Outcome, Run, load
+from benchmarks.comparison.regimes import find
+from benchmarks.comparison.report import BASE
+from benchmarks.comparison.runs import parse_arguments, run_all
 from benchmarks.geometry.command_line import positive
-from benchmarks.regimes.compare_regimes import CANDIDATES, best_losses
-from benchmarks.regimes.regimes import REGIMES
-from benchmarks.regimes.runs import Outcome, Run, load, parse_arguments, run_all
 from benchmarks.tables import print_table
 
 VALUES = ("-8", "inf", "4")  # of p, in their order from the base on
-_BASE = CANDIDATES["p = -4"]
-_ADAPTIVE = CANDIDATES["adaptive"]
+_BASE = CANDIDATES[BASE]
+_ADAPTIVE = "adaptive"
 
 
 def candidate(kind: str, p: str) -> str:
@@ -44,22 +46,22 @@ def wanted(regimes: Sequence[str], outcomes: Sequence[Outcome], seeds: int) -> l
     runs = []
     for seed in range(seeds):
         for regime in regimes:
-            rate, base = best_losses(regime, _BASE, outcomes)
-            if base:
-                candidates = [_BASE, *(candidate(kind, p) for p in VALUES for kind in REGIMES[regime].kinds)]
-                runs += [Run(regime, each, rate, seed) for each in candidates]
+            base = standing(regime, BASE, outcomes)
+            if base.best:
+                candidates = [_BASE, *(candidate(kind, p) for p in VALUES for kind in find(regime).kinds)]
+                runs += [Run(regime, each, base.rate, seed) for each in candidates]
     return [run for run in runs if run not in done]
 
 
 def responses(regime: str, outcomes: Sequence[Outcome]) -> dict[str, dict[str, list[float]]]:
     """Return the differences to the base, paired by seed, by kind and p."""
-    rate, base = best_losses(regime, _BASE, outcomes)
+    base = standing(regime, BASE, outcomes)
     found: dict[str, dict[str, list[float]]] = {}
-    for kind in REGIMES[regime].kinds:
+    for kind in find(regime).kinds:
         for p in VALUES:
             name = candidate(kind, p)
-            mine = [each for each in outcomes if (each.regime, each.candidate, each.rate) == (regime, name, rate)]
-            differences = [each.loss - base[each.seed] for each in mine if each.seed in base]
+            mine = [each for each in outcomes if (each.regime, each.candidate, each.rate) == (regime, name, base.rate)]
+            differences = [each.loss - base.losses[each.seed] for each in mine if each.seed in base.losses]
             if differences:
                 found.setdefault(kind, {})[p] = differences
     return found
@@ -67,12 +69,10 @@ def responses(regime: str, outcomes: Sequence[Outcome]) -> dict[str, dict[str, l
 
 def chosen_exponents(regime: str, kind: str, outcomes: Sequence[Outcome]) -> list[float]:
     """Return the mean 1/p that ``p=adaptive`` chose for a kind at its last estimate, by seed at its best rate."""
-    rate, losses = best_losses(regime, _ADAPTIVE, outcomes)
     chosen = []
-    for each in outcomes:
-        if (each.regime, each.candidate, each.rate) == (regime, _ADAPTIVE, rate) and each.seed in losses:
-            last = each.exponents[max(each.exponents, key=int)]
-            chosen.append(mean(s for name, s in last.items() if fnmatch(name, REGIMES[regime].kinds[kind])))
+    for each in standing(regime, _ADAPTIVE, outcomes).best.values():
+        last = each.exponents[max(each.exponents, key=int)]
+        chosen.append(mean(s for name, s in last.items() if fnmatch(name, find(regime).kinds[kind])))
     return chosen
 
 
@@ -120,12 +120,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=positive, default=3, help="seeds (default %(default)s)")
     options = parse_arguments(parser, arguments)
-    path = options.output / "outcomes.jsonl"
+    path = options.output / NAME
     if not options.report:
         for outcome in run_all(
             path,
             lambda outcomes: wanted(options.regimes, outcomes, options.seeds),
             workers=options.workers,
+            device=options.device,
             deadline=options.deadline,
         ):
             print(f"{outcome.regime}, {outcome.candidate}, seed {outcome.seed}: {outcome.loss:.4f}", flush=True)

@@ -1,15 +1,13 @@
-"""The six trainings in which optimizers are compared: what is trained, on what, and how its loss is measured.
+"""The trainings in which optimizers are compared: what is trained, on what, and how its loss is measured.
 
-Each is small enough for some seconds of one core. Every batch is a function of seed and step alone: two optimizers
-with one seed see the same data, and begin with the same weights.
+Six are small enough for some seconds of one core; three are longer and wider ones of the first.
 """
 
 from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -22,6 +20,8 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from benchmarks.comparison.lora_factors import headers
+from benchmarks.comparison.regime import Batch, Regime, Training, rate_factor
+from benchmarks.comparison.scripts import Script
 from benchmarks.geometry.text import read_text
 
 _HELD_OUT = 16  # every so many blocks are for validation
@@ -29,50 +29,6 @@ _VOCABULARY = 1024
 _PRETRAINING_RATE = 2e-3
 _LENGTH = 64  # tokens of a sequence
 _SIDE, _CLASSES = 28, 10
-
-Batch = Callable[[int], tuple[Tensor, ...]]  # of a step
-
-
-@dataclass(frozen=True)
-class Training:
-    """One training, ready to begin.
-
-    Attributes:
-        model: what is trained.
-        batch: the data of a step, counted from 0.
-        loss: of the model on such data, a scalar.
-        validation: data of the same form, one tuple for each forward.
-    """
-
-    model: nn.Module
-    batch: Batch
-    loss: Callable[[nn.Module, tuple[Tensor, ...]], Tensor]
-    validation: tuple[tuple[Tensor, ...], ...]
-
-
-@dataclass(frozen=True)
-class Regime:
-    """A kind of training.
-
-    Attributes:
-        make: from a seed to the training.
-        steps: of a run.
-        weight_decay: of matrices and embeddings.
-        rates: learning rates that a sweep of the Schatten-p update begins with, increasing.
-        adamw_rates: those of AdamW.
-        interval: steps between two estimates of p.
-        kinds: of layers, by pattern of the names of matrices.
-        heads: patterns of output heads, which use AdamW.
-    """
-
-    make: Callable[[int], Training]
-    steps: int
-    weight_decay: float
-    rates: tuple[float, ...]
-    adamw_rates: tuple[float, ...]
-    kinds: Mapping[str, str]
-    interval: int = 25
-    heads: tuple[str, ...] = ()
 
 
 @lru_cache(maxsize=1)
@@ -133,16 +89,16 @@ def _gpt2(length: int, layers: int, width: int) -> GPT2LMHeadModel:
     )
 
 
-def _from_scratch(seed: int, *, sequences: int = 8) -> Training:
+def _from_scratch(seed: int, *, sequences: int = 8, width: int = 64) -> Training:
     torch.manual_seed(seed)
     batch, validation = _text("python", _LENGTH, sequences, seed)
-    return Training(_gpt2(_LENGTH, layers=2, width=64), batch, _language_loss, validation)
+    return Training(_gpt2(_LENGTH, layers=2, width=width), batch, _language_loss, validation)
 
 
 @lru_cache(maxsize=1)
 def _pretrained() -> GPT2LMHeadModel:
     """Return a model that AdamW has trained on Python for 1,500 steps, the same for every seed."""
-    path = Path("outputs/regimes/pretrained.pt")
+    path = Path("outputs/comparison/pretrained.pt")
     training = _from_scratch(0)
     assert isinstance(training.model, GPT2LMHeadModel)
     if path.is_file():
@@ -160,13 +116,6 @@ def _pretrained() -> GPT2LMHeadModel:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(training.model.state_dict(), path)
     return training.model
-
-
-def rate_factor(step: int, steps: int) -> float:
-    """Return the learning rate of a step, from 0, relative to the largest: a tenth warms up, then cosine."""
-    warm_up = max(1, steps // 10)
-    decay = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
-    return min(1.0, (step + 1) / warm_up) * decay
 
 
 def _fine_tuning(seed: int) -> Training:
@@ -299,12 +248,16 @@ _LORA_KINDS = {"A": "*.lora_A.*", "B": "*.lora_B.*"}
 
 _CONVOLUTION_KINDS = {"first of a block": "*.first.weight", "second of a block": "*.second.weight", "strided": "down*"}
 
-REGIMES: dict[str, Regime] = {
-    "text": Regime(_from_scratch, 250, 0.1, (8e-3, 1.6e-2, 3.2e-2), (2e-3, 4e-3, 8e-3), _GPT2_KINDS),
-    "one sequence": Regime(
-        partial(_from_scratch, sequences=1), 400, 0.1, (4e-3, 8e-3, 1.6e-2), (1e-3, 2e-3, 4e-3), _GPT2_KINDS
+_text_regime = partial(
+    Regime, weight_decay=0.1, rates=(8e-3, 1.6e-2, 3.2e-2), adamw_rates=(2e-3, 4e-3, 8e-3), kinds=_GPT2_KINDS
+)
+
+SMALL: dict[str, Regime] = {
+    "text": _text_regime(_from_scratch, 250),
+    "one sequence": _text_regime(
+        partial(_from_scratch, sequences=1), 400, rates=(4e-3, 8e-3, 1.6e-2), adamw_rates=(1e-3, 2e-3, 4e-3)
     ),
-    "fine-tuning": Regime(_fine_tuning, 150, 0.1, (8e-3, 1.6e-2, 3.2e-2), (1e-3, 2e-3, 4e-3), _GPT2_KINDS),
+    "fine-tuning": _text_regime(_fine_tuning, 150, adamw_rates=(1e-3, 2e-3, 4e-3)),
     "lora": Regime(_lora, 150, 0.0, (1.6e-2, 3.2e-2, 6.4e-2), (4e-3, 8e-3, 1.6e-2), _LORA_KINDS),
     "vit": Regime(_vit, 250, 0.1, (1.6e-2, 3.2e-2, 6.4e-2), (2e-3, 4e-3, 8e-3), _VIT_KINDS),
     "convolutions": Regime(
@@ -315,5 +268,28 @@ REGIMES: dict[str, Regime] = {
         (2e-3, 4e-3, 8e-3),
         _CONVOLUTION_KINDS,
         heads=("classifier.weight",),
+        has_matrices=False,
     ),
 }
+
+# A longer and two wider trainings of the first kind: minutes of one core each
+LARGER: dict[str, Regime] = {
+    "longer": _text_regime(_from_scratch, 2000, evaluations=20),
+    "width 128": _text_regime(partial(_from_scratch, width=128), 250),
+    "width 256": _text_regime(partial(_from_scratch, width=256), 250),
+}
+
+REGIMES = SMALL | LARGER
+
+
+def find(name: str) -> Regime | Script:
+    """Return a regime by name, or the one that a YAML file describes.
+
+    Raises:
+        ValueError: when there is none of this name, or the file describes none.
+    """
+    if name in REGIMES:
+        return REGIMES[name]
+    if not name.endswith(".yaml"):
+        raise ValueError(f"{name!r} is not a regime: one of {', '.join(REGIMES)}, or a YAML file")
+    return Script.load(Path(name))

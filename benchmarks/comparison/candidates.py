@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from benchmarks.comparison.peers import peer_optimizer
 from benchmarks.comparison.torch_muon import MuonAndAdamW
-from benchmarks.regimes.peers import peer_optimizer
-from benchmarks.regimes.regimes import Regime
 from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.exponent import MIN_EXPONENT, p_of
 from hf_schatten.optim.policy import Optimized, Policy
+
+if TYPE_CHECKING:
+    from benchmarks.comparison.regime import Regime
 
 _BETAS = (0.9, 0.95)
 _LARGEST_RANDOM = 0.2  # 1/p of a random p
@@ -51,16 +53,17 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
     """Make the optimizer of a run.
 
     Args:
-        candidate: ``adamw``, ``muon``, ``random`` (1/p of each matrix is drawn once), the class of another package
-            (:mod:`benchmarks.regimes.peers`), options of the optimizer such as ``p=-5``, these after ``shuffled:``, or
-            before kinds of layers with another p: ``p=-4@query=inf``.
+        candidate: ``adamw``, or with another second beta ``adamw:0.999``; ``muon``; ``random`` (1/p of each matrix is
+            drawn once); the class of another package (:mod:`benchmarks.comparison.peers`); options of the optimizer
+            such as ``p=-5``, these after ``shuffled:``, or before kinds of layers with another p: ``p=-4@query=inf``.
         regime: what is trained.
         model: its model.
         rate: learning rate.
         seed: of what is random in a candidate.
     """
     common: dict[str, Any] = {"weight_decay": regime.weight_decay, "betas": _BETAS}
-    if candidate == "adamw":
+    if candidate.startswith("adamw"):
+        common["betas"] = (_BETAS[0], float(candidate.partition(":")[2] or _BETAS[1]))
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         vectors = [parameter for parameter in trained if parameter.ndim < 2]
         matrices = [parameter for parameter in trained if parameter.ndim >= 2]
