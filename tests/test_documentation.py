@@ -18,7 +18,6 @@ import os
 import re
 import runpy
 import shlex
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -38,6 +37,8 @@ from torch.distributed.run import get_args_parser
 from torch.utils.data import DataLoader, default_collate
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedTokenizerFast, TrainingArguments
 
+from benchmarks.comparison.outcomes import NAME, load
+from benchmarks.comparison.report import Standing, with_error
 from docs.write_tables import TABLES, split_at
 from hf_schatten import SchattenOptions, load_learned_p
 from hf_schatten.optim.matrix import CURVES, NODES
@@ -448,21 +449,18 @@ def cells(page, name):
     return [[cell.strip() for cell in row] for row in rows if name in row[0]]
 
 
-def compared(recipe, candidate, results="results"):
+def compared(recipe, candidate, task="comparison"):
     """Return mean and standard error, as pages write them, of a candidate at its best learning rate."""
-    outcomes = json.loads((ROOT / "recipes" / recipe / results / "comparison.json").read_text())
-    own = [outcome for outcome in outcomes if outcome["candidate"] == candidate]
-    swept = {outcome["learning_rate"]: outcome["eval_loss"][-1] for outcome in own if outcome["seed"] == 42}
-    best = min(swept, key=swept.get)
-    losses = [outcome["eval_loss"][-1] for outcome in own if outcome["learning_rate"] == best]
-    error = f" ± {statistics.stdev(losses) / math.sqrt(len(losses)):.3f}" if len(losses) > 1 else ""
-    return f"{statistics.fmean(losses):.3f}{error}"
+    folder = Path("recipes") / recipe
+    outcomes = load(ROOT / folder / "results" / NAME)
+    own = [each for each in outcomes if each.regime == f"{folder / task}.yaml" and each.candidate == candidate]
+    return with_error([*Standing.of(candidate, own).losses.values()], digits=3)
 
 
-CRITERIA = {"`holder`": "holder", "`kronecker`": "kronecker", "`alignment`": "alignment", "`decrease`": "decrease"}
+CRITERIA = {f"`{name}`": f"p=adaptive,criterion={name}" for name in ("holder", "kronecker", "alignment", "decrease")}
 
 
-@pytest.mark.parametrize(("name", "candidate"), [*CRITERIA.items(), ("p = -5", "p = -5"), ("Muon", "Muon")])
+@pytest.mark.parametrize(("name", "candidate"), [*CRITERIA.items(), ("p = -5", "p=-5"), ("Muon", "muon")])
 def test_losses_of_the_negative_results_are_those_of_the_comparisons(name, candidate):
     (row,) = cells(DOCS / "negative_results.md", name)
     recipes = "pretrain_clm", "image_classification", "lora_sft"
@@ -470,11 +468,14 @@ def test_losses_of_the_negative_results_are_those_of_the_comparisons(name, candi
 
 
 @pytest.mark.parametrize("recipe", ["pretrain_clm", "image_classification", "lora_sft"])
-@pytest.mark.parametrize("candidate", ["AdamW", "Muon", "p = inf", "p = -5"])
-def test_losses_of_the_recipes_are_those_of_their_comparisons(recipe, candidate):
-    folders = ["results", "results_resmlp"] if recipe == "image_classification" else ["results"]
-    rows = cells(ROOT / "recipes" / recipe / "README.md", f"`{candidate}`")
-    assert [row[2] for row in rows] == [compared(recipe, candidate, folder) for folder in folders]
+@pytest.mark.parametrize(
+    ("name", "candidate"),
+    [("AdamW", "adamw:0.999"), ("Muon", "muon"), ("p = ∞", "p=inf"), ("p = -5", "p=-5"), ("p = -4", "p=-4")],
+)
+def test_losses_of_the_recipes_are_those_of_their_comparisons(recipe, name, candidate):
+    tasks = ["comparison", "resmlp_comparison"] if recipe == "image_classification" else ["comparison"]
+    rows = cells(ROOT / "recipes" / recipe / "README.md", f"`{name}`")
+    assert [row[2] for row in rows] == [compared(recipe, candidate, task) for task in tasks]
 
 
 def test_costs_of_the_readme_are_those_that_were_measured():

@@ -17,6 +17,8 @@ from hf_schatten.optim.policy import Optimized, Policy
 if TYPE_CHECKING:
     from benchmarks.comparison.regime import Regime
 
+SHUFFLED = "shuffled:"  # before options
+
 _BETAS = (0.9, 0.95)
 _LARGEST_RANDOM = 0.2  # 1/p of a random p
 
@@ -76,7 +78,7 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
         return MuonAndAdamW(model, lr=rate, eps=1e-8, **common)
     if "=" not in candidate and "." in candidate:
         return peer_optimizer(candidate, model, rate, regime.weight_decay, regime.heads)
-    text, *kinds = candidate.removeprefix("shuffled:").split("@")
+    text, *kinds = candidate.removeprefix(SHUFFLED).split("@")
     options: dict[str, Any] = dict(pair.split("=") for pair in ("p=-4" if text == "random" else text).split(","))
     if options["p"] == "schedule":
         options["p_schedule"] += f":{regime.steps}"
@@ -90,7 +92,7 @@ def make_optimizer(candidate: str, regime: Regime, model: nn.Module, rate: float
         options["p_overrides"] = _random_p([matrix.name for matrix in plain.matrices()], seed)
     exclude = tuple(regime.heads)
     optimizer = create_schatten_optimizer(model, rate, exclude=exclude, verbose=False, **common, **options)
-    if candidate.startswith("shuffled:") and optimizer.policy is not None:
+    if candidate.startswith(SHUFFLED) and optimizer.policy is not None:
         optimizer.policy = Shuffled(optimizer.policy, seed)  # follow() would take the other policy's hooks away
     return optimizer
 

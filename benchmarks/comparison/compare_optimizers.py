@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for regime in options.regimes:
         all_standings = [standing(regime, name, outcomes) for name in dict.fromkeys([*CANDIDATES, *options.only])]
         if standings := [each for each in all_standings if each.sweep]:
-            print(f"\n{regime}: {write_page(regime, standings, options.output)}\n")
+            print(f"\n{regime}: {write_page(regime, find(regime).summary, standings, options.output)}\n")
             print(markdown(rows_of(standings)))
 
 

@@ -54,6 +54,7 @@ class Regime:
         kinds: of layers, by pattern of the names of matrices.
         interval: steps between two estimates of p.
         heads: patterns of output heads, which use AdamW.
+        summary: what is trained on what, in a line.
         has_matrices: whether there are two-dimensional weights that are routed: torch.optim.Muon takes no others.
         evaluations: on the validation data, evenly spaced, the last one at the end.
         on_gpu: whether it is made for one: the model is compiled, and computes in bfloat16 by autocast.
@@ -67,6 +68,7 @@ class Regime:
     kinds: Mapping[str, str]
     interval: int = 25
     heads: tuple[str, ...] = ()
+    summary: str = ""
     has_matrices: bool = True
     evaluations: int = 1
     on_gpu: bool = False

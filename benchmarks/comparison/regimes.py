@@ -201,7 +201,7 @@ class _Residual(nn.Module):
 
 
 class ConvolutionalNetwork(nn.Module):
-    """A residual network of six convolutions and one linear layer, with group norms, for images (N, 1, 28, 28)."""
+    """A residual network of nine convolutions and one linear layer, with group norms, for images (N, 1, 28, 28)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,18 +248,47 @@ _LORA_KINDS = {"A": "*.lora_A.*", "B": "*.lora_B.*"}
 
 _CONVOLUTION_KINDS = {"first of a block": "*.first.weight", "second of a block": "*.second.weight", "strided": "down*"}
 
+_GPT2 = "A GPT-2 with 2 layers of width 64 on Python's standard library, 1,024 tokens, sequences of 64"
+_PRETRAINED = "A GPT-2 that AdamW trained on Python for 1,500 steps, on the C++ headers of torch"
+_IMAGES = "28 × 28 digits, 4,000 of MNIST, shifted at random, batches of 32"
+
 _text_regime = partial(
     Regime, weight_decay=0.1, rates=(8e-3, 1.6e-2, 3.2e-2), adamw_rates=(2e-3, 4e-3, 8e-3), kinds=_GPT2_KINDS
 )
 
 SMALL: dict[str, Regime] = {
-    "text": _text_regime(_from_scratch, 250),
+    "text": _text_regime(_from_scratch, 250, summary=f"{_GPT2}, 250 steps of 8 sequences"),
     "one sequence": _text_regime(
-        partial(_from_scratch, sequences=1), 400, rates=(4e-3, 8e-3, 1.6e-2), adamw_rates=(1e-3, 2e-3, 4e-3)
+        partial(_from_scratch, sequences=1),
+        400,
+        rates=(4e-3, 8e-3, 1.6e-2),
+        adamw_rates=(1e-3, 2e-3, 4e-3),
+        summary=f"{_GPT2}, 400 steps of one sequence",
     ),
-    "fine-tuning": _text_regime(_fine_tuning, 150, adamw_rates=(1e-3, 2e-3, 4e-3)),
-    "lora": Regime(_lora, 150, 0.0, (1.6e-2, 3.2e-2, 6.4e-2), (4e-3, 8e-3, 1.6e-2), _LORA_KINDS),
-    "vit": Regime(_vit, 250, 0.1, (1.6e-2, 3.2e-2, 6.4e-2), (2e-3, 4e-3, 8e-3), _VIT_KINDS),
+    "fine-tuning": _text_regime(
+        _fine_tuning,
+        150,
+        adamw_rates=(1e-3, 2e-3, 4e-3),
+        summary=f"{_PRETRAINED}; all weights, 150 steps of 4 sequences",
+    ),
+    "lora": Regime(
+        _lora,
+        150,
+        0.0,
+        (1.6e-2, 3.2e-2, 6.4e-2),
+        (4e-3, 8e-3, 1.6e-2),
+        _LORA_KINDS,
+        summary=f"{_PRETRAINED}; LoRA of rank 8 on all linear layers, 150 steps of 4 sequences",
+    ),
+    "vit": Regime(
+        _vit,
+        250,
+        0.1,
+        (1.6e-2, 3.2e-2, 6.4e-2),
+        (2e-3, 4e-3, 8e-3),
+        _VIT_KINDS,
+        summary=f"A ViT with 2 layers of width 64 on {_IMAGES}, 250 steps",
+    ),
     "convolutions": Regime(
         _convolutions,
         200,
@@ -268,15 +297,18 @@ SMALL: dict[str, Regime] = {
         (2e-3, 4e-3, 8e-3),
         _CONVOLUTION_KINDS,
         heads=("classifier.weight",),
+        summary=f"A residual network of nine convolutions on {_IMAGES}, 200 steps",
         has_matrices=False,
     ),
 }
 
 # A longer and two wider trainings of the first kind: minutes of one core each
 LARGER: dict[str, Regime] = {
-    "longer": _text_regime(_from_scratch, 2000, evaluations=20),
-    "width 128": _text_regime(partial(_from_scratch, width=128), 250),
-    "width 256": _text_regime(partial(_from_scratch, width=256), 250),
+    "longer": _text_regime(
+        _from_scratch, 2000, evaluations=20, summary=f"{_GPT2}, 2,000 steps of 8 sequences: eight times *text*"
+    ),
+    "width 128": _text_regime(partial(_from_scratch, width=128), 250, summary="*text* with width 128"),
+    "width 256": _text_regime(partial(_from_scratch, width=256), 250, summary="*text* with width 256"),
 }
 
 REGIMES = SMALL | LARGER

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from statistics import mean, median, stdev
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.comparison.candidates import SHUFFLED
 from benchmarks.comparison.outcomes import Outcome
 from benchmarks.tables import markdown
 from hf_schatten.report.figures import plot_p_of_runs
@@ -82,8 +84,9 @@ def rows_of(standings: Sequence[Standing]) -> list[tuple[str, ...]]:
         header += [f"steps, seconds to {name}'s loss" for name in targets]
     rows = [tuple(header)]
     for each in standings:
+        seconds, state = each.median(lambda run: run.seconds), each.median(lambda run: run.state) / 1e6
         row = [each.name, f"{each.rate:g}", str(len(each.best)), with_error([*each.losses.values()])]
-        row += [_paired(each, by_name.get(BASE)), f"{each.median(lambda run: run.seconds):.3g}", _megabytes(each)]
+        row += [_paired(each, by_name.get(BASE)), _number(seconds), _number(state)]
         if has_curves:
             row += [_reached(each.curve(), curve) for curve in targets.values()]
         rows.append(tuple(row))
@@ -99,8 +102,8 @@ def _paired(standing: Standing, base: Standing | None) -> str:
     return with_error(differences, signed=True) if len(differences) > 1 else ""
 
 
-def _megabytes(standing: Standing) -> str:
-    return f"{standing.median(lambda run: run.state) / 1e6:.3g}"
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value else "–"  # of outcomes that did not measure it
 
 
 def _reached(curve: Sequence[tuple[float, float, float]], target: Sequence[tuple[float, float, float]]) -> str:
@@ -130,20 +133,20 @@ def reach(curve: Sequence[tuple[float, float, float]], target: float) -> tuple[f
     return None
 
 
-def write_page(regime: str, standings: Sequence[Standing], folder: Path) -> Path:
+def write_page(regime: str, summary: str, standings: Sequence[Standing], folder: Path) -> Path:
     """Write the page of a regime, ``NAME.md``, with its pictures beside it, and return its path.
 
     Args:
         regime: by name, or the path of the file that describes it.
+        summary: what is trained there.
         standings: of the candidates that have run there.
         folder: is made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = Path(regime).stem.replace(" ", "_")
-    seeds = {seed for each in standings for seed in each.best}
+    name = _word(Path(regime).stem)
     parts = [
         f"# {regime}: optimizers compared",
-        _origin(standings),
+        f"{summary}. {_origin(standings)}",
         markdown(rows_of(standings)),
         _LEGEND,
     ]
@@ -152,8 +155,10 @@ def write_page(regime: str, standings: Sequence[Standing], folder: Path) -> Path
         parts.append(f"![Validation loss by step and by time]({name}.png)")
     parts += ["## Sweeps of the learning rate", "Validation loss of seed 0; – has not run.", _sweeps(standings)]
     for each in standings:
-        histories = {f"seed {seed}": _log_of(each.best[seed]) for seed in sorted(seeds & each.best.keys())}
-        picture = folder / f"{name}_{''.join(c if c.isalnum() else '_' for c in each.name)}.png"
+        if any(outcome.candidate.startswith(SHUFFLED) for outcome in each.best.values()):
+            continue  # its p are another picture's
+        histories = {f"seed {seed}": _log_of(outcome) for seed, outcome in each.best.items()}
+        picture = folder / f"{name}_{_word(each.name)}.png"
         if any(histories.values()) and plot_p_of_runs(histories, picture):
             parts += [f"## The p of *{each.name}*", f"![p of each matrix over training, by seed]({picture.name})"]
     page = folder / f"{name}.md"
@@ -167,6 +172,11 @@ _LEGEND = (
     "process. state: of the optimizer, in MB. steps, seconds to a loss: relative to those of the optimizer named; – "
     "is never."
 )
+
+
+def _word(text: str) -> str:
+    """Return a text as a part of a file's name."""
+    return re.sub(r"[^\w-]+", "_", text).strip("_")
 
 
 def _origin(standings: Sequence[Standing]) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import yaml
 
+from benchmarks.comparison.candidates import SHUFFLED
 from benchmarks.comparison.outcomes import Outcome, Run
 
 _TIMED_RUN = Path(__file__).with_name("timed_run.py")
@@ -61,6 +62,11 @@ class Script:
         except (OSError, KeyError, TypeError, AttributeError, ValueError, yaml.YAMLError) as error:
             raise ValueError(f"{path} describes no training: {error!r}. See benchmarks/README.md.") from error
 
+    @property
+    def summary(self) -> str:
+        """What is trained: the script with its arguments."""
+        return f"`{' '.join([self.script.name, *(Path(each).name for each in self.arguments)])}`"
+
     def train(self, run: Run, device: torch.device) -> Outcome:
         """Run the script, and return what became of its training.
 
@@ -98,7 +104,7 @@ class Script:
 
     def can(self, candidate: str) -> bool:
         """Return whether a script can have a candidate: controls that act inside the optimizer, it cannot."""
-        return candidate != "random" and not candidate.startswith("shuffled:") and "@" not in candidate
+        return candidate != "random" and not candidate.startswith(SHUFFLED) and "@" not in candidate
 
 
 def _argument(text: Any, folder: Path) -> str:

@@ -62,12 +62,12 @@ def test_the_page_says_where_it_was_measured_and_shows_what_there_is(tmp_path):
     estimated = {"a.weight": -0.25, "b.weight": 0.0}
     adaptive = Standing.of("adaptive, ∞ to -4", [outcome(1e-3, seed, 2.0, exponents=estimated) for seed in (0, 1)])
     plain = Standing.of("AdamW", [outcome(1e-3, 0, 2.5), outcome(2e-3, 0, math.inf)])
-    page = write_page("some/toy regime.yaml", [plain, adaptive], tmp_path / "new")
+    page = write_page("some/toy regime.yaml", "What is trained", [plain, adaptive], tmp_path / "new")
     text = page.read_text("utf-8")
     assert page.name == "toy_regime.md"
-    assert "a processor; 2026-11-27." in text
+    assert "What is trained. a processor; 2026-11-27." in text
     assert "| AdamW             | **2.5000** | inf" in text
     pictures = [line.partition("(")[2].rstrip(")") for line in text.splitlines() if line.startswith("![")]
-    assert pictures == ["toy_regime.png", "toy_regime_adaptive____to__4.png"]
+    assert pictures == ["toy_regime.png", "toy_regime_adaptive_to_-4.png"]
     for picture in pictures:
         assert (page.parent / picture).stat().st_size > 10_000

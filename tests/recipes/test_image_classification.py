@@ -19,7 +19,7 @@ from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
 from transformers import AutoModelForImageClassification
 
-from benchmarks.comparison.comparison import Task
+from benchmarks.comparison.scripts import Script
 from hf_schatten import SchattenCallback, route_parameters
 from hf_schatten.adaptive.probe import Probe
 from recipes.image_classification import arguments, data, image_classification
@@ -102,12 +102,11 @@ def test_shipped_files_are_valid(name, monkeypatch):
 @pytest.mark.parametrize("name", sorted(COMPARISONS))
 def test_the_comparisons_are_read_by_the_benchmark(name, monkeypatch):
     monkeypatch.setattr("transformers.training_args.is_torch_bf16_gpu_available", lambda: True)
-    task = Task.load(FOLDER / name)
+    task = Script.load(FOLDER / name)
     assert task.script.is_file()
     assert Path(task.arguments[0]).is_file()
     *_, training_args = arguments.parse_arguments([*task.arguments, "--use_cpu"])
     assert training_args.eval_strategy != "no"
-    assert {candidate.optim for candidate in task.candidates} == {"schatten_p", "adamw_torch", "torch_muon"}
 
 
 @pytest.mark.parametrize(
