@@ -17,11 +17,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.comparison.compare_optimizers import CANDIDATES, standing
+from benchmarks.comparison.compare_optimizers import standing
 from benchmarks.comparison.outcomes import Outcome, load
-from benchmarks.comparison.regimes import SMALL
+from benchmarks.comparison.regimes import REGIMES
 from benchmarks.comparison.report import COLOURS, GREY, ORANGE
-from docs.write_tables import LOWEST, OUTCOMES, SHOWN, coefficients
+from docs.write_tables import COMPARED, LOWEST, OUTCOMES, SHOWN, coefficients
 from hf_schatten.adaptive.criterion import Inputs, Sample, maximising_exponent, objective_curve, statistics_of
 from hf_schatten.exponent import exponent_of, p_label, p_of
 from hf_schatten.linalg import Coefficients
@@ -63,18 +63,19 @@ def criterion_of(gradient_decay: float, input_decay: float) -> tuple[Array, Arra
     return np.linspace(*RANGE, len(objective)), objective.numpy(), chosen
 
 
-def draw_regimes(outcomes: Sequence[Outcome], path: Path) -> None:
+def draw_comparison(outcomes: Sequence[Outcome], path: Path) -> None:
     """Draw the validation loss of each optimizer in each kind of training; what is far to the right is named there."""
-    candidates = {name: each for name, each in CANDIDATES.items() if any(each == run.candidate for run in outcomes)}
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, regime in zip(figure.subplots(2, 3, sharey=True).flat, SMALL, strict=True):
-        losses = {name: list(standing(regime, name, outcomes).losses.values()) for name in candidates}
+    shown = [regime for regime in REGIMES if any(each.regime == regime for each in outcomes)]
+    figure = Figure(figsize=(11, 2.5 * math.ceil(len(shown) / 3)), layout="constrained")
+    panels = figure.subplots(math.ceil(len(shown) / 3), 3, sharey=True, squeeze=False)
+    for axes, regime in zip(panels.flat, shown, strict=False):
+        losses = {name: list(standing(regime, name, outcomes).losses.values()) for name in COMPARED}
         means = {name: fmean(values) for name, values in losses.items() if values}
         near = [mean for name, mean in means.items() if name != "AdamW"] or [*means.values()]
         margin = 0.1 * (max(near) - min(near)) or 0.1
         end = max(near) + 2 * margin
         for name, mean in means.items():
-            colour, row = COLOURS.get(name, GREY), -list(candidates).index(name)
+            colour, row = COLOURS.get(name, GREY), -COMPARED.index(name)
             error = stdev(losses[name]) / len(losses[name]) ** 0.5 if len(losses[name]) > 1 else 0.0
             if mean <= end:
                 axes.errorbar(mean, row, xerr=error, fmt="o", color=colour, markersize=7, capsize=3)
@@ -82,8 +83,8 @@ def draw_regimes(outcomes: Sequence[Outcome], path: Path) -> None:
                 axes.text(end, row, f"{mean:.3g} →", color=colour, ha="right", va="center", fontsize=9)
         if "Muon" in means:
             axes.axvline(means["Muon"], color=ORANGE, linewidth=0.8, linestyle=":")
-        axes.set(xlim=(min(near) - margin, end), ylim=(0.6 - len(candidates), 0.6))
-        axes.set_yticks([-row for row in range(len(candidates))], list(candidates))
+        axes.set(xlim=(min(near) - margin, end), ylim=(0.6 - len(COMPARED), 0.6))
+        axes.set_yticks([-row for row in range(len(COMPARED))], list(COMPARED))
         axes.set_title(regime)
         axes.grid(axis="x", alpha=0.3)
     figure.supxlabel("validation loss; bars are standard errors, the dotted line is Muon")
@@ -159,7 +160,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=folder, help="folder (default: figures beside this script)")
     output = parser.parse_args(arguments).output
     output.mkdir(parents=True, exist_ok=True)
-    draw_regimes(load(OUTCOMES), output / "regimes.png")
+    draw_comparison(load(OUTCOMES), output / "comparison.png")
     draw_spectral_power(output / "spectral_power.png")
     draw_criterion(output / "criterion.png")
 

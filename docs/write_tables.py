@@ -11,8 +11,9 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ import torch
 
 from benchmarks.comparison.compare_optimizers import CANDIDATES, standing
 from benchmarks.comparison.outcomes import NAME, load
-from benchmarks.comparison.regimes import SMALL
-from benchmarks.comparison.report import with_error
+from benchmarks.comparison.regimes import REGIMES, SMALL
+from benchmarks.comparison.report import BASE, paired, with_error, word
 from benchmarks.comparison.runs import FOLDER
 from hf_schatten import SchattenOptions
 from hf_schatten.exponent import exponent_of, p_label
@@ -30,19 +31,45 @@ from hf_schatten.linalg.coefficient_table import interpolate
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTCOMES = FOLDER / NAME
+PAGES = "benchmarks/comparison/results"
+COMPARED = ("AdamW", "SOAP", "Muon", "NorMuon", "p = ∞", "p = -4", "adaptive")
 STEPS = 5  # of the spectral power, the default
 SHOWN = (1, 1.5, 2, 4, 10, math.inf, -10, -4)
 LOWEST = 1e-3  # of the singular values, relative to the norm
 
 
-def regimes() -> str:
-    """Return the losses of the six kinds of training: a row for each optimizer, a column for each training."""
+def comparison() -> str:
+    """Return the losses of the optimizers that one would choose from: a row for each training.
+
+    Bold are the best mean, and those that are within two standard errors of it, of the differences by seed.
+    """
     outcomes = load(OUTCOMES)
-    rows: list[tuple[str, ...]] = [("validation loss", *SMALL)]
+    rows: list[tuple[str, ...]] = [("validation loss", *COMPARED)]
+    for regime in REGIMES:
+        losses = {name: standing(regime, name, outcomes).losses for name in COMPARED}
+        means = {name: fmean(by_seed.values()) for name, by_seed in losses.items() if by_seed}
+        best = min(means, key=means.__getitem__)
+        cells = [with_error([*by_seed.values()], digits=3) if by_seed else "–" for by_seed in losses.values()]
+        equal = [name for name in means if name == best or _is_level(losses[name], losses[best])]
+        cells = [f"**{cell}**" if name in equal else cell for name, cell in zip(COMPARED, cells, strict=True)]
+        rows.append((f"[{regime}]({PAGES}/{word(regime)}.md)", *cells))
+    return markdown(rows)
+
+
+def _is_level(losses: Mapping[int, float], best: Mapping[int, float]) -> bool:
+    """Return whether two means differ by at most two standard errors of the difference, paired by seed."""
+    differences = [losses[seed] - best[seed] for seed in losses.keys() & best.keys()]
+    return len(differences) > 1 and fmean(differences) <= 2 * stdev(differences) / len(differences) ** 0.5
+
+
+def controls() -> str:
+    """Return the paired differences to the default of all other optimizers in the small trainings."""
+    outcomes = load(OUTCOMES)
+    rows: list[tuple[str, ...]] = [(f"loss - loss of {BASE}", *SMALL)]
     for name in CANDIDATES:
-        losses = [list(standing(regime, name, outcomes).losses.values()) for regime in SMALL]
-        if any(losses):
-            rows.append((name, *(with_error(values, digits=3) if values else "–" for values in losses)))
+        if name not in (BASE, "AdamW", "Muon", "SOAP", "NorMuon"):
+            standings = [(standing(regime, name, outcomes), standing(regime, BASE, outcomes)) for regime in SMALL]
+            rows.append((name, *(paired(each, base, digits=3) or "–" for each, base in standings)))
     return markdown(rows)
 
 
@@ -103,7 +130,8 @@ def markdown(rows: Iterable[Sequence[str]]) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[], str]]] = {
-    "regimes": ("README.md", regimes),
+    "comparison": ("README.md", comparison),
+    "controls": ("docs/negative_results.md", controls),
     "options": ("docs/options.md", options),
     "errors": ("docs/how_it_works.md", errors),
 }

@@ -86,20 +86,19 @@ def rows_of(standings: Sequence[Standing]) -> list[tuple[str, ...]]:
     for each in standings:
         seconds, state = each.median(lambda run: run.seconds), each.median(lambda run: run.state) / 1e6
         row = [each.name, f"{each.rate:g}", str(len(each.best)), with_error([*each.losses.values()])]
-        row += [_paired(each, by_name.get(BASE)), _number(seconds), _number(state)]
+        row += [paired(each, by_name[BASE]) if BASE in by_name else "", _number(seconds), _number(state)]
         if has_curves:
             row += [_reached(each.curve(), curve) for curve in targets.values()]
         rows.append(tuple(row))
     return rows
 
 
-def _paired(standing: Standing, base: Standing | None) -> str:
-    """Return the mean difference to the base, of the seeds that both have, and its standard error."""
-    if base is None or base is standing:
-        return ""
+def paired(standing: Standing, base: Standing, digits: int = 4) -> str:
+    """Return the mean difference to the base over the seeds that both have, two at least, and its standard error."""
     both = standing.losses.keys() & base.losses.keys()
     differences = [standing.losses[seed] - base.losses[seed] for seed in sorted(both)]
-    return with_error(differences, signed=True) if len(differences) > 1 else ""
+    is_itself = standing.name == base.name
+    return with_error(differences, signed=True, digits=digits) if len(differences) > 1 and not is_itself else ""
 
 
 def _number(value: float) -> str:
@@ -143,7 +142,7 @@ def write_page(regime: str, summary: str, standings: Sequence[Standing], folder:
         folder: is made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    name = _word(Path(regime).stem)
+    name = word(Path(regime).stem)
     parts = [
         f"# {regime}: optimizers compared",
         f"{summary}. {_origin(standings)}",
@@ -158,7 +157,7 @@ def write_page(regime: str, summary: str, standings: Sequence[Standing], folder:
         if any(outcome.candidate.startswith(SHUFFLED) for outcome in each.best.values()):
             continue  # its p are another picture's
         histories = {f"seed {seed}": _log_of(outcome) for seed, outcome in each.best.items()}
-        picture = folder / f"{name}_{_word(each.name)}.png"
+        picture = folder / f"{name}_{word(each.name)}.png"
         if any(histories.values()) and plot_p_of_runs(histories, picture):
             parts += [f"## The p of *{each.name}*", f"![p of each matrix over training, by seed]({picture.name})"]
     page = folder / f"{name}.md"
@@ -174,7 +173,7 @@ _LEGEND = (
 )
 
 
-def _word(text: str) -> str:
+def word(text: str) -> str:
     """Return a text as a part of a file's name."""
     return re.sub(r"[^\w-]+", "_", text).strip("_")
 
