@@ -120,7 +120,7 @@ def save(corpus: Corpus, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     # Symbols have two bytes, and a match may lie anywhere in the corpus
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 3, "lp": 1, "pb": 1}]
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 3, "lp": 1, "pb": 1}]
     filters[0]["dict_size"] = max(1 << 16, len(tokens))
     partial.write_bytes(header.encode() + b"\n" + lzma.compress(tokens, filters=filters))
     partial.replace(path)
