@@ -48,6 +48,8 @@ def comparison() -> str:
     for regime in REGIMES:
         losses = {name: standing(regime, name, outcomes).losses for name in COMPARED}
         means = {name: fmean(by_seed.values()) for name, by_seed in losses.items() if by_seed}
+        if not means:
+            continue
         best = min(means, key=means.__getitem__)
         cells = [with_error([*by_seed.values()], digits=3) if by_seed else "–" for by_seed in losses.values()]
         equal = [name for name in means if name == best or _is_level(losses[name], losses[best])]

@@ -22,7 +22,7 @@ from benchmarks.comparison.regime import Regime, Training
 _ATTENTION = "causal_sdpa"
 _HEAD = 64  # width
 
-KINDS = {
+GPT2_KINDS = {
     "query": "*.c_attn.weight.q*",
     "key": "*.c_attn.weight.k*",
     "value": "*.c_attn.weight.v*",
@@ -55,7 +55,7 @@ def gpt2(vocabulary: int, layers: int, width: int) -> GPT2LMHeadModel:
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         use_cache=False,
-        attn_implementation=_ATTENTION,
+        attn_implementation=_ATTENTION,  # type: ignore[call-arg] # a field of all configurations
     )
     model = GPT2LMHeadModel(config)
     model.loss_type = "ForCausalLM"  # its default, of which it warns: that would split the compiled graph
@@ -92,7 +92,7 @@ def _loss(model: nn.Module, batch: tuple[Tensor, ...]) -> Tensor:
     return loss
 
 
-_regime = partial(Regime, weight_decay=0.1, rates=(4e-3, 8e-3), kinds=KINDS, on_gpu=True)
+_regime = partial(Regime, weight_decay=0.1, rates=(4e-3, 8e-3), kinds=GPT2_KINDS, on_gpu=True)
 
 PRETRAINING: dict[str, Regime] = {
     "gpt2 small": _regime(
@@ -101,10 +101,15 @@ PRETRAINING: dict[str, Regime] = {
         adamw_rates=(5e-4, 1e-3),
         interval=100,
         evaluations=16,
+        summary="GPT-2 small's shape on the Linux kernel, 1,536 steps of 64 × 1,024 tokens, bfloat16, compiled",
     ),
     **{
         f"gpt2 width {width}": _regime(
-            partial(from_corpus, layers=6, width=width, sequences=32), 256, adamw_rates=(1e-3, 2e-3), evaluations=8
+            partial(from_corpus, layers=6, width=width, sequences=32),
+            256,
+            adamw_rates=(1e-3, 2e-3),
+            evaluations=8,
+            summary=f"A GPT-2 with 6 layers of width {width} on the Linux kernel, 256 steps of 32 × 1,024 tokens",
         )
         for width in (256, 512, 768)
     },

@@ -1,6 +1,7 @@
 """The trainings in which optimizers are compared: what is trained, on what, and how its loss is measured.
 
-Six are small enough for some seconds of one core; three are longer and wider ones of the first.
+Six are small enough for some seconds of one core; three are longer and wider ones of the first. Those of
+:mod:`benchmarks.comparison.pretraining` take a GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
 from benchmarks.comparison.lora_factors import headers
+from benchmarks.comparison.pretraining import GPT2_KINDS, PRETRAINING
 from benchmarks.comparison.regime import Batch, Regime, Training, rate_factor
 from benchmarks.comparison.scripts import Script
 from benchmarks.geometry.text import read_text
@@ -226,15 +228,6 @@ def _convolutions(seed: int) -> Training:
     return Training(ConvolutionalNetwork(), *_with_loss(seed))
 
 
-_GPT2_KINDS = {
-    "query": "*.c_attn.weight.q*",
-    "key": "*.c_attn.weight.k*",
-    "value": "*.c_attn.weight.v*",
-    "attention output": "*.attn.c_proj.weight",
-    "up": "*.c_fc.weight",
-    "down": "*.mlp.c_proj.weight",
-}
-
 _VIT_KINDS = {
     "query": "*.q_proj.weight",
     "key": "*.k_proj.weight",
@@ -253,7 +246,7 @@ _PRETRAINED = "A GPT-2 that AdamW trained on Python for 1,500 steps, on the C++ 
 _IMAGES = "28 × 28 digits, 4,000 of MNIST, shifted at random, batches of 32"
 
 _text_regime = partial(
-    Regime, weight_decay=0.1, rates=(8e-3, 1.6e-2, 3.2e-2), adamw_rates=(2e-3, 4e-3, 8e-3), kinds=_GPT2_KINDS
+    Regime, weight_decay=0.1, rates=(8e-3, 1.6e-2, 3.2e-2), adamw_rates=(2e-3, 4e-3, 8e-3), kinds=GPT2_KINDS
 )
 
 SMALL: dict[str, Regime] = {
@@ -311,7 +304,7 @@ LARGER: dict[str, Regime] = {
     "width 256": _text_regime(partial(_from_scratch, width=256), 250, summary="*text* with width 256"),
 }
 
-REGIMES = SMALL | LARGER
+REGIMES = SMALL | LARGER | PRETRAINING
 
 
 def find(name: str) -> Regime | Script:
