@@ -87,7 +87,7 @@ class Regime:
         optimizer = make_optimizer(run.candidate, self, model, run.rate, run.seed)
         forward: Any = torch.compile(model) if self.on_gpu and device.type == "cuda" else model
         exponents: dict[str, dict[str, float]] = {}
-        losses: list[Tensor] = []
+        total = torch.zeros((), dtype=torch.float64, device=device)  # a list would keep the allocator's blocks apart
         curve: list[list[float]] = []
         seconds, start = 0.0, now(device)
         for step in range(self.steps):
@@ -98,7 +98,7 @@ class Regime:
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.detach())
+            total += loss.detach()
             done = step + 1
             if "adaptive" in run.candidate and isinstance(optimizer, SchattenP) and done % self.interval == 0:
                 exponents[str(done)] = {name: round(1 / p, 4) for name, p in optimizer.learned_p().items()}
@@ -108,7 +108,7 @@ class Regime:
                 if not math.isfinite(curve[-1][2]):
                     break
                 start = now(device)
-        training_loss = _finite(torch.stack(losses).mean().item())  # of one step that is no number, none
+        training_loss = _finite(total.item() / done)  # of one step that is no number, none
         return Outcome(
             **asdict(run),
             loss=curve[-1][2] if math.isfinite(training_loss) else math.inf,
