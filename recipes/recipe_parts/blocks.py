@@ -59,7 +59,7 @@ def make_blocks(
     num_workers: int | None = None,
     overwrite_cache: bool = False,
 ) -> DatasetDict:
-    """Tokenise the documents, join them with an end-of-text token between, and cut the stream into blocks.
+    """Tokenize the documents, join them with an end-of-text token between, and cut the stream into blocks.
 
     Args:
         documents: Splits with a column `text`.
