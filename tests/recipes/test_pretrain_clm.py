@@ -389,6 +389,8 @@ def test_whole_run_and_resume(recipe, tmp_path):
     result = run_script(recipe, config, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "perplexity" in result.stdout
+    for noise in ("warning", "loss_type", "Setting accelerator", "Writing model shards", "Tokenizing"):
+        assert noise.lower() not in (result.stdout + result.stderr).lower()
 
     out = tmp_path / "out"
     for name in (
