@@ -4,26 +4,37 @@ Weight matrices are updated with U Σ^(1/p) Vᵀ of their momentum U Σ Vᵀ: p 
 default, p = -4, lies beyond Muon, where small singular values become larger than large ones. All other parameters use
 AdamW.
 
-Importing the package makes ``optim="schatten_p"`` valid::
+With a Trainer::
 
-    arguments = TrainingArguments("run", learning_rate=4e-3, optim="schatten_p", optim_args="exclude=*.mlp.*")
+    import hf_schatten  # makes optim="schatten_p" valid
+    from transformers import AutoModelForCausalLM, TrainingArguments
+
+    model = AutoModelForCausalLM.from_pretrained("gpt2")
+    arguments = TrainingArguments("run", learning_rate=4e-3, optim="schatten_p")
     trainer = hf_schatten.SchattenTrainer(model, arguments, train_dataset=dataset)
     trainer.train()
+    trainer.create_model_card()
 
-Without a Trainer::
+In a loop of your own::
 
     optimizer = hf_schatten.create_schatten_optimizer(model, lr=4e-3)
 
-What there is:
+With a script that you cannot edit::
 
-* ``SchattenTrainer``, and ``SchattenTrainerMixin`` for other Trainers: exact resume, a section of the model card.
-* ``create_schatten_optimizer``: the optimizer of a model, for any loop; ``SchattenP`` is its class.
-* ``SchattenOptions``: all options, with their defaults.
+    python -m hf_schatten.run train.py --output_dir run --optim schatten_p --learning_rate 4e-3
+
+What there is; ``help(hf_schatten.SchattenOptions)`` and so on show the rest:
+
+* ``SchattenTrainer``: a Trainer with exact resume, safetensors checkpoints and a section of the model card.
+* ``SchattenTrainerMixin``: the same for other Trainers, such as trl's.
+* ``SchattenCallback``: logs and pictures of p; every Trainer has it already.
+* ``create_schatten_optimizer``: the optimizer of a model, for any loop.
+* ``SchattenP``: its class, a ``torch.optim.Optimizer``.
+* ``SchattenOptions``: all options, with their defaults; ``optim_args`` of a Trainer takes them as text.
 * ``route_parameters``: which parameters use which update, and why.
 * ``load_learned_p``: p of every matrix in a checkpoint.
-* ``linalg``: spectral powers and Schatten norms of tensors.
-
-``python -m hf_schatten.run script.py …`` trains with scripts that do not import the package.
+* ``linalg``: spectral powers, Schatten norms and steepest descent in them, for batches of matrices.
+* ``OptionError``, ``RoutingError``, ``CheckpointError``, ``UnsupportedEngineError``: what is raised, with the fix.
 """
 
 from hf_schatten import linalg

@@ -59,7 +59,7 @@ _REMOVED_VALUES = {
 
 
 class OptionError(ValueError):
-    """An option is unknown, malformed or out of range; the message names the value and the fix."""
+    """An option that is unknown, malformed or out of range; the message names the value and the fix."""
 
 
 def refuse_unknown(name: str, known: Collection[str]) -> NoReturn:

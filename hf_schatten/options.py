@@ -46,7 +46,7 @@ _OF_ESTIMATES = (
     "probe_rows",
 )
 
-WeightFunction = Callable[[str, tuple[int, int]], float]  # from a matrix' name and its (out, in)
+WeightFunction = Callable[[str, tuple[int, int]], float]  # from a matrix's name and its (out, in)
 TargetFunction = Callable[[Any], Any]  # of a NumPy array of singular values
 
 
@@ -93,7 +93,7 @@ class SchattenOptions:
             ``regularized``. Keeps one more copy of the matrices. Default none: every matrix for itself.
         coupling_weights: weight of a matrix in that norm: ``uniform`` (default), ``sqrt_m_over_n``, or
             ``sqrt_n_over_m``, which makes the spectral norm at p = inf the operator norm between root mean squares; in
-            Python, also a function from a matrix' name and its (out, in) to a number above 0.
+            Python, also a function from a matrix's name and its (out, in) to a number above 0.
         precondition: divide by roots of Adam's second moment, on the way into the spectral power and on the way out:
             ``none`` (default), ``adam`` (p = 1 is Adam, p = inf is Muon) or ``muadam`` (p = 1 is Adam, p = inf is
             MuAdam); see :mod:`hf_schatten.optim.preconditioning`.
@@ -101,7 +101,7 @@ class SchattenOptions:
             both follow the one schedule. Default 1.
         lr_ratios: ``pattern:factor`` pairs, joined by ``;``, that multiply the learning rates of parameters, whatever
             their update: ``*.layers.0.*:0.5``. The first that matches counts. Default none.
-        ns_steps: Newton-Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
+        ns_steps: Newton–Schulz steps of the spectral power, 3 to 8. Default 5, Muon's cost.
         compute_dtype: dtype of the matrix products of an update: ``float32``, ``bfloat16``, or ``auto`` (default):
             ``bfloat16`` on an accelerator, and for sides of 128 or more on a CPU with AVX-512 BF16; else ``float32``,
             or float64 for float64 parameters.
@@ -110,7 +110,7 @@ class SchattenOptions:
             the rest; in Python, also a function of them, which is fitted when the optimizer is made; see
             :mod:`hf_schatten.linalg.targets`. With any but ``power``, p is a number, which then shapes
             ``precondition`` and ``scale=interpolate`` only, and ``step_rule`` is ``pinned``.
-        share_work: of several processes, let one compute each matrix' update and send it. Default True.
+        share_work: of several processes, let one compute the update of each matrix and send it. Default True.
         fused_parts: entries ``pattern:part/part``, joined by ``;``, of projections that the package does not know, or
             should not split: ``*.Wqkv:q*4/k/v`` has queries four times as large as keys and values,
             ``*.qkv:q/k/v@32`` repeats the three in 32 blocks, ``*.c_attn:`` stays whole. Default none.
@@ -300,10 +300,10 @@ class SchattenOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SchattenOptions:
-        """Build the options from names and values, such as ``{"p_interval": "50"}``, whose texts are parsed.
+        """Build the options from ``values`` by name, such as ``{"p_interval": "50"}``, whose texts are parsed.
 
         Raises:
-            OptionError: on an unknown name, with where it belongs or the nearest valid one, or a malformed value.
+            OptionError: when a name is unknown, with where it belongs or the nearest valid one, or a value malformed.
         """
         known = [field.name for field in fields(cls)]
         for name in values:
@@ -313,7 +313,7 @@ class SchattenOptions:
 
     @classmethod
     def from_optim_args(cls, text: str | Mapping[str, Any] | None) -> SchattenOptions:
-        """Parse what ``--optim_args`` takes, such as ``"p=adaptive,p_interval=100"``, or a mapping; None is defaults.
+        """Parse the ``text`` of ``--optim_args``, such as ``"p=adaptive,p_interval=100"``, or a mapping, or None.
 
         Raises:
             OptionError: when the text is malformed, a name occurs twice, or as :meth:`from_mapping` says.
@@ -322,7 +322,7 @@ class SchattenOptions:
 
     @classmethod
     def given(cls, options: SchattenOptions | None, values: Mapping[str, Any], **defaults: Any) -> SchattenOptions:
-        """Return options that were given whole, or as single values, of which some have other ``defaults``.
+        """Return ``options`` that were given whole, or as single ``values``, of which some have other ``defaults``.
 
         Raises:
             OptionError: when both are given, or as :meth:`from_mapping` says.

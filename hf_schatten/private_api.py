@@ -20,7 +20,7 @@ VERSIONS = {"transformers": ("5.3.0", "5.23.0")}
 
 
 class PrivateApiError(ImportError):
-    """A private name that the package needs is gone from the installed version; the message says what to install."""
+    """A private name that is needed, and gone from the installed version; the message says what to install."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,11 @@ class PrivateName:
     purpose: str  # what would not work without it
 
     def resolve(self) -> Any:
-        """Return the object, or raise a :class:`PrivateApiError` when it is gone."""
+        """Return the object.
+
+        Raises:
+            PrivateApiError: when it is gone.
+        """
         module, _, attributes = self.path.partition(":")
         try:
             found = importlib.import_module(module)
@@ -128,7 +132,11 @@ def add_optimizer_name(name: str) -> str:
 
 
 def require_trainer_methods() -> None:
-    """Raise a :class:`PrivateApiError` unless Trainer has every method that is overridden."""
+    """Refuse a transformers whose Trainer has other methods than those that are overridden.
+
+    Raises:
+        PrivateApiError: when one is gone.
+    """
     for name, _ in TRAINER_METHODS.values():
         name.resolve()
 

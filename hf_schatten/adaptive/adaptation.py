@@ -50,7 +50,7 @@ class Choice:
 
 
 class Adaptation(Policy):
-    """Re-estimates p of the named matrices on due steps, from the step's own gradient and inputs.
+    """A policy that estimates p of the named matrices on due steps, from the step's own gradient and inputs.
 
     A policy of :class:`hf_schatten.SchattenP`, so that it needs no Trainer: before the update of a due step, the
     statistics are measured on the gradients that the update uses and the rows that the probe sampled; after every

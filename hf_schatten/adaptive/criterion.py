@@ -114,8 +114,8 @@ def exponent_nodes() -> Tensor:
     of validity each are 1024 bytes.
     """
     angles = torch.arange(NODES, dtype=torch.float64) * (math.pi / (NODES - 1))
-    center, radius = (MAX_EXPONENT + MIN_EXPONENT) / 2, (MAX_EXPONENT - MIN_EXPONENT) / 2
-    return center - radius * torch.cos(angles)
+    centre, radius = (MAX_EXPONENT + MIN_EXPONENT) / 2, (MAX_EXPONENT - MIN_EXPONENT) / 2
+    return centre - radius * torch.cos(angles)
 
 
 def gradient_curves(gradients: Sequence[Tensor], log_norms: LogNormEstimator) -> list[Tensor]:
@@ -127,7 +127,7 @@ def gradient_curves(gradients: Sequence[Tensor], log_norms: LogNormEstimator) ->
 
 
 def _norm_curves(matrices: Sequence[Tensor], log_norms: LogNormEstimator, inverse_orders: Tensor) -> list[Tensor]:
-    """Return the logarithms of each matrix' norms, (k,); one by one on a CPU, where a stack would be one copy more."""
+    """Return the log norms of each matrix, (k,); one by one on a CPU, where a stack would be one copy more."""
     alike: dict[object, list[int]] = {}
     for number, X in enumerate(matrices):
         alike.setdefault(number if X.device.type == "cpu" else (X.shape, X.dtype), []).append(number)

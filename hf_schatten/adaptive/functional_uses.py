@@ -47,7 +47,7 @@ _All = Iterator[_Found]
 
 
 class FunctionalUses(TorchFunctionMode):
-    """Sees every function of a forward, and offers the inputs of the weights that no module is called with.
+    """A mode that sees all functions of a forward, and offers the inputs of the weights that no module is called with.
 
     A weight whose module is called is sampled by that module's hook, which says so by :meth:`called`, and is not
     looked for again. So only the first forward that is watched looks at every layer.

@@ -77,7 +77,7 @@ class _NoHook:
 
 
 class Probe:
-    """Samples the inputs of modules while armed.
+    """Hooks that sample the inputs of modules while armed.
 
     Counts each training forward once, as soon as a gradient comes back to its output. So evaluation, ``no_grad``, the
     forward of gradient checkpointing of either kind that is not differentiated, and the pass of DoRA that only

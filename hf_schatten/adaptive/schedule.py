@@ -9,7 +9,7 @@ from hf_schatten.optim.policy import Optimized, Policy
 
 
 class ScheduledP(Policy):
-    """Moves s = 1/p of the named matrices linearly in the step from ``1/start`` to ``1/end``, where it then stays.
+    """A policy that moves s = 1/p of the named matrices linearly in the step from ``1/start`` to ``1/end``.
 
     The number of steps is None until a Trainer says how long it trains.
     """

@@ -19,7 +19,7 @@ _POWER_ITERATIONS = 20
 
 
 class UpdateSizes:
-    """Gathers on one step what processes know: each of the updates that it computes and the weights that it owns."""
+    """What processes know of one step: each of the updates that it computes and the weights that it owns."""
 
     def __init__(self) -> None:
         self._norms: dict[str, Tensor] = {}  # of the weights before the update
@@ -42,7 +42,7 @@ class UpdateSizes:
             self._updates[matrix.name] = stable_rank[0], frobenius[0] * factor * matrix.learning_rate
 
     def end(self, matrices: Sequence[Matrix], alone: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return stable rank ‖ΔW‖²_F / ‖ΔW‖²₂ and relative size ‖ΔW‖_F / ‖W‖_F, scalars, by the matrix' name.
+        """Return stable rank ‖ΔW‖²_F / ‖ΔW‖²₂ and relative size ‖ΔW‖_F / ‖W‖_F, scalars, by the matrix's name.
 
         Those of matrices that no process has updated are missing. Every process must call it.
 

@@ -46,7 +46,7 @@ _MISSING = (
 
 
 class Agreement:
-    """Finds out whether all processes take the same steps. A process that has found others different asks no more.
+    """What a process knows of the others: whether all take the same steps. Once they differ, it asks no more.
 
     Attributes:
         together: whether they do, as far as is known.
@@ -96,7 +96,14 @@ class Agreement:
 
 @contextmanager
 def naming_the_missing(step: str) -> Iterator[None]:
-    """Say of an error of a collective that other processes have not come to it."""
+    """Say of an error of a collective that other processes have not come to it.
+
+    Args:
+        step: what the collective is for, as the message says it.
+
+    Raises:
+        RuntimeError: in place of the collective's own.
+    """
     try:
         yield
     except RuntimeError as error:

@@ -36,7 +36,7 @@ _models: dict[int, weakref.ref[nn.Module]] = {}  # of Trainers, by the identity 
 
 
 class SchattenCallback(TrainerCallback):
-    """Logs the learned p and draws it at the end of training; does nothing with other optimizers.
+    """A callback that logs the learned p and draws it at the end of training; idle with other optimizers.
 
     ``import hf_schatten`` adds it to every Trainer, before all loggers, since it adds to what they get. A step that
     re-estimates p is always logged: the summary ``schatten_p_min``, ``schatten_p_median`` and ``schatten_p_max``, and

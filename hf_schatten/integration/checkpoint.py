@@ -147,7 +147,11 @@ def load_optimizer(optimizer: SchattenP, folder: Folder) -> None:
 
 @contextmanager
 def naming_damaged_files(checkpoint: Folder) -> Iterator[None]:
-    """Turn errors of readers that name no file, such as torch's and safetensors', into a CheckpointError that does."""
+    """Turn errors of readers that name no file, such as torch's and safetensors', into one that does.
+
+    Raises:
+        CheckpointError: when a file of the checkpoint is truncated, missing or of another kind.
+    """
     try:
         yield
     except (SafetensorError, OSError, EOFError, UnpicklingError, RuntimeError) as error:
@@ -188,9 +192,12 @@ def newest_complete_checkpoint(output_dir: Folder) -> Path | None:
 
 
 def require_same_checkpoint(checkpoint: Path | None) -> None:
-    """Raise a CheckpointError unless all processes, which must all call it, resume a checkpoint of one name.
+    """Refuse to resume checkpoints of several names; all processes must call it.
 
     Machines without a common folder may have different ones, and would go on from different steps.
+
+    Raises:
+        CheckpointError: when the names differ.
     """
     names = gather_object([checkpoint.name if checkpoint else "none"])
     if len(set(names)) > 1:
@@ -202,10 +209,13 @@ def require_same_checkpoint(checkpoint: Path | None) -> None:
 
 
 def load_learned_p(checkpoint: Folder) -> dict[str, float]:
-    """Return the learned p by matrix name (the parameter's, and the part's where it has several).
+    """Return the learned p of every matrix in a checkpoint.
 
     Args:
         checkpoint: folder ``checkpoint-<step>`` of a ``SchattenTrainer``, or of a plain ``Trainer``.
+
+    Returns:
+        p by the matrix's name: the parameter's, and the part's where it has several.
 
     Raises:
         CheckpointError: when the folder holds no such state, or the file cannot be read.

@@ -46,7 +46,7 @@ def create_schatten_optimizer(
     """Make the optimizer of a model: matrices to the Schatten-p update, all other parameters to AdamW.
 
     With ``p="adaptive"``, hooks on the model sample the inputs of the routed layers on due steps, and the optimizer
-    re-estimates each matrix' p in its own ``step()``: a bare training loop needs nothing else.
+    re-estimates the p of each matrix in its own ``step()``: a bare training loop needs nothing else.
 
     Args:
         model: a ``PreTrainedModel``, a PEFT model or any ``nn.Module``; of the latter, name the output head in
@@ -64,11 +64,14 @@ def create_schatten_optimizer(
             backbone.
         verbose: print the routing table, and a fitted target's accuracy, on the main process, unless the option
             ``report`` is ``none``. Default True.
-        **fields: of :class:`SchattenOptions`, in place of ``options``, such as ``p=4`` or ``p_interval=50``.
+        **fields: of :class:`hf_schatten.SchattenOptions`, in place of ``options``, such as ``p=4``. Default none.
+
+    Returns:
+        the optimizer, whose groups name the model's parameters.
 
     Raises:
         TypeError: when ``model`` is not a model.
-        OptionError: on an unknown or malformed option.
+        OptionError: when an option is unknown or malformed.
         ValueError: when a function given as target has values that are not finite, or all zero.
         RoutingError: when no matrix is routed, a pattern matches nothing, or groups have parameters of another model.
         CheckpointError: when the checkpoint of ``p_init`` cannot be read, or has no matrix of this model.

@@ -46,7 +46,7 @@ else:
 
 
 class SchattenTrainerMixin(_Base):
-    """Gives any Trainer checkpoints with the optimizer state and the learned p in safetensors, and its card a section.
+    """What gives any Trainer checkpoints of the optimizer in safetensors, with the learned p, and its card a section.
 
     Name it before the Trainer: ``class MyTrainer(SchattenTrainerMixin, SFTTrainer): pass``; likewise with
     ``Seq2SeqTrainer``, ``DPOTrainer`` and others. Takes the arguments of that Trainer. With ``optim="schatten_p"`` (or
@@ -79,7 +79,13 @@ class SchattenTrainerMixin(_Base):
             )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as the Trainer does; ``resume_from_checkpoint=True`` passes over checkpoints that are incomplete.
+        """Train as the Trainer does.
+
+        Args:
+            resume_from_checkpoint: folder of a checkpoint, or True for the newest in the output folder that is
+                complete. Default None: from the start.
+            *args: as the Trainer takes them.
+            **kwargs: likewise.
 
         Raises:
             CheckpointError: when processes resume different ones.
@@ -193,7 +199,7 @@ class SchattenTrainerMixin(_Base):
 
 
 class SchattenTrainer(SchattenTrainerMixin, Trainer):
-    """A ``Trainer``, with its arguments, and with the checkpoints and card of :class:`SchattenTrainerMixin`."""
+    """A ``Trainer`` with the checkpoints and the card of :class:`SchattenTrainerMixin`; takes Trainer's arguments."""
 
 
 def _destinations(optimizer: SchattenP) -> dict[str, tuple[int, int]]:

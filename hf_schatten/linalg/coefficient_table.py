@@ -22,9 +22,15 @@ Argument = TypeVar("Argument", np.ndarray, Tensor)
 
 @dataclass(frozen=True)
 class Coefficients:
-    """One column: the polynomial iteration ``x ↦ Σ_k w_k y_k``, an odd function on (0, 1].
+    """A polynomial iteration ``x ↦ Σ_k w_k y_k``, an odd function on (0, 1].
 
-    ``y_0 = x`` and ``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵`` for k = 1 … K; of w there are K + 1.
+    ``y_0 = x`` and ``y_k = a_k y_{k-1} + b_k y_{k-1}³ + c_k y_{k-1}⁵`` for k = 1 … K.
+
+    Attributes:
+        a: K coefficients of y.
+        b: K coefficients of y³.
+        c: K coefficients of y⁵.
+        w: K + 1 weights of the iterates.
     """
 
     a: tuple[float, ...]
@@ -34,7 +40,11 @@ class Coefficients:
 
     @classmethod
     def from_row(cls, row: Sequence[float]) -> "Coefficients":
-        """Split one sequence of 4K + 1 numbers: a, b, c and w."""
+        """Split one sequence of 4K + 1 numbers: a, b, c and w.
+
+        Args:
+            row: as :attr:`row` has them.
+        """
         steps = len(row) // 4
         a, b, c, w = (tuple(row[k * steps : (k + 1) * steps + k // 3]) for k in range(4))
         return cls(a, b, c, w)
@@ -46,11 +56,18 @@ class Coefficients:
 
     @property
     def steps(self) -> int:
-        """Number of steps K."""
+        """The number of steps K."""
         return len(self.a)
 
     def transfer(self, x: Argument) -> Argument:
-        """What the iteration makes of singular values x, an array or tensor of any shape."""
+        """Return what the iteration makes of singular values.
+
+        Args:
+            x: an array or tensor of any shape.
+
+        Returns:
+            values of the shape and dtype of x.
+        """
         y = x
         total = self.w[0] * y
         for a, b, c, weight in zip(self.a, self.b, self.c, self.w[1:], strict=True):
@@ -60,13 +77,13 @@ class Coefficients:
 
 
 def table_filename(steps: int) -> str:
-    """Name of the data file that holds the columns for ``steps`` Newton–Schulz steps."""
+    """Return the name of the data file that holds the columns for ``steps`` Newton–Schulz steps."""
     return f"spectral_power_{steps}_steps.json"
 
 
 @functools.cache
 def load_table(steps: int) -> dict[str, Any]:
-    """Read the stored table for one of `NS_STEPS`.
+    """Read the stored table for one of :data:`hf_schatten.options.NS_STEPS`.
 
     ``columns``: one dict for each of the exponents ``s``, ascending from -0.25 to 1, with the coefficients ``a``,
     ``b``, ``c``, ``w`` and the fit's ``max_error`` (absolute) and ``relative_error`` (root mean square over log x,
@@ -74,7 +91,7 @@ def load_table(steps: int) -> dict[str, Any]:
     the fit of the columns began.
 
     Raises:
-        ValueError: If no table is stored for ``steps``.
+        ValueError: when no table is stored for ``steps``.
     """
     if steps not in NS_STEPS:
         raise ValueError(f"steps must be one of {NS_STEPS}, got {steps!r}")
@@ -90,7 +107,7 @@ _COLUMNS: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
 
 @torch.compiler.assume_constant_result
 def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """All columns, s first, as one tensor (columns, 4K + 2) on ``device``; cached, so that no call copies it again."""
+    """Return all columns, s first, as one tensor (columns, 4K + 2) on ``device``, from memory after the first call."""
     key = steps, dtype, device
     if key not in _COLUMNS:
         rows = [[c["s"], *c["a"], *c["b"], *c["c"], *c["w"]] for c in load_table(steps)["columns"]]
@@ -99,12 +116,12 @@ def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def interpolate(s: Tensor, steps: int) -> Tensor:
-    """Rows of `Coefficients`, (B, 4K + 1), for exponents s (B,): linear between the stored columns, hence continuous.
+    """Return rows of coefficients (B, 4K + 1) for exponents s (B,): linear between the stored columns.
 
     s is float32 or float64, which the rows are too, and clamped to [-0.25, 1]. NaN gives NaN.
 
     Raises:
-        ValueError: If no table is stored for ``steps``.
+        ValueError: when no table is stored for ``steps``.
     """
     table = _columns(steps, s.dtype, s.device)
     nodes = table[:, 0].contiguous()

@@ -22,11 +22,11 @@ _WORTHWHILE = 2
 
 _RESOLVED = 0.1  # residual of a Ritz pair, relative to its value, below which the value counts once
 _CORRECTION = 4.0  # largest factor between the quadrature's energy and the true one: beyond, it is all rounding
-_SHIFT = 1e-13  # of a Gram matrix' diagonal, relative to its trace: above the rounding of float64
+_SHIFT = 1e-13  # of a Gram matrix's diagonal, relative to its trace: above the rounding of float64
 
 
 def lanczos_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Stochastic Lanczos quadrature whose large nodes count once.
+    """Estimate spectra by stochastic Lanczos quadrature whose large nodes count once.
 
     A Ritz value of the space is a node of the quadrature of ``tr f(X Xᵀ)``, weighted by its share in the random
     block (S. Ubaru, J. Chen and Y. Saad 2017, "Fast Estimation of tr(f(A)) via Stochastic Lanczos Quadrature"). Of the
@@ -35,7 +35,7 @@ def lanczos_spectrum(X: Tensor) -> tuple[Tensor, Tensor]:
     the squared Frobenius norm, both of which are known.
 
     Returns:
-        Logarithms of singular values and of their multiplicities, (B, d + 1) float64 each; all m of a small X.
+        logarithms of singular values and of their multiplicities, (B, d + 1) float64 each; all m of a small X.
     """
     if X.shape[-2] <= _WORTHWHILE * _WIDTH * _LANCZOS_DEPTH:
         log_sigma = _gram_log_spectrum(X.to(torch.float64))  # cheap, and the same to 1e-6 however a batch is cut

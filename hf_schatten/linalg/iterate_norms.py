@@ -103,13 +103,13 @@ def _weights(device: torch.device) -> Tensor:
 
 
 def fit_points() -> Tensor:
-    """Singular values, relative to a norm, that weights of iterates are fitted on: log-uniform, float64."""
+    """Return singular values, relative to a norm, that weights of iterates are fitted on: log-uniform, float64."""
     low, high = torch.tensor(_FIT_RANGE, dtype=torch.float64).log10()
     return torch.logspace(low, high, FIT_POINTS, dtype=torch.float64)
 
 
 def ridge_regression(design: Tensor, targets: Tensor) -> Tensor:
-    """Weights (..., features, k) of features (..., points, features) to targets (..., points, k), all float64."""
+    """Return weights (..., features, k) of features (..., points, features) to targets (..., points, k), float64."""
     ridge = _FIT_RIDGE**2 * torch.eye(design.shape[-1], dtype=torch.float64)
     return torch.linalg.solve(design.mT @ design + ridge, design.mT @ targets)
 

@@ -13,7 +13,7 @@ different powers lie close together, with u from 1.5 to 2.8 and d from 0 to 1.5,
 like ``a + b + c = 1`` the same fits lie far apart, and most of what lies between them explodes.
 
 All columns of a family are fitted at once: the shapes are curves in the family's parameter. The stored tables are the
-family of the exponents s (``benchmarks/spectral_power/fit_tables.py``); `least_squares` fits one column.
+family of the exponents s (``benchmarks/spectral_power/fit_tables.py``); :func:`least_squares` fits one column.
 """
 
 from collections.abc import Callable
@@ -57,15 +57,15 @@ class MultiscaleFit:
     """The problem of fitting S columns of K steps to S targets on N points.
 
     Attributes:
-        steps: Number of Newton–Schulz steps K.
-        x: Points in (0, 1], (N,). All weigh the same: their density is the measure of the error.
-        targets: Values of the targets at the points, (S, N).
-        basis: Values of the D basis functions of the curves at the columns, (S, D).
-        damping: Of the weights of X_1 … X_K in each column, relative to the target's root mean square, (S,). Large
+        steps: number of Newton–Schulz steps K.
+        x: points in (0, 1], (N,). All weigh the same: their density is the measure of the error.
+        targets: values of the targets at the points, (S, N).
+        basis: values of the D basis functions of the curves at the columns, (S, D).
+        damping: of the weights of X_1 … X_K in each column, relative to the target's root mean square, (S,). Large
             weights that cancel amplify half precision's rounding, and jump from column to column. X_0 is never
             rounded and goes free, so that the target x is met exactly.
-        importance: Of each column, (S,).
-        roughness: Quadratic form in the curves that the objective contains, (D, D), positive definite: it keeps a
+        importance: of each column, (S,).
+        roughness: quadratic form in the curves that the objective contains, (D, D), positive definite: it keeps a
             step that a column does not need from running off to infinity.
     """
 
@@ -78,7 +78,7 @@ class MultiscaleFit:
     roughness: Array
 
     def steps_of(self, curves: Array) -> tuple[Array, Array, Array]:
-        """The coefficients ``(a, b, c)``, each (S, K), of curves (2K, D)."""
+        """Return the coefficients ``(a, b, c)``, each (S, K), of curves (2K, D)."""
         u, d = self._shapes(curves)
         gamma = _gamma(u, d)
         return (1.5 + gamma) * u, -(0.5 + 2 * gamma) * u**3, gamma * u**5
@@ -89,7 +89,7 @@ class MultiscaleFit:
         return np.exp(np.clip(log_u, -_LARGEST_LOG_STRETCH, _LARGEST_LOG_STRETCH)), d
 
     def columns(self, curves: Array, weights: Array) -> list[Coefficients]:
-        """The S columns of curves (2K, D) and weights (S, K + 1), rounded as they are stored."""
+        """Return the S columns of curves (2K, D) and weights (S, K + 1), rounded as they are stored."""
         groups = [*self.steps_of(curves), weights]
         return [
             Coefficients(*map(tuple, column)) for column in zip(*(g.round(9).tolist() for g in groups), strict=True)
@@ -200,20 +200,24 @@ def _gamma(u: Array, d: Array) -> Array:
 
 
 def _gamma_derivatives(u: Array, d: Array) -> tuple[Array, Array]:
-    """∂γ/∂(log u) and ∂γ/∂d."""
+    """Return ∂γ/∂(log u) and ∂γ/∂d."""
     by_d = -1 / (u * (1 + u**2) ** 2)
     peak = _gamma(u, np.zeros_like(d))
     return peak * (u / (u + 2) - 1 - 2 * u / (u + 1)) - d * by_d * (1 + 4 * u**2 / (1 + u**2)), by_d
 
 
 def least_squares(f_target: Callable[[Array], Array], steps: int, *, lowest: float) -> Coefficients:
-    """Fit any function of the singular values ("Interpolating Between SGD and Muon"), from the nearest stored column.
+    """Fit any function of the singular values, from the nearest stored column.
 
     It covers [lowest, 1], relative to the Schatten-8 norm, in 3 to 8 Newton–Schulz steps. The step function
-    ``1[x = x_max]`` is out of a polynomial's reach: use `hf_schatten.linalg.top_singular_direction`.
+    ``1[x = x_max]`` is out of a polynomial's reach: use :func:`hf_schatten.linalg.top_singular_direction`.
 
     Raises:
-        ValueError: If ``lowest`` is outside (0, 1) or there is no table to start ``steps`` steps from.
+        ValueError: when ``lowest`` is outside (0, 1), there is no table to start ``steps`` steps from, or the iterates
+            of every start overflow.
+
+    Source:
+        "Interpolating Between SGD and Muon".
     """
     if not 0 < lowest < 1:
         raise ValueError(f"lowest must lie in (0, 1), got {lowest!r}")
@@ -228,7 +232,7 @@ def least_squares(f_target: Callable[[Array], Array], steps: int, *, lowest: flo
 
 
 def fit_points(count: int, lowest: float) -> Array:
-    """Points in [lowest, 1], equally spaced in a small power of x: nearly log-uniform, but denser towards 1.
+    """Return points in [lowest, 1], equally spaced in a small power of x: nearly log-uniform, but denser towards 1.
 
     Spectra spread over decades, each of which must count; the largest values carry most of the result's norm.
     """
@@ -236,6 +240,6 @@ def fit_points(count: int, lowest: float) -> Array:
 
 
 def curve_basis(exponents: Array, degree: int) -> Array:
-    """Chebyshev polynomials of s on [-0.25, 1], shape (S, degree + 1)."""
+    """Return Chebyshev polynomials of s on [-0.25, 1], shape (S, degree + 1)."""
     centre, half = (MAX_EXPONENT + MIN_EXPONENT) / 2, (MAX_EXPONENT - MIN_EXPONENT) / 2
     return np.asarray(chebyshev.chebvander((exponents - centre) / half, degree), dtype=np.float64)

@@ -1,8 +1,9 @@
 """Schatten norms, their dual orders, and what is measured with them: stable rank and relative size.
 
 Exact to float64 rounding, by the SVD, whatever the scale. A zero matrix has norm 0; a matrix with NaN or inf gives NaN
-and leaves the rest of its batch alone. Definitions are those of F. L. Cesista 2025, "Steepest Descent Under Schatten-p
-Norms".
+and leaves the rest of its batch alone.
+
+Source: F. L. Cesista 2025, "Steepest Descent Under Schatten-p Norms".
 """
 
 import math
@@ -12,22 +13,36 @@ from torch import Tensor
 
 
 def dual_order(order: float) -> float:
-    """The order q with ``1/order + 1/q = 1``, whose Schatten norm is the dual one (corollary 3 of the source).
+    """Return the order q with ``1/order + 1/q = 1``, whose Schatten norm is the dual one.
+
+    Args:
+        order: of a norm, in [1, inf].
 
     Raises:
-        ValueError: If order lies outside [1, inf].
+        ValueError: when order lies outside [1, inf].
+
+    Source:
+        "Steepest Descent Under Schatten-p Norms", corollary 3.
     """
     _check_order(order)
     return math.inf if order == 1 else 1 + 1 / (order - 1)
 
 
 def schatten_norm(X: Tensor, order: float) -> Tensor:
-    """``(Σ σ_i^order)^{1/order}``: 1 is the nuclear, 2 the Frobenius, inf the spectral norm (definition 1).
+    """Return ``(Σ σ_i^order)^{1/order}``: order 1 is the nuclear, 2 the Frobenius, inf the spectral norm.
 
-    Of X (..., m, n), floating point, in a shape (...) and X's dtype.
+    Args:
+        X: matrices (..., m, n), floating point.
+        order: of the norm, in [1, inf].
+
+    Returns:
+        norms (...), of X's dtype.
 
     Raises:
-        ValueError: If order lies outside [1, inf], or X is not floating point or has fewer than two dimensions.
+        ValueError: when order lies outside [1, inf], or X is not floating point or has fewer than two dimensions.
+
+    Source:
+        "Steepest Descent Under Schatten-p Norms", definition 1.
     """
     _check_order(order)
     relative, largest = relative_to_largest(_singular_values(X))
@@ -35,23 +50,40 @@ def schatten_norm(X: Tensor, order: float) -> Tensor:
 
 
 def stable_rank(X: Tensor) -> Tensor:
-    """``‖X‖_F² / ‖X‖_2²``, between 1 and the rank, of X's dtype; 0 for a zero matrix (definition 7).
+    """Return ``‖X‖_F² / ‖X‖_2²``, between 1 and the rank; 0 for a zero matrix.
+
+    Args:
+        X: matrices (..., m, n), floating point.
+
+    Returns:
+        stable ranks (...), of X's dtype.
 
     Raises:
-        ValueError: If X (..., m, n) is not floating point or has fewer than two dimensions.
+        ValueError: when X is not floating point or has fewer than two dimensions.
+
+    Source:
+        "Steepest Descent Under Schatten-p Norms", definition 7.
     """
     relative, _ = relative_to_largest(_singular_values(X))
     return relative.square().sum(-1).to(X.dtype)
 
 
 def relative_size(update: Tensor, W: Tensor, order: float) -> Tensor:
-    """``‖update‖ / ‖W‖``, update (..., m, n) and what it is added to, in one Schatten norm (definition 6).
+    """Return ``‖update‖ / ‖W‖`` in the Schatten norm of an order.
 
-    The leading dimensions of W broadcast to those of update, whose dtype the result has. It is inf where only W is
-    zero, NaN where both are.
+    Args:
+        update: matrices (..., m, n).
+        W: weights (..., m, n), to which the update is added; the leading dimensions broadcast to those of ``update``.
+        order: of both norms, in [1, inf].
+
+    Returns:
+        ratios (...), of the dtype of ``update``: inf where only W is zero, NaN where both are.
 
     Raises:
-        ValueError: If order lies outside [1, inf], or a matrix has fewer than two dimensions.
+        ValueError: when order lies outside [1, inf], or a matrix has fewer than two dimensions.
+
+    Source:
+        "Steepest Descent Under Schatten-p Norms", definition 6.
     """
     return (schatten_norm(update.double(), order) / schatten_norm(W.double(), order)).to(update.dtype)
 
@@ -64,7 +96,7 @@ def scaled_to_unit(X: Tensor) -> tuple[Tensor, Tensor]:
         Where X has a NaN or inf the matrix is zero and the scale is that: multiplied, NaN.
 
     Raises:
-        ValueError: If X is not floating point or has fewer than two dimensions.
+        ValueError: when X is not floating point or has fewer than two dimensions.
     """
     if X.ndim < 2 or not X.is_floating_point():
         raise ValueError(f"X must be floating point with two dimensions or more, got {X.dtype} {tuple(X.shape)}")
@@ -83,7 +115,7 @@ def relative_to_largest(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _singular_values(X: Tensor) -> Tensor:
-    """float64 singular values of X (..., m, n), shape (..., min(m, n))."""
+    """Return float64 singular values of X (..., m, n), shape (..., min(m, n))."""
     unit, scale = scaled_to_unit(X)
     return torch.linalg.svdvals(unit) * scale.squeeze(-1)
 

@@ -44,21 +44,24 @@ def spectral_power(
 ) -> Tensor:
     """Approximate ``U diag(σ^{1/p}) Vᵀ`` of each matrix, each with its own p, in one batched call.
 
-    The result has X's shape and dtype. The scale of X is kept: p = 1 returns X to rounding, and ``t·X`` gives
-    ``t^{1/p}`` times the result of X. A zero matrix gives zero; one with NaN or inf gives NaN and leaves the rest of
-    its batch alone. Nothing waits for the device. There is no gradient.
+    The scale of X is kept: p = 1 returns X to rounding, and ``t·X`` gives ``t^{1/p}`` times the result of X. A zero
+    matrix gives zero; one with NaN or inf gives NaN and leaves the rest of its batch alone. Nothing waits for the
+    device. There is no gradient.
 
     Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype; need not be contiguous.
+        X: matrices (..., m, n), floating point; need not be contiguous.
         p: 1 is X itself, ``inf`` the polar factor U Vᵀ, ``p <= -4`` is "beyond Muon" (``s = 1/p`` in [-0.25, 0)).
             A number, or a tensor on X's device that broadcasts to ``X.shape[:-2]``; a tensor's values are not checked,
             but their 1/p is clamped to [-0.25, 1].
-        steps: Newton–Schulz steps K, 3 to 8: more cost more and are more accurate.
-        compute_dtype: Dtype of the matrix products. Default: float64 for float64 X, else float32 on a CPU and
+        steps: Newton–Schulz steps K, 3 to 8: more cost more and are more accurate. Default 5, Muon's cost.
+        compute_dtype: dtype of the matrix products. Default: float64 for float64 X, else float32 on a CPU and
             bfloat16 on an accelerator.
 
+    Returns:
+        matrices of X's shape and dtype.
+
     Raises:
-        ValueError: If a number p is NaN or in (-4, 1), X is not floating point or has fewer than two dimensions,
+        ValueError: when a number p is NaN or in (-4, 1), X is not floating point or has fewer than two dimensions,
             or there is no table for ``steps``.
     """
     return measured_spectral_power(X, p, steps=steps, compute_dtype=compute_dtype)[0]
@@ -67,7 +70,7 @@ def spectral_power(
 def measured_spectral_power(
     X: Tensor, p: float | Tensor, *, steps: int = 5, compute_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return `spectral_power` O of X, and ``⟨X, O⟩`` and ``⟨O, O⟩`` of its matrices, (2, B), in the same pass."""
+    """Return the spectral power O of X, and ``⟨X, O⟩`` and ``⟨O, O⟩`` of its matrices, (2, B), in the same pass."""
     exponent = exponent_of(p)
     batch = _wide_batch(X)
     dtype = _scalar_dtype(X)
@@ -82,11 +85,16 @@ def measured_spectral_power(
 def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: torch.dtype | None = None) -> Tensor:
     """Apply any polynomial iteration to the singular values, relative to the Schatten-8 norm c of each matrix.
 
-    X (..., m, n) and ``compute_dtype`` are as in `spectral_power`, ``coefficients`` are the iteration f, for instance
-    of a `FittedTarget`. Returns ``U diag(f(σ/c)) Vᵀ``, where c exceeds the norm by 1 %, a margin for rounding.
+    Args:
+        X: matrices (..., m, n), floating point; need not be contiguous.
+        coefficients: the iteration f, for instance of a :class:`hf_schatten.linalg.FittedTarget`.
+        compute_dtype: dtype of the matrix products. Default as in :func:`spectral_power`.
+
+    Returns:
+        ``U diag(f(σ/c)) Vᵀ``, of X's shape and dtype, where c exceeds the norm by 1 %, a margin for rounding.
 
     Raises:
-        ValueError: If X is not floating point or has fewer than two dimensions.
+        ValueError: when X is not floating point or has fewer than two dimensions.
     """
     return measured_spectral_function(X, coefficients, compute_dtype=compute_dtype)[0]
 
@@ -94,7 +102,7 @@ def spectral_function(X: Tensor, coefficients: Coefficients, *, compute_dtype: t
 def measured_spectral_function(
     X: Tensor, coefficients: Coefficients, *, compute_dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return `spectral_function` O of X, and ``⟨X, O⟩`` and ``⟨O, O⟩`` of its matrices, (2, B), in the same pass."""
+    """Return the spectral function O of X, and ``⟨X, O⟩`` and ``⟨O, O⟩`` of its matrices, (2, B), in the same pass."""
     return _iterated(X, _wide_batch(X), None, coefficients.steps, list(coefficients.row), compute_dtype)
 
 
@@ -108,12 +116,19 @@ def _iterated(
 
 
 def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
-    """The exact ``U diag(σ^{1/p}) Vᵀ`` of X (..., m, n), float64, by an SVD: the reference for `spectral_power`.
+    """Return the exact ``U diag(σ^{1/p}) Vᵀ`` by an SVD in float64, the reference for :func:`spectral_power`.
 
     Singular values below ``max(m, n) · eps · σ_max`` count as zero and stay zero.
 
+    Args:
+        X: matrices (..., m, n).
+        p: a number, or a tensor that broadcasts to ``X.shape[:-2]``.
+
+    Returns:
+        matrices of X's shape, float64.
+
     Raises:
-        ValueError: If the number p is NaN or in (-4, 1).
+        ValueError: when the number p is NaN or in (-4, 1).
     """
     s = torch.as_tensor(exponent_of(p), dtype=torch.float64, device=X.device)
     U, sigma, Vh = torch.linalg.svd(X.double(), full_matrices=False)
@@ -123,7 +138,7 @@ def spectral_power_svd(X: Tensor, p: float | Tensor) -> Tensor:
 
 
 def _scalar_dtype(X: Tensor) -> torch.dtype:
-    """Dtype of norms, coefficients and the weighted sum."""
+    """Return the dtype of norms, coefficients and the weighted sum."""
     return torch.float64 if X.dtype == torch.float64 else torch.float32
 
 

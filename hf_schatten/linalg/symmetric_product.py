@@ -15,7 +15,7 @@ _SMALLEST_BLOCK = 256  # rows
 
 
 def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
-    """``A @ B`` (B, m, m) where it is known to be symmetric: only blocks on and above the diagonal are computed.
+    """Return ``A @ B`` (B, m, m) where it is known to be symmetric: only blocks on and above the diagonal are taken.
 
     A is (B, m, n), and B, (B, n, m), is ``A.mT`` or a polynomial of A; ``out`` shares no memory with them.
     """

@@ -1,8 +1,10 @@
 """Targets: what an update makes of the singular values, as named families or any function, with stated accuracy.
 
-A target f turns ``U Σ Vᵀ`` into ``U f(Σ/c) Vᵀ``, where c is the matrix' Schatten-8 norm, at least its largest singular
-value ("Interpolating Between SGD and Muon"). Functions become polynomials that are fitted once; ``top_k``, which no
-polynomial of that degree is, becomes power or subspace iteration.
+A target f turns ``U Σ Vᵀ`` into ``U f(Σ/c) Vᵀ``, where c is the Schatten-8 norm, at least the largest singular value.
+Functions become polynomials that are fitted once; ``top_k``, which no polynomial of that degree is, becomes power or
+subspace iteration.
+
+Source: "Interpolating Between SGD and Muon".
 """
 
 import functools
@@ -37,7 +39,7 @@ class FittedTarget:
     """A target as a polynomial iteration, and how far that is from it.
 
     Attributes:
-        coefficients: what `spectral_function` takes.
+        coefficients: what :func:`hf_schatten.linalg.spectral_function` takes.
         lowest: the fit covers singular values in [lowest, 1], relative to the Schatten-8 norm.
         max_error: largest absolute error there.
         relative_error: root mean square of the error over log x, relative to the target's.
@@ -57,16 +59,20 @@ class FittedTarget:
 
 @functools.lru_cache(maxsize=64)
 def fit_target(f: TargetFunction, steps: int = 5, lowest: float = 0.01) -> FittedTarget:
-    """Fit a target by `least_squares`, once for each function and number of steps: seconds, then from memory.
+    """Fit a target by least squares, once for each function and number of steps: seconds, then from memory.
 
     Args:
         f: takes an array of singular values in (0, 1], relative to the Schatten-8 norm, and returns as many numbers,
             or one. Hashable, as functions are.
-        steps: Newton–Schulz steps K, 3 to 8.
-        lowest: the fit covers [lowest, 1], and its errors are on 1000 log-uniform points there.
+        steps: Newton–Schulz steps K, 3 to 8. Default 5.
+        lowest: the fit covers [lowest, 1], and its errors are on 1000 log-uniform points there. Default 0.01.
+
+    Returns:
+        the fitted target, with its errors.
 
     Raises:
-        ValueError: when f is not finite or zero everywhere on [lowest, 1], or as `least_squares`.
+        ValueError: when f is not finite or zero everywhere on [lowest, 1], lowest is outside (0, 1), or there is no
+            table for ``steps``.
     """
     x = np.geomspace(lowest, 1, _ACCURACY_POINTS)
     target = _values(f, x)
@@ -90,15 +96,21 @@ def _values(f: TargetFunction, x: Array) -> Array:
 
 
 def top_singular_direction(X: Tensor, *, squarings: int = 6) -> Tensor:
-    """The rank-1 matrix ``u₁ v₁ᵀ``, i.e. the target ``1[σ = σ_max]`` ("Interpolating Between SGD and Muon").
+    """Return the rank-1 matrix ``u₁ v₁ᵀ``, i.e. the target ``1[σ = σ_max]``.
 
-    The steepest descent of order 1, by power iteration without a random start: ``(X Xᵀ)^{2^squarings}`` tends to a
-    multiple of ``u₁ u₁ᵀ``, whose column with the largest diagonal element is the start of a last step.
+    It is the steepest descent of order 1, by power iteration without a random start: ``(X Xᵀ)^{2^squarings}`` tends to
+    a multiple of ``u₁ u₁ᵀ``, whose column with the largest diagonal element is the start of a last step.
 
     Args:
-        X: Matrices, shape (..., m, n), float32 or float64; zero gives zero.
-        squarings: Matrix products of the smaller side; the neighbour is suppressed by ``(σ₂/σ₁)^{2^(squarings + 1)}``,
-            1/600 at a gap of 5 % by default.
+        X: matrices (..., m, n), float32 or float64; zero gives zero.
+        squarings: matrix products of the smaller side; the neighbour is suppressed by ``(σ₂/σ₁)^{2^(squarings + 1)}``.
+            Default 6: by 600 at a gap of 5 %.
+
+    Returns:
+        matrices of X's shape and dtype.
+
+    Source:
+        "Interpolating Between SGD and Muon".
     """
     if X.shape[-2] > X.shape[-1]:
         return top_singular_direction(X.mT, squarings=squarings).mT
@@ -115,20 +127,23 @@ def top_singular_direction(X: Tensor, *, squarings: int = 6) -> Tensor:
 
 
 def top_k_direction(X: Tensor, k: int, *, iterations: int = 16) -> Tensor:
-    """The partial isometry ``U_k V_kᵀ`` of the k largest singular values: 1 for these, 0 for the rest.
+    """Return the partial isometry ``U_k V_kᵀ`` of the k largest singular values: 1 for these, 0 for the rest.
 
     Subspace iteration from a fixed start, by products of X with k columns and QR decompositions. Where σ_{k+1} is
     close to σ_k the block mixes their vectors, weighted by ``(σ_{k+1}/σ_k)^{2 iterations}``: the result still has k
     singular values of 1, and on a Gaussian matrix, which has no gap, ``⟨X, U_k V_kᵀ⟩`` is 99 % of its maximum.
 
     Args:
-        X: Matrices, shape (..., m, n), of a floating point dtype. Singular values below 5e-4 of the largest come out
-            below 1, and zero stays zero.
-        k: At least 1; from min(m, n) on, the result is the polar factor.
-        iterations: Products with X and with Xᵀ, as many of each.
+        X: matrices (..., m, n), floating point. Singular values below 5e-4 of the largest come out below 1, and zero
+            stays zero.
+        k: at least 1; from min(m, n) on, the result is the polar factor.
+        iterations: products with X and with Xᵀ, as many of each. Default 16.
+
+    Returns:
+        matrices of X's shape and dtype.
 
     Raises:
-        ValueError: If k is below 1, or X is not floating point or has fewer than two dimensions.
+        ValueError: when k is below 1, or X is not floating point or has fewer than two dimensions.
     """
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k!r}")
@@ -152,13 +167,13 @@ def _normalised(x: Tensor) -> Tensor:
 
 
 def _start(like: Tensor, k: int) -> Tensor:
-    """The same Gaussian columns (m, k) for every matrix, from a generator of their own."""
+    """Return the same Gaussian columns (m, k) for every matrix, from a generator of their own."""
     generator = torch.Generator().manual_seed(_START_SEED)
     return torch.randn(like.shape[-2], k, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def _polar_factor(X: Tensor) -> Tensor:
-    """The polar factor of small matrices (..., k, k) to rounding: `spectral_power`, then Newton–Schulz steps."""
+    """Return the polar factor of small matrices (..., k, k) to rounding: the spectral power, then Newton–Schulz."""
     Y = spectral_power(X, math.inf, compute_dtype=X.dtype)
     for _ in range(_POLISHING_STEPS):
         Y = 1.5 * Y - 0.5 * (Y @ Y.mT) @ Y
@@ -179,10 +194,10 @@ class Power:
     def direction(
         self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Apply the target to matrices X (..., m, n), whose p is (...); the rest as in `spectral_power`.
+        """Apply the target to matrices X (..., m, n), whose p is (...); the rest as in :func:`spectral_power`.
 
         Returns:
-            O, of the shape of X, and the inner products ``⟨X, O⟩`` and ``⟨O, O⟩``, (2, B).
+            the update direction O, of the shape of X, and the inner products ``⟨X, O⟩`` and ``⟨O, O⟩``, (2, B).
         """
         return measured_spectral_power(X, p, steps=steps, compute_dtype=compute_dtype)
 
@@ -202,7 +217,7 @@ class TopK:
     def direction(
         self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`top_singular_direction` for k = 1, else `top_k_direction`."""
+        """Return what :func:`top_singular_direction` does for k = 1, else :func:`top_k_direction`."""
         found = top_singular_direction(X) if self.k == 1 else top_k_direction(X, self.k)
         products = inner_products(X.reshape(-1, *X.shape[-2:]), found.reshape(-1, *X.shape[-2:]))
         return found, products
@@ -225,11 +240,11 @@ class Function:
     def direction(
         self, X: Tensor, p: Tensor, steps: int, compute_dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """`spectral_function` with the fitted coefficients."""
+        """Apply the polynomial with the fitted coefficients."""
         return measured_spectral_function(X, fit_target(self.f, steps).coefficients, compute_dtype=compute_dtype)
 
     def accuracy(self, steps: int) -> str:
-        """The fit's errors."""
+        """Fit the function, and say how accurate the polynomial is."""
         return str(fit_target(self.f, steps))
 
 
@@ -256,7 +271,7 @@ class SoftStep:
     """``1 / (1 + (tau/x)^8)``, for tau in (0, 1): a step at tau as steep as five Newton–Schulz steps follow.
 
     It is as close as a polynomial comes to keeping the largest singular values alone; how many are above tau is left
-    to the spectrum. With the largest below tau, see `SoftThreshold`.
+    to the spectrum. With the largest below tau, see :class:`SoftThreshold`.
     """
 
     tau: float

@@ -16,11 +16,15 @@ _WRAPPERS = {  # by their class
 
 
 class UnsupportedEngineError(RuntimeError):
-    """A training engine hands the optimizer something other than the model's own matrices."""
+    """An engine that hands the optimizer something other than the model's own matrices; the message says what."""
 
 
 def refuse_unsupported_engines(model: nn.Module) -> None:
-    """Raise UnsupportedEngineError when DeepSpeed or FSDP version 1, which flatten matrices, wraps the model."""
+    """Refuse a model that an engine has wrapped which flattens matrices.
+
+    Raises:
+        UnsupportedEngineError: when DeepSpeed or FSDP version 1 wraps the model.
+    """
     for module in model.modules():
         reason = _WRAPPERS.get(type(module).__name__)
         if reason:
@@ -55,7 +59,11 @@ def in_their_shapes(model: nn.Module) -> Iterator[None]:
 
 
 def refuse_emptied(model: nn.Module) -> None:
-    """Raise UnsupportedEngineError when an engine keeps the elements of a parameter elsewhere, and says not where."""
+    """Refuse a model whose parameters have no elements.
+
+    Raises:
+        UnsupportedEngineError: when an engine keeps the elements of a parameter elsewhere, and does not say where.
+    """
     for name, parameter in model.named_parameters():
         if not parameter.numel():
             raise UnsupportedEngineError(

@@ -118,7 +118,7 @@ LAYOUT = tuple(field.name for field in fields(Layout))  # what parameter groups 
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Return whether an ``fnmatch`` pattern matches a parameter's or matrix' name, with or without "weight"."""
+    """Return whether an ``fnmatch`` pattern matches a parameter's or matrix's name, with or without "weight"."""
     return fnmatchcase(name, pattern) or fnmatchcase(layer_name(name), pattern)
 
 

@@ -29,7 +29,7 @@ _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|
 
 
 class RoutingError(ValueError):
-    """The model cannot be routed; the message says why and what to change."""
+    """A model that cannot be routed; the message says why and what to change."""
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,20 @@ def route_parameters(
     split_heads: bool = False,
     target_modules: str | Sequence[str] | None = None,
 ) -> Routing:
-    """Decide for every parameter of a model which update it gets.
+    """Decide for every parameter of a model which update it gets; ``print`` shows the result as a table.
 
-    A parameter goes to the Schatten-p update when its module multiplies with it (:mod:`hf_schatten.matrices.storage`):
-    linear layers, convolutions of one group, attention's projections, stacks of experts, a matrix for each. What the
-    module is for decides too (:mod:`hf_schatten.matrices.anatomy`): embeddings and what is tied to one, stems, heads,
-    routers of experts and position biases stay with AdamW, and so does a matrix with a side of length 1. An adapter's
-    factors go where the weight would that they adapt. The backbone is that of the models of transformers inside the
-    model; a model without one that trains is its own: name its output head in ``exclude``.
+    A parameter goes to the Schatten-p update when its module multiplies with it: linear layers, convolutions of one
+    group, attention's projections, stacks of experts, a matrix for each. Embeddings and what is tied to one, stems,
+    heads, routers of experts and position biases stay with AdamW, and so does a matrix with a side of length 1. An
+    adapter's factors go where the weight would that they adapt.
 
     Args:
-        model: the model, bare or wrapped by DDP, ``torch.compile`` or PEFT.
-        exclude: parameter name patterns (``fnmatch``) that go to AdamW whatever they are.
+        model: bare, or wrapped by DDP, ``torch.compile`` or PEFT; of one without a transformers model inside, name
+            the output head in ``exclude``.
+        exclude: parameter name patterns (``fnmatch``) that go to AdamW whatever they are. Default none.
         fused_parts: ``pattern:part/part`` of projections that are not known, or known wrongly; see
-            :func:`hf_schatten.option_text.parse_fused_parts`.
-        split_heads: read queries, keys and values as a matrix for each head.
+            :func:`hf_schatten.option_text.parse_fused_parts`. Default none.
+        split_heads: read queries, keys and values as a matrix for each head. Default False.
         target_modules: the modules whose matrices go to the Schatten-p update, inside the backbone or not: parts of
             names, regular expressions, or ``"all-linear"``, which is the default's rule. Default none: the backbone.
 
@@ -161,7 +160,11 @@ def route_parameters(
 
 
 def require_module(model: Any) -> None:
-    """Raise a TypeError unless this is a model, and not its parameters or its name."""
+    """Refuse what is no model.
+
+    Raises:
+        TypeError: when it is not a ``torch.nn.Module``.
+    """
     if isinstance(model, nn.Module):
         return
     hint = "its modules, and not model.parameters(), say which parameters are matrices"
@@ -324,7 +327,11 @@ def _of_adapter(anatomy: Anatomy, adapter: Adapter, parameter: nn.Parameter, mod
 
 
 def require_matches(option: str, patterns: Iterable[str], names: Sequence[str]) -> None:
-    """Raise RoutingError unless every pattern of an option matches a name."""
+    """Refuse patterns of an option without a match.
+
+    Raises:
+        RoutingError: when one matches no name.
+    """
     for pattern in patterns:
         if not any(matches(pattern, name) for name in names):
             shown = ", ".join(names[:3])

@@ -56,7 +56,7 @@ class Independent:
 class Coupled(Independent):
     """All matrices together, by one oracle: their directions, one copy of the matrices, are kept until all are known.
 
-    Nothing waits for the device. The weights are a name, or a function of a matrix' name and its (out, in).
+    Nothing waits for the device. The weights are a name, or a function of a matrix's name and its (out, in).
     """
 
     def __init__(self, rule: Ball, order: float, weights: CouplingWeights | WeightFunction) -> None:

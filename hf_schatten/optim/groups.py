@@ -39,7 +39,7 @@ _NOT_OF_GROUPS = frozenset(
 
 
 class Groups:
-    """Checks the groups of an optimizer, given its options."""
+    """The checks of an optimizer's groups, given its options."""
 
     def __init__(self, options: SchattenOptions) -> None:
         self._options = options

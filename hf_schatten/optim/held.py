@@ -156,7 +156,11 @@ class Partitions(Parameters):
         return self._views
 
     def begin(self) -> list[Group]:
-        """Begin a call of ``step``, and return the partitions that it updates, with their gradients."""
+        """Begin a call of ``step``, and return the partitions that it updates, with their gradients.
+
+        Raises:
+            UnsupportedEngineError: when DeepSpeed steps tensors that it did not make of this model.
+        """
         called = {id(flat) for group in self._optimizer.param_groups for flat in group["params"]}
         self._present = [number for number, each in enumerate(self._partitions) if id(each.flat) in called]
         if not self._present:

@@ -135,7 +135,7 @@ class Matrix:
         """Return this matrix, (r, c) as stored.
 
         Args:
-            tensor: of the parameter's shape, but with this matrix' expert alone where there are experts.
+            tensor: of the parameter's shape, but with this matrix's expert alone where there are experts.
         """
         return self.layout.matrix(tensor, self._index_in_expert)
 

@@ -108,7 +108,7 @@ class Momenta:
             momentum.lerp_(gradient, 1 - matrix.group["momentum"])
 
     def of_shard(self, matrix: Matrix) -> Tensor:
-        """Return what is asked for of the rows of a matrix' parameter that this process has."""
+        """Return what is asked for of the rows of a matrix's parameter that this process has."""
         momentum = local(matrix.state[MOMENTUM])
         if not matrix.group["nesterov"]:
             return momentum

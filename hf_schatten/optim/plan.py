@@ -25,7 +25,7 @@ _RULES = "spectral", *LAYOUT, "step_rule", "scale", "precondition"
 
 
 class Planner:
-    """Makes the plan of each step, or returns that of the step before where it still holds.
+    """The maker of the plan of each step, or the keeper of the last one where it still holds.
 
     Args:
         share_work: whether processes with the same gradients share the work.

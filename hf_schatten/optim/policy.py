@@ -33,7 +33,7 @@ class Optimized(Protocol):
 
 
 class Policy:
-    """Changes the p of the named matrices of an optimizer, which calls it around every step; this one does nothing."""
+    """What changes the p of named matrices of an optimizer, which calls it around each step; this one does nothing."""
 
     estimates = 0
 

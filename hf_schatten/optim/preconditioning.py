@@ -46,7 +46,7 @@ class Preconditioner:
     """What momenta are divided by before the spectral power, and its results after it; this one is nothing.
 
     Attributes:
-        rectangles: temporaries of a matrix' shape that it needs while a stack is updated.
+        rectangles: temporaries of a matrix's shape that it needs while a stack is updated.
         takes_half_precision: whether momenta may come in the dtype of products.
     """
 

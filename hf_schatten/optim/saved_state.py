@@ -26,7 +26,7 @@ _STATE_DICT = "The optimizer's saved state"  # in messages, where no file is kno
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or is not of this model; the message names the file and what is wrong."""
+    """A checkpoint that cannot be read, or is of another model; the message names the file and what is wrong."""
 
 
 def require_own_state(state_dict: Mapping[str, Any]) -> None:

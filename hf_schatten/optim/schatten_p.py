@@ -299,7 +299,7 @@ class SchattenP(Optimizer):
             self.policy.after_load(self)
 
     def follow(self, policy: Policy) -> None:
-        """Let this policy change p from now on."""
+        """Let ``policy`` change p from now on."""
         self.stop_following()
         self.policy = policy
         policy.after_update(self)

@@ -24,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw_figures(run: Path) -> str:
-    """Draw what a run's log holds into its folder ``figures``; say what was drawn, and what was not and why."""
+    """Draw what a run's log holds into its folder ``figures``; say what was drawn, and what was not and why.
+
+    Raises:
+        LogError: when the log holds no p by layer, or there is none.
+    """
     source, log_history = read_log_history(run)
     drawn = draw_log(log_history, run)
     if not drawn:

@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from hf_schatten.exponent import exponent_of, is_close, p_label
+from hf_schatten.exponent import p_label
 from hf_schatten.matrices.layout import layer_kind, layer_name
 from hf_schatten.options import OPTIMIZER_NAME, SchattenOptions
 from hf_schatten.report.log import summary
@@ -22,22 +22,17 @@ _HEADING = "## Optimizer: Schatten-p"
 _START = re.compile(r"<!--\s*hf_schatten\b.*\bstart\b.*-->", re.IGNORECASE)
 _END = re.compile(r"<!--\s*hf_schatten\b.*\bend\b.*-->", re.IGNORECASE)
 _OTHER_SECTION = re.compile(r"##?\s")
-_LISTED = 64  # most layers that are listed one by one
 
 _RESUME = """### Resume
 
-A checkpoint carries the whole state and the learned p, so that training continues as if it had not stopped. With the
-arguments of this run:
+With the model and the arguments of this run, training goes on from a checkpoint as if it had not stopped:
 
 ```python
 import hf_schatten
 
 trainer = hf_schatten.SchattenTrainer(model, arguments, train_dataset=dataset)
 trainer.train(resume_from_checkpoint=True)
-```
-
-For another Trainer, such as trl's: `class MyTrainer(hf_schatten.SchattenTrainerMixin, SFTTrainer): pass`.
-`hf_schatten.load_learned_p(checkpoint)` reads the p of every matrix."""
+```"""
 
 
 def card_section(
@@ -57,17 +52,16 @@ def card_section(
     paragraphs = [
         _HEADING,
         "Trained with the Python package `hf_schatten`: weight matrices are updated with U Σ^(1/p) Vᵀ of their "
-        "momentum (p = 1 is SGD-like, p = ∞ is Muon, negative p lie beyond it), everything else with AdamW.",
+        "momentum (p = 1 is SGD-like, p = ∞ is Muon, negative p lie beyond it), all other parameters with AdamW.",
         _table(
             ("update", "tensors", "parameters"),
             ((name, f"{tensors:,}", f"{size:,}") for name, (tensors, size) in destinations.items() if tensors),
         ),
-        "### Options",
-        f"All that are not named have the defaults of hf_schatten {version('hf_schatten')}.",
         f"```bash\n--optim {OPTIMIZER_NAME} --optim_args {options_text(options)!r}\n```",
+        f"Other options have the defaults of hf_schatten {version('hf_schatten')}.",
     ]
     if learned_p:
-        paragraphs += ["### p by layer", *_p_paragraphs(options, learned_p)]
+        paragraphs += ["### p by layer", *_p_paragraphs(learned_p)]
     if figure is not None:
         paragraphs.append(f"![p of each layer over training]({figure.as_posix()})")
     return "\n\n".join([*paragraphs, _RESUME])
@@ -138,8 +132,8 @@ def _split(text: str) -> tuple[str, str | None, str]:
     return "\n".join(kept[: min(places)]), "\n".join(sections[0]).strip(), "\n".join(kept[min(places) :])
 
 
-def _p_paragraphs(options: SchattenOptions, learned_p: Mapping[str, float]) -> list[str]:
-    """Describe p: in a sentence where it is one number, else by kind of layer, and where the estimate left p_max."""
+def _p_paragraphs(learned_p: Mapping[str, float]) -> list[str]:
+    """Describe p: in a sentence where it is one number, else by kind of layer."""
     if len({p_label(p) for p in learned_p.values()}) == 1:
         return [f"p = {p_label(next(iter(learned_p.values())))} for all {len(learned_p)} matrices."]
     extremes = ", ".join(f"{name} {p_label(p)}" for name, p in summary(learned_p).items())
@@ -148,20 +142,7 @@ def _p_paragraphs(options: SchattenOptions, learned_p: Mapping[str, float]) -> l
         kinds.setdefault(layer_kind(layer_name(name)), {})[name] = p
     header = ("layers", "matrices", "min", "median", "max")
     rows = [(f"`{kind}`", str(len(ps)), *map(p_label, summary(ps).values())) for kind, ps in kinds.items()]
-    paragraphs = [f"Over all {len(learned_p)} matrices: {extremes}.", _table(header, rows)]
-    return paragraphs + (_below_p_max(options, learned_p) if options.adaptive else [])
-
-
-def _below_p_max(options: SchattenOptions, learned_p: Mapping[str, float]) -> list[str]:
-    """List the matrices whose estimate lies inside the range, those with the smallest p where there are many."""
-    inside = {name: p for name, p in learned_p.items() if not is_close(p, options.largest_p)}
-    if not inside:
-        return []
-    listed = set(sorted(inside, key=lambda name: exponent_of(inside[name]), reverse=True)[:_LISTED])
-    counted = f"{len(inside)} of {len(learned_p)} matrices are below p_max = {p_label(options.largest_p)}"
-    smallest = f", of which these {len(listed)} have the smallest p" if len(listed) < len(inside) else ""
-    rows = ((f"`{layer_name(name)}`", p_label(p)) for name, p in inside.items() if name in listed)
-    return [f"{counted}{smallest}:", _table(("layer", "p"), rows)]
+    return [f"Over all {len(learned_p)} matrices: {extremes}.", _table(header, rows)]
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

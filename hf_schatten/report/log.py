@@ -25,7 +25,7 @@ TRAINER_STATE_FILE = "trainer_state.json"
 
 
 class LogError(ValueError):
-    """A folder has no log that can be read; the message says what was looked for."""
+    """A folder without a log that can be read; the message says what was looked for."""
 
 
 def log_entry(
@@ -66,9 +66,13 @@ def without_layers(entry: Mapping[str, object]) -> dict[str, object]:
 
 
 def read_log_history(run: Path) -> tuple[Path, list[dict[str, Any]]]:
-    """Return the log history of a run, after the file that holds it, or raise a LogError.
+    """Return the log history of a run, after the file that holds it.
 
-    ``run`` is a checkpoint, or an output folder, whose own ``trainer_state.json`` is read, or its newest checkpoint's.
+    Args:
+        run: a checkpoint, or an output folder, whose own ``trainer_state.json`` is read, or its newest checkpoint's.
+
+    Raises:
+        LogError: when none of them can be read.
     """
     checkpoints = (folder for folder in checkpoints_of(run) if step_of(folder) >= 0)
     for folder in (run, *checkpoints):

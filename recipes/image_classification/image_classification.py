@@ -31,6 +31,7 @@ from recipes.recipe_parts.command_line import InputError, checkpoint_to_resume
 from recipes.recipe_parts.metrics import load_metric
 from recipes.recipe_parts.run_record import run_recipe
 from recipes.recipe_parts.splits import sample
+from recipes.recipe_parts.terminal import prepare_terminal
 
 logger = logging.getLogger("image_classification")
 
@@ -103,10 +104,7 @@ def accuracy_of() -> Callable[[EvalPrediction], dict[str, float]]:
 def main(argv: Sequence[str]) -> None:
     """Load, evaluate, train, evaluate, save."""
     model_args, data_args, training_args = parse_arguments(argv)
-    logging.basicConfig(
-        level=logging.INFO if training_args.should_log else logging.WARNING,
-        format="%(asctime)s %(name)s: %(message)s",
-    )
+    prepare_terminal(training_args)
     checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
@@ -130,10 +128,10 @@ def main(argv: Sequence[str]) -> None:
     train_images.set_transform(augmentation)
     eval_images.set_transform(data.Pixels(size, channels, central_share=data_args.eval_crop))
     logger.info(
-        "%s: %s classes; %s images to train on, %s to evaluate on, of %s by %s pixels; %s parameters",
+        "%s: %s classes; %s images to train on, %s to evaluate on, of %s by %s pixels",
         *(data_args.source, len(classes), len(train_images), len(eval_images), size, size),
-        f"{model.num_parameters():,}",
     )
+    logger.info("%s parameters", f"{model.num_parameters():,}")
 
     trainer = ImageClassificationTrainer(
         run=Run(

@@ -29,6 +29,7 @@ from recipes.recipe_parts.language_model import require_context
 from recipes.recipe_parts.metrics import load_metric
 from recipes.recipe_parts.run_record import run_recipe
 from recipes.recipe_parts.splits import sample
+from recipes.recipe_parts.terminal import prepare_terminal
 
 VALIDATION_SPLITS = ("validation", "test")
 
@@ -71,10 +72,7 @@ def token_accuracy() -> Callable[[EvalPrediction], dict[str, float]]:
 def main(argv: Sequence[str]) -> None:
     """Load, evaluate the base model, train adapters, evaluate, save."""
     model_args, data_args, training_args = parse_arguments(argv)
-    logging.basicConfig(
-        level=logging.INFO if training_args.should_log else logging.WARNING,
-        format="%(asctime)s %(name)s: %(message)s",
-    )
+    prepare_terminal(training_args)
     require_base(model_args.model_name_or_path)
     checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
@@ -96,10 +94,10 @@ def main(argv: Sequence[str]) -> None:
     model = add_adapters(base, model_args, training_args)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     logger.info(
-        "%s: %s examples to train on, %s to evaluate on, of %s tokens at most; %s of %s parameters are trained",
+        "%s: %s examples to train on, %s to evaluate on, of %s tokens at most",
         *(data_args.source, len(train_examples), len(eval_examples), data_args.block_size),
-        *(f"{trained:,}", f"{base.num_parameters():,}"),
     )
+    logger.info("%s of %s parameters are trained", f"{trained:,}", f"{base.num_parameters():,}")
 
     trainer = (AnsweringTrainer if answering else AdapterTrainer)(
         **answering,

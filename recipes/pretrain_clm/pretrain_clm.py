@@ -32,6 +32,7 @@ from recipes.recipe_parts.documents import load_files, load_hub_dataset
 from recipes.recipe_parts.language_model import require_context
 from recipes.recipe_parts.run_record import run_recipe
 from recipes.recipe_parts.splits import sample
+from recipes.recipe_parts.terminal import prepare_terminal
 
 logger = logging.getLogger("pretrain_clm")
 
@@ -104,10 +105,7 @@ def new_config(args: ModelArguments, tokenizer: PreTrainedTokenizerBase, block_s
 def main(argv: Sequence[str]) -> None:
     """Load, tokenize, evaluate, train, evaluate, save."""
     model_args, data_args, training_args = parse_arguments(argv)
-    logging.basicConfig(
-        level=logging.INFO if training_args.should_log else logging.WARNING,
-        format="%(asctime)s %(name)s: %(message)s",
-    )
+    prepare_terminal(training_args)
     checkpoint = checkpoint_to_resume(training_args)
     set_seed(training_args.seed)
 
@@ -125,10 +123,10 @@ def main(argv: Sequence[str]) -> None:
     eval_blocks = sample(examples["validation"], data_args.max_eval_samples)
     model = build_model(model_args, tokenizer, data_args.block_size)
     logger.info(
-        "%s: %s documents, vocabulary %s; blocks of %s tokens: %s to train, %s to evaluate; %s parameters",
-        *(data_args.source, len(documents["train"]), len(tokenizer), data_args.block_size),
-        *(len(train_blocks), len(eval_blocks), f"{model.num_parameters():,}"),
+        "%s: %s documents; blocks of %s tokens: %s to train on, %s to evaluate on",
+        *(data_args.source, len(documents["train"]), data_args.block_size, len(train_blocks), len(eval_blocks)),
     )
+    logger.info("%s parameters, vocabulary of %s tokens", f"{model.num_parameters():,}", len(tokenizer))
 
     trainer = PretrainingTrainer(
         run=Run(

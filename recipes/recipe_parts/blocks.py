@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from recipes.recipe_parts.command_line import InputError
+from recipes.recipe_parts.terminal import bars_of_datasets
 
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's name for the token between two documents
 
@@ -59,7 +60,7 @@ def make_blocks(
     num_workers: int | None = None,
     overwrite_cache: bool = False,
 ) -> DatasetDict:
-    """Tokenise the documents, join them with an end-of-text token between, and cut the stream into blocks.
+    """Tokenize the documents, join them with an end-of-text token between, and cut the stream into blocks.
 
     Args:
         documents: Splits with a column `text`.
@@ -76,25 +77,26 @@ def make_blocks(
     """
     if tokenizer.eos_token_id is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path} has no eos_token to put between documents.")
-    tokens = documents.map(
-        tokenize,
-        batched=True,
-        remove_columns=["text"],
-        features=BLOCK_FEATURES,
-        fn_kwargs={"tokenizer": tokenizer},
-        num_proc=num_workers,
-        load_from_cache_file=not overwrite_cache,
-        desc="Tokenizing",
-    )
-    blocks = tokens.map(
-        cut_into_blocks,
-        batched=True,
-        features=BLOCK_FEATURES,
-        fn_kwargs={"block_size": block_size},
-        num_proc=num_workers,
-        load_from_cache_file=not overwrite_cache,
-        desc=f"Cutting into blocks of {block_size} tokens",
-    )
+    with bars_of_datasets(sum(map(len, documents.values()))):
+        tokens = documents.map(
+            tokenize,
+            batched=True,
+            remove_columns=["text"],
+            features=BLOCK_FEATURES,
+            fn_kwargs={"tokenizer": tokenizer},
+            num_proc=num_workers,
+            load_from_cache_file=not overwrite_cache,
+            desc="Tokenizing",
+        )
+        blocks = tokens.map(
+            cut_into_blocks,
+            batched=True,
+            features=BLOCK_FEATURES,
+            fn_kwargs={"block_size": block_size},
+            num_proc=num_workers,
+            load_from_cache_file=not overwrite_cache,
+            desc=f"Cutting into blocks of {block_size} tokens",
+        )
     for split in blocks:
         if len(blocks[split]) == 0:
             total = sum(len(row) for row in tokens[split]["input_ids"])

@@ -11,6 +11,7 @@ from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 
 from recipes.recipe_parts.command_line import InputError
 from recipes.recipe_parts.splits import is_held_out
+from recipes.recipe_parts.terminal import bars_of_datasets
 
 # `load_dataset` builders by file suffix. A plain text file holds documents separated by empty lines.
 BUILDERS: dict[str, tuple[str, dict[str, str]]] = {
@@ -116,12 +117,13 @@ def _read_documents(paths: list[Path], read: Callable[[str], str]) -> Dataset:
     digest = hashlib.sha256()
     for path in paths:
         digest.update(path.read_bytes())
-    return Dataset.from_generator(
-        _generate_documents,
-        features=Features({"text": Value("string")}),
-        gen_kwargs={"paths": [str(path) for path in paths], "read": read},
-        fingerprint=digest.hexdigest()[:16],
-    )
+    with bars_of_datasets(len(paths)):
+        return Dataset.from_generator(
+            _generate_documents,
+            features=Features({"text": Value("string")}),
+            gen_kwargs={"paths": [str(path) for path in paths], "read": read},
+            fingerprint=digest.hexdigest()[:16],
+        )
 
 
 def _generate_documents(paths: Iterable[str], read: Callable[[str], str]) -> Iterator[dict[str, str]]:

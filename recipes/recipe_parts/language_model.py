@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from transformers import PretrainedConfig
 
 from recipes.recipe_parts.command_line import InputError
-from recipes.recipe_parts.run_record import RecipeTrainer
+from recipes.recipe_parts.run_record import RecipeTrainer, whole_model
 
 
 class LanguageModelTrainer(RecipeTrainer):
@@ -21,6 +21,12 @@ class LanguageModelTrainer(RecipeTrainer):
         "vocabulary": "vocab_size",
     }
     quantities: ClassVar[Mapping[str, str]] = {"loss": "loss", "perplexity": "perplexity per token"}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        model: Any = whole_model(self)
+        # Transformers finds the loss by the class's name, and warns where that, as GPT-2's, does not name it.
+        model.loss_type = model.loss_type or "ForCausalLM"
 
     def derived(self, name: str, metrics: Mapping[str, float]) -> dict[str, float]:
         """Return the perplexity."""

@@ -1,5 +1,6 @@
 """A recipe's run and its model card: what is known of the run, in the form of `model_cards/template.md`."""
 
+import logging
 import os
 import platform
 import re
@@ -17,6 +18,8 @@ from transformers.training_args import OptimizerNames
 from hf_schatten import SchattenTrainerMixin
 from recipes.recipe_parts.card_template import card_from_template
 from recipes.recipe_parts.command_line import InputError
+
+logger = logging.getLogger("recipes")
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TEMPLATE = REPOSITORY / "model_cards" / "template.md"
@@ -118,6 +121,7 @@ class _TemplateTrainer(Trainer):
     def measure(self, name: str) -> None:
         """Evaluate the model as it is, and store what is measured in `{name}_results.json`."""
         metrics = self.evaluate(metric_key_prefix=name)
+        vars(self).pop("model_preparation_time", None)  # which Trainer would add to every log from here on
         metrics |= self.derived(name, metrics)
         self.save_metrics(name, metrics)
         self.run.metrics[name] = metrics
@@ -142,7 +146,6 @@ def run_recipe(trainer: Any, checkpoint: str | None) -> None:
         result = trainer.train(resume_from_checkpoint=checkpoint)
         trainer.run.seconds = result.metrics["train_runtime"]
         trainer.save_model()
-        trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         trainer.save_state()
     if args.do_eval and args.do_train:
@@ -153,6 +156,7 @@ def run_recipe(trainer: Any, checkpoint: str | None) -> None:
         trainer.push_to_hub()  # writes the card
     else:
         trainer.create_model_card()
+    logger.info("%s has the model and its card, README.md", args.output_dir)
     trainer.accelerator.end_training()  # left to the end of Python, gloo may abort a process that has trained
 
 

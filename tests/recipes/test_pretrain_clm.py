@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 from transformers import TrainingArguments
 
 from recipes.pretrain_clm import arguments, data, pretrain_clm
@@ -19,6 +19,7 @@ from recipes.recipe_parts.command_line import InputError, checkpoint_to_resume
 from recipes.recipe_parts.documents import load_files
 from recipes.recipe_parts.run_record import side_by_side
 from recipes.recipe_parts.splits import is_held_out
+from recipes.recipe_parts.terminal import bars_of_datasets
 
 pytestmark = pytest.mark.filterwarnings(r"error:::recipes\.")
 
@@ -369,6 +370,13 @@ def run_script(recipe: Path, *args: str, cwd: Path) -> subprocess.CompletedProce
     )
 
 
+def test_datasets_draws_progress_bars_of_many_documents_only():
+    for documents in (9, 100_000):
+        with bars_of_datasets(documents):
+            assert are_progress_bars_disabled() == (documents == 9)
+        assert not are_progress_bars_disabled()
+
+
 def test_help_page(recipe, tmp_path):
     result = run_script(recipe, "--help", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
@@ -389,6 +397,8 @@ def test_whole_run_and_resume(recipe, tmp_path):
     result = run_script(recipe, config, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-3000:]
     assert "perplexity" in result.stdout
+    for noise in ("warning", "loss_type", "Setting accelerator", "Writing model shards", "Tokenizing"):
+        assert noise.lower() not in (result.stdout + result.stderr).lower()
 
     out = tmp_path / "out"
     for name in (
