@@ -17,11 +17,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from benchmarks.comparison.compare_optimizers import standing
 from benchmarks.comparison.outcomes import Outcome, load
 from benchmarks.comparison.regimes import REGIMES
 from benchmarks.comparison.report import COLOURS, GREY, ORANGE
-from docs.write_tables import COMPARED, LOWEST, OUTCOMES, SHOWN, coefficients
+from docs.write_tables import COMPARED, LOWEST, OUTCOMES, SHOWN, coefficients, losses_of
 from hf_schatten.adaptive.criterion import Inputs, Sample, maximising_exponent, objective_curve, statistics_of
 from hf_schatten.exponent import exponent_of, p_label, p_of
 from hf_schatten.linalg import Coefficients
@@ -69,7 +68,7 @@ def draw_comparison(outcomes: Sequence[Outcome], path: Path) -> None:
     figure = Figure(figsize=(11, 2.5 * math.ceil(len(shown) / 3)), layout="constrained")
     panels = figure.subplots(math.ceil(len(shown) / 3), 3, sharey=True, squeeze=False)
     for axes, regime in zip(panels.flat, shown, strict=False):
-        losses = {name: list(standing(regime, name, outcomes).losses.values()) for name in COMPARED}
+        losses = {name: list(losses_of(regime, name, outcomes).values()) for name in COMPARED}
         means = {name: fmean(values) for name, values in losses.items() if values}
         near = [mean for name, mean in means.items() if name != "AdamW"] or [*means.values()]
         margin = 0.1 * (max(near) - min(near)) or 0.1
