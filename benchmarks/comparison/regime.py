@@ -84,8 +84,10 @@ class Regime:
             torch.cuda.reset_peak_memory_stats()
         training = self.make(run.seed)
         model = training.model.to(device).train()
-        optimizer = make_optimizer(run.candidate, self, model, run.rate, run.seed)
         forward: Any = torch.compile(model) if self.on_gpu and device.type == "cuda" else model
+        if self.on_gpu:
+            self._warm_up(training, forward, device)  # before an optimizer that measures sees the model
+        optimizer = make_optimizer(run.candidate, self, model, run.rate, run.seed)
         exponents: dict[str, dict[str, float]] = {}
         total = torch.zeros((), dtype=torch.float64, device=device)  # a list would keep the allocator's blocks apart
         curve: list[list[float]] = []
@@ -121,6 +123,12 @@ class Regime:
             machine=machine(device),
             date=date.today().isoformat(),
         )
+
+    def _warm_up(self, training: Training, model: nn.Module, device: torch.device) -> None:
+        """Run forward, backward and an evaluation once: a worker's first run compiles them, outside its seconds."""
+        self._loss(training, model, training.batch(0), device).backward()
+        model.zero_grad()
+        self._evaluate(training, model, device)
 
     def _loss(self, training: Training, model: nn.Module, batch: tuple[Tensor, ...], device: torch.device) -> Tensor:
         on_device = tuple(each.to(device, non_blocking=True) for each in batch)

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from benchmarks.comparison import regime
 from benchmarks.comparison.corpus import LENGTH, Corpus, CorpusError, save
 from benchmarks.comparison.outcomes import Run
 from benchmarks.comparison.pretraining import PRETRAINING, from_corpus, gpt2
@@ -39,6 +40,19 @@ def test_a_tiny_one_learns_and_repeats(candidate, path):
     assert [step for step, _, _ in first.curve] == [4, 8]
     assert first.loss == first.curve[-1][2] < first.curve[0][2] < math.log(64)
     assert [loss for _, _, loss in first.curve] == [loss for _, _, loss in again.curve]
+
+
+def test_compiling_is_outside_the_seconds_and_changes_nothing(path, monkeypatch):
+    events: list[str] = []
+    warm_up, now = Regime._warm_up, regime.now
+    monkeypatch.setattr(Regime, "_warm_up", lambda *arguments: warm_up(*arguments) or events.append("warm"))
+    monkeypatch.setattr(regime, "now", lambda device: events.append("clock") or now(device))
+    run = Run("tiny", "adamw", 4e-3, 0)
+    outcome = tiny(path).train(run, CPU)
+    assert events.index("warm") < events.index("clock")
+    assert events.count("warm") == 1
+    monkeypatch.setattr(Regime, "_warm_up", lambda *arguments: None)
+    assert tiny(path).train(run, CPU).loss == outcome.loss
 
 
 def test_seeds_have_other_weights_and_another_order(path):
@@ -96,7 +110,7 @@ def test_shapes_are_those_of_gpt2(vocabulary, layers, width, parameters):
 
 
 def test_a_long_run_sees_100_million_tokens():
-    regime = PRETRAINING["gpt2 small"]
-    assert regime.make.keywords == {"layers": 12, "width": 768, "sequences": 64}
-    assert regime.steps * 64 * LENGTH >= 100_000_000
+    small = PRETRAINING["gpt2 small"]
+    assert small.make.keywords == {"layers": 12, "width": 768, "sequences": 64}
+    assert small.steps * 64 * LENGTH >= 100_000_000
     assert all(each.on_gpu for each in PRETRAINING.values())
