@@ -38,6 +38,7 @@ DEFAULT = Path("outputs/corpus/linux.tokens")
 LENGTH = 1024  # tokens of a block
 HELD_OUT = 512  # blocks for validation
 _TOKENS = 110_000_000
+# Half and a quarter of it save 1 and 4 % of the file, and hold 2 and 6 % less text (of 2.3 million tokens)
 _VOCABULARY = 32768
 _LARGEST_FILE = 1 << 18  # bytes; larger ones are tables that a program wrote, a third of the kernel
 _SAMPLE = 40_000_000  # characters of text that the tokenizer is trained on
@@ -119,7 +120,8 @@ def save(corpus: Corpus, path: Path) -> None:
     tokens = np.concatenate([corpus.training, corpus.held_out]).astype("<u2").tobytes()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    # Symbols have two bytes, and a match may lie anywhere in the corpus
+    # Symbols have two bytes, and a match may lie anywhere in the corpus. High and low bytes apart take 1.4 times as
+    # much.
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9, "lc": 3, "lp": 1, "pb": 1}]
     filters[0]["dict_size"] = max(1 << 16, len(tokens))
     partial.write_bytes(header.encode() + b"\n" + lzma.compress(tokens, filters=filters))
