@@ -118,8 +118,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for regime in options.regimes:
         all_standings = [standing(regime, name, outcomes) for name in dict.fromkeys([*CANDIDATES, *options.only])]
         if standings := [each for each in all_standings if each.sweep]:
-            print(f"\n{regime}: {write_page(regime, find(regime).summary, standings, options.output)}\n")
-            print(markdown(rows_of(standings)))
+            described = find(regime)
+            page = write_page(regime, described.summary, standings, options.output, described.tokens)
+            print(f"\n{regime}: {page}\n\n{markdown(rows_of(standings, described.tokens))}")
 
 
 if __name__ == "__main__":

@@ -101,6 +101,7 @@ PRETRAINING: dict[str, Regime] = {
         adamw_rates=(5e-4, 1e-3),
         interval=100,
         evaluations=16,
+        tokens=1536 * 64 * LENGTH,
         summary="GPT-2 small's shape on the Linux kernel, 1,536 steps of 64 × 1,024 tokens, bfloat16, compiled",
     ),
     **{
@@ -109,6 +110,7 @@ PRETRAINING: dict[str, Regime] = {
             256,
             adamw_rates=(1e-3, 2e-3),
             evaluations=8,
+            tokens=256 * 32 * LENGTH,
             summary=f"A GPT-2 with 6 layers of width {width} on the Linux kernel, 256 steps of 32 × 1,024 tokens",
         )
         for width in (256, 512, 768)

@@ -55,6 +55,7 @@ class Regime:
         interval: steps between two estimates of p.
         heads: patterns of output heads, which use AdamW.
         summary: what is trained on what, in a line.
+        tokens: of a run, 0 where there are none to count.
         has_matrices: whether there are two-dimensional weights that are routed: torch.optim.Muon takes no others.
         evaluations: on the validation data, evenly spaced, the last one at the end.
         on_gpu: whether it is made for one: the model is compiled, and computes in bfloat16 by autocast.
@@ -69,6 +70,7 @@ class Regime:
     interval: int = 25
     heads: tuple[str, ...] = ()
     summary: str = ""
+    tokens: int = 0
     has_matrices: bool = True
     evaluations: int = 1
     on_gpu: bool = False
@@ -82,9 +84,10 @@ class Regime:
         """Train, and return what became of it."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
+            torch.set_float32_matmul_precision("high")  # of what autocast leaves
         training = self.make(run.seed)
         model = training.model.to(device).train()
-        forward: Any = torch.compile(model) if self.on_gpu and device.type == "cuda" else model
+        forward: Any = torch.compile(model, dynamic=False) if self.on_gpu and device.type == "cuda" else model
         if self.on_gpu:
             self._warm_up(training, forward, device)  # before an optimizer that measures sees the model
         optimizer = make_optimizer(run.candidate, self, model, run.rate, run.seed)

@@ -74,12 +74,14 @@ def with_error(values: Sequence[float], *, signed: bool = False, digits: int = 4
     return f"{mean(values):{'+' if signed else ''}.{digits}f}{error}"
 
 
-def rows_of(standings: Sequence[Standing]) -> list[tuple[str, ...]]:
-    """Return the table of a regime, its header first."""
+def rows_of(standings: Sequence[Standing], tokens: int = 0) -> list[tuple[str, ...]]:
+    """Return the table of a regime, its header first; with tokens per second where a run's tokens are counted."""
     by_name = {each.name: each for each in standings}
     targets = {name: by_name[name].curve() for name in TARGETS if name in by_name}
     has_curves = any(targets.values())
     header = ["optimizer", "rate", "seeds", "validation loss", f"paired difference to {BASE}", "seconds", "state"]
+    if tokens:
+        header.append("tokens/s")
     if has_curves:
         header += [f"steps, seconds to {name}'s loss" for name in targets]
     rows = [tuple(header)]
@@ -87,6 +89,8 @@ def rows_of(standings: Sequence[Standing]) -> list[tuple[str, ...]]:
         seconds, state = each.median(lambda run: run.seconds), each.median(lambda run: run.state) / 1e6
         row = [each.name, f"{each.rate:g}", str(len(each.best)), with_error([*each.losses.values()])]
         row += [paired(each, by_name[BASE]) if BASE in by_name else "", _number(seconds), _number(state)]
+        if tokens:
+            row.append(f"{tokens / seconds:,.0f}")
         if has_curves:
             row += [_reached(each.curve(), curve) for curve in targets.values()]
         rows.append(tuple(row))
@@ -132,7 +136,7 @@ def reach(curve: Sequence[tuple[float, float, float]], target: float) -> tuple[f
     return None
 
 
-def write_page(regime: str, summary: str, standings: Sequence[Standing], folder: Path) -> Path:
+def write_page(regime: str, summary: str, standings: Sequence[Standing], folder: Path, tokens: int = 0) -> Path:
     """Write the page of a regime, ``NAME.md``, with its pictures beside it, and return its path.
 
     Args:
@@ -140,13 +144,14 @@ def write_page(regime: str, summary: str, standings: Sequence[Standing], folder:
         summary: what is trained there.
         standings: of the candidates that have run there.
         folder: is made.
+        tokens: of a run, 0 where there are none to count.
     """
     folder.mkdir(parents=True, exist_ok=True)
     name = word(Path(regime).stem)
     parts = [
         f"# {regime}: optimizers compared",
         f"{summary}. {_origin(standings)}",
-        markdown(rows_of(standings)),
+        markdown(rows_of(standings, tokens)),
         _LEGEND,
     ]
     if any(each.curve() for each in standings):

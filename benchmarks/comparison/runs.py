@@ -25,7 +25,7 @@ def parse_arguments(parser: argparse.ArgumentParser, arguments: Sequence[str] | 
     parser.add_argument("regimes", nargs="*", default=[*SMALL], help="default: the six small ones")
     parser.add_argument("--workers", type=positive, default=2, help="runs at a time (default %(default)s)")
     parser.add_argument("--device", type=torch.device, default=_default_device(), help="default here: %(default)s")
-    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run begins")
+    parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no run is to go on")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument("--output", type=Path, help=f"folder (default {FOLDER}, or results beside a YAML file)")
     options = parser.parse_args(arguments)
@@ -55,6 +55,11 @@ def _work(jobs: Any, outcomes: Any, device: torch.device) -> None:
             outcomes.put((run, repr(error)))
 
 
+def _expected(run: Run, outcomes: Sequence[Outcome]) -> float:
+    """Return the seconds that a run may take."""
+    return max((each.seconds for each in outcomes if each.regime == run.regime), default=0.0)
+
+
 def run_all(
     path: Path,
     wanted: Callable[[list[Outcome]], list[Run]],
@@ -65,7 +70,8 @@ def run_all(
 ) -> Iterator[Outcome]:
     """Run what is wanted, given what a file holds, and add it there, until nothing is; yield outcomes as they come.
 
-    After ``deadline`` seconds no run begins. One more call goes on.
+    No run begins that would end after ``deadline`` seconds, if it is as long as the longest of its regime so far. One
+    more call goes on.
 
     Raises:
         RuntimeError: when a run fails.
@@ -82,10 +88,11 @@ def run_all(
     try:
         with path.open("a", encoding="utf-8") as file:
             while True:
-                waiting = [run for run in wanted(done) if run not in under_way]
-                while waiting and len(under_way) < workers and time.monotonic() - start < deadline:
-                    under_way.add(waiting[0])
-                    jobs.put(waiting.pop(0))
+                left = deadline - (time.monotonic() - start)
+                waiting = [run for run in wanted(done) if run not in under_way and _expected(run, done) < left]
+                for run in waiting[: workers - len(under_way)]:
+                    under_way.add(run)
+                    jobs.put(run)
                 if not under_way:
                     break
                 run, outcome = outcomes.get()

@@ -32,6 +32,7 @@ class Script:
         adamw_rates: those of AdamW.
         interval: steps between two estimates of p.
         kinds: of layers; none are known.
+        tokens: of a run; 0 for not counted.
     """
 
     script: Path
@@ -40,6 +41,7 @@ class Script:
     adamw_rates: tuple[float, ...]
     interval: int
     kinds: Mapping[str, str]
+    tokens: int = 0
 
     @classmethod
     def load(cls, path: Path) -> Script:

@@ -313,6 +313,16 @@ def test_interrupted_runs_go_on_and_the_report_is_of_what_has_run(trained, tmp_p
     assert rows["p = -4"][3] == ""
 
 
+def test_no_run_begins_that_would_outlast_the_deadline(trained, tmp_path):
+    path, long = tmp_path / NAME, Outcome("toy", "p=2", 1e-3, 0, 1.0, 1.0, seconds=1000.0)
+    path.write_text(long.line())
+    following = Run("toy", "p=2", 2e-3, 0)
+    for deadline, expected in ((900.0, []), (1e6, [following])):
+        wanted = lambda done: [run for run in [following] if len(done) == 1]  # noqa: E731
+        list(runs.run_all(path, wanted, workers=1, device=CPU, deadline=deadline))
+        assert trained == expected
+
+
 def test_responses_are_paired_with_the_base_at_its_best_rate(trained, tmp_path, capsys):
     command = ["toy", "--seeds", "2", "--output", str(tmp_path)]
     response.main(command)

@@ -54,6 +54,7 @@ def test_differences_are_paired_and_times_relative():
     assert rows[0] == ("Muon", "0.002", "2", "2.6000 ± 1.1000", "+0.6000 ± 0.1000", "8", "2.5", "1.00, 1.00")
     # It falls by 8 in 4 steps, by 7.4 in 3.7 of them.
     assert rows[1] == ("p = -4", "0.001", "3", "2.0000 ± 0.5774", "", "4", "2.5", "0.93, 0.46")
+    assert [row[7] for row in rows_of([muon, base], tokens=4000)] == ["tokens/s", "500", "1,000"]
     alone = rows_of([Standing.of("Muon", [outcome(1e-3, 0, 2.0)])])[1]
     assert alone[3:5] == ("2.0000", "")
 
