@@ -84,6 +84,13 @@ def test_one_p_for_all_is_one_sentence(p, label):
     assert "| layers |" not in section
 
 
+def test_the_cards_in_the_repository_fit_a_page():
+    cards = [path for path in CARDS.glob("*.md") if path.stem not in ("README", "template")]
+    assert len(cards) == 3
+    for path in cards:
+        assert len(path.read_text().splitlines()) <= 100, path.name
+
+
 # The section's place
 
 SECTION = f"{HEADING}\n\nNew.\n\n```python\nx = 1\n```"
