@@ -59,8 +59,8 @@ class Standing:
         return {seed: each.loss for seed, each in self.best.items()}
 
     def median(self, quantity: Callable[[Outcome], float]) -> float:
-        """Return the median of a quantity over the seeds at the best rate."""
-        return median(quantity(each) for each in self.best.values())
+        """Return the median of a quantity over the seeds at the best rate that have it; 0 where none has."""
+        return median([value for each in self.best.values() if (value := quantity(each))] or [0])
 
     def curve(self) -> list[tuple[float, float, float]]:
         """Return step, seconds and loss of every evaluation, means over the seeds at the best rate."""
