@@ -70,19 +70,20 @@ def draw_comparison(outcomes: Sequence[Outcome], path: Path) -> None:
     for axes, regime in zip(panels.flat, shown, strict=False):
         losses = {name: list(losses_of(regime, name, outcomes).values()) for name in COMPARED}
         means = {name: fmean(values) for name, values in losses.items() if values}
+        errors = {name: stdev(losses[name]) / len(losses[name]) ** 0.5 for name in means if len(losses[name]) > 1}
         near = [mean for name, mean in means.items() if name != "AdamW"] or [*means.values()]
         margin = 0.1 * (max(near) - min(near)) or 0.1
         end = max(near) + 2 * margin
         for name, mean in means.items():
             colour, row = COLOURS.get(name, GREY), -COMPARED.index(name)
-            error = stdev(losses[name]) / len(losses[name]) ** 0.5 if len(losses[name]) > 1 else 0.0
             if mean <= end:
-                axes.errorbar(mean, row, xerr=error, fmt="o", color=colour, markersize=7, capsize=3)
+                axes.errorbar(mean, row, xerr=errors.get(name, 0.0), fmt="o", color=colour, markersize=7, capsize=3)
             else:
                 axes.text(end, row, f"{mean:.3g} →", color=colour, ha="right", va="center", fontsize=9)
         if "Muon" in means:
             axes.axvline(means["Muon"], color=ORANGE, linewidth=0.8, linestyle=":")
-        axes.set(xlim=(min(near) - margin, end), ylim=(0.6 - len(COMPARED), 0.6))
+        start = min(mean - errors.get(name, 0.0) for name, mean in means.items())
+        axes.set(xlim=(start - 0.3 * margin, end), ylim=(0.6 - len(COMPARED), 0.6))
         axes.set_yticks([-row for row in range(len(COMPARED))], list(COMPARED))
         axes.set_title(regime)
         axes.grid(axis="x", alpha=0.3)

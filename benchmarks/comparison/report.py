@@ -224,7 +224,7 @@ def draw_curves(standings: Sequence[Standing], path: Path) -> None:
     ends = [float(line.get_ydata()[-1]) for line in by_step.lines]
     finite = [end for end in ends if math.isfinite(end)]
     margin = 0.1 * (max(finite) - min(finite)) or 0.1
-    by_step.set(xlabel="step", ylabel="validation loss", ylim=(min(finite) - margin, max(finite) + 8 * margin))
+    by_step.set(xlabel="step", ylabel="validation loss", ylim=(min(finite) - 4 * margin, max(finite) + 8 * margin))
     by_time.set(xlabel="seconds of the steps")
     for axes in (by_step, by_time):
         axes.grid(alpha=0.3)
