@@ -24,4 +24,8 @@ if REPOSITORY:
 else:
     readme = LINK.sub(as_text, PICTURE.sub("", readme))
 
-setup(long_description=readme, long_description_content_type="text/markdown")
+setup(
+    long_description=readme,
+    long_description_content_type="text/markdown",
+    project_urls={"Repository": REPOSITORY, "Documentation": f"{REPOSITORY}#documentation"} if REPOSITORY else {},
+)

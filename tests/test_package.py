@@ -14,8 +14,8 @@ TARGET = re.compile(r"\]\(([^)]*)\)")
 
 
 @pytest.fixture
-def description(tmp_path):
-    """Return a function that builds the description, given the repository's address."""
+def metadata(tmp_path):
+    """Return a function that builds the metadata, given the repository's address."""
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "hf_schatten").mkdir()
@@ -28,23 +28,27 @@ def description(tmp_path):
         command = "from setuptools import build_meta as b; print(b.prepare_metadata_for_build_wheel('built'))"
         (tmp_path / "built").mkdir()
         run = subprocess.run([sys.executable, "-c", command], cwd=tmp_path, capture_output=True, text=True, check=True)
-        metadata = PathDistribution(tmp_path / "built" / run.stdout.split()[-1]).metadata
-        assert metadata["Description-Content-Type"] == "text/markdown"
-        return metadata.get_payload()
+        built = PathDistribution(tmp_path / "built" / run.stdout.split()[-1]).metadata
+        assert built["Description-Content-Type"] == "text/markdown"
+        return built
 
     return build
 
 
-def test_without_an_address_there_are_no_links_into_the_repository(description):
-    text = description("")
+def test_without_an_address_there_are_no_links_into_the_repository(metadata):
+    built = metadata("")
+    assert "Project-URL" not in built
+    text = built.get_payload()
     assert all(target.startswith("https:") for target in TARGET.findall(text))
     assert "docs/quickstart.md" in text  # as text
     assert "docs/figures" not in text
 
 
-def test_an_address_makes_all_links_absolute(description):
+def test_an_address_makes_all_links_absolute(metadata):
     address = "https://example.org/owner/hf_schatten"
-    text = description(address)
+    built = metadata(address)
+    assert f"Repository, {address}" in built.get_all("Project-URL")
+    text = built.get_payload()
     targets = TARGET.findall(text)
     assert all(target.startswith("https:") for target in targets)
     assert f"{address}/blob/main/docs/quickstart.md" in targets
