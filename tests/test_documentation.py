@@ -39,6 +39,7 @@ from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedToken
 
 from benchmarks.comparison.outcomes import NAME, load
 from benchmarks.comparison.report import Standing, with_error
+from benchmarks.comparison.scripts import Script
 from docs.write_tables import TABLES, split_at
 from hf_schatten import SchattenOptions, load_learned_p
 from hf_schatten.optim.matrix import CURVES, NODES
@@ -409,6 +410,10 @@ def test_yaml_and_json_are_what_they_claim_to_be(page, tmp_path):
             file = tmp_path / "accelerate.yaml"
             file.write_text(text)
             load_config_from_file(str(file))  # raises on a key that it does not know
+        elif "script" in settings:
+            file = tmp_path / "comparison.yaml"
+            file.write_text(text)
+            Script.load(file)  # likewise
         else:
             assert set(settings) <= known
             SchattenOptions.from_optim_args(settings.get("optim_args"))
@@ -460,7 +465,7 @@ def compared(recipe, candidate, task="comparison"):
 CRITERIA = {f"`{name}`": f"p=adaptive,criterion={name}" for name in ("holder", "kronecker", "alignment", "decrease")}
 
 
-@pytest.mark.parametrize(("name", "candidate"), [*CRITERIA.items(), ("p = -5", "p=-5"), ("Muon", "muon")])
+@pytest.mark.parametrize(("name", "candidate"), [*CRITERIA.items(), ("p = -5 for all", "p=-5"), ("Muon", "muon")])
 def test_losses_of_the_negative_results_are_those_of_the_comparisons(name, candidate):
     (row,) = cells(DOCS / "negative_results.md", name)
     recipes = "pretrain_clm", "image_classification", "lora_sft"
