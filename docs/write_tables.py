@@ -68,7 +68,9 @@ def losses_of(regime: str, name: str, outcomes: Sequence[Outcome]) -> dict[int, 
 def _is_level(losses: Mapping[int, float], best: Mapping[int, float]) -> bool:
     """Return whether two means differ by at most two standard errors of the difference, paired by seed."""
     differences = [losses[seed] - best[seed] for seed in losses.keys() & best.keys()]
-    return len(differences) > 1 and fmean(differences) <= 2 * stdev(differences) / len(differences) ** 0.5
+    if len(differences) < 2 or not all(map(math.isfinite, differences)):
+        return False
+    return fmean(differences) <= 2 * stdev(differences) / len(differences) ** 0.5
 
 
 def controls() -> str:

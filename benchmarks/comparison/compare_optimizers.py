@@ -1,7 +1,7 @@
 """Compare optimizers in kinds of training (regimes), each at the best of its learning rates.
 
 Usage:
-    python benchmarks/comparison/compare_optimizers.py                  # six small regimes, two workers: two hours
+    python benchmarks/comparison/compare_optimizers.py                  # six small regimes, two workers: hours
     python benchmarks/comparison/compare_optimizers.py text --seeds 3   # one of them
     python benchmarks/comparison/compare_optimizers.py longer "width 128" --only AdamW Muon "p = -4"
     python benchmarks/comparison/compare_optimizers.py vit --only p=-6 torch.optim.NAdam   # options, or a class

@@ -113,7 +113,7 @@ class Regime:
                 if not math.isfinite(curve[-1][2]):
                     break
                 start = now(device)
-        training_loss = _finite(total.item() / done)  # of one step that is no number, none
+        training_loss = finite(total.item() / done)  # of one step that is no number, none
         return Outcome(
             **asdict(run),
             loss=curve[-1][2] if math.isfinite(training_loss) else math.inf,
@@ -144,7 +144,7 @@ class Regime:
         model.eval()
         losses = [self._loss(training, model, batch, device).item() for batch in training.validation]
         model.train()
-        return _finite(mean(losses))
+        return finite(mean(losses))
 
 
 def rate_factor(step: int, steps: int) -> float:
@@ -172,8 +172,9 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def _finite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf  # NaN would compare with nothing
+def finite(loss: float | None) -> float:
+    """Return a loss, infinite where it is no number: NaN would compare with nothing."""
+    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def now(device: torch.device) -> float:

@@ -63,14 +63,15 @@ class Standing:
         return median([value for each in self.best.values() if (value := quantity(each))] or [0])
 
     def curve(self) -> list[tuple[float, float, float]]:
-        """Return step, seconds and loss of every evaluation, means over the seeds at the best rate."""
+        """Return step, seconds and loss of the evaluations that all seeds at the best rate have, means over them."""
         curves = [each.curve for each in self.best.values()]
-        return [tuple(map(mean, zip(*points, strict=True))) for points in zip(*curves, strict=True)]
+        return [tuple(map(mean, zip(*points, strict=True))) for points in zip(*curves, strict=False)]
 
 
 def with_error(values: Sequence[float], *, signed: bool = False, digits: int = 4) -> str:
-    """Return a mean and its standard error, of which one value has none."""
-    error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if len(values) > 1 else ""
+    """Return a mean and its standard error, of which one value has none, nor those of which one diverged."""
+    has_error = len(values) > 1 and all(map(math.isfinite, values))
+    error = f" ± {stdev(values) / len(values) ** 0.5:.{digits}f}" if has_error else ""
     return f"{mean(values):{'+' if signed else ''}.{digits}f}{error}"
 
 
@@ -222,7 +223,7 @@ def draw_curves(standings: Sequence[Standing], path: Path) -> None:
         by_step.plot(steps, losses, color=colour, linewidth=width, label=each.name)
         by_time.plot(seconds, losses, color=colour, linewidth=width)
     ends = [float(line.get_ydata()[-1]) for line in by_step.lines]
-    finite = [end for end in ends if math.isfinite(end)]
+    finite = [end for end in ends if math.isfinite(end)] or [0.0]
     margin = 0.1 * (max(finite) - min(finite)) or 0.1
     by_step.set(xlabel="step", ylabel="validation loss", ylim=(min(finite) - 4 * margin, max(finite) + 8 * margin))
     by_time.set(xlabel="seconds of the steps")

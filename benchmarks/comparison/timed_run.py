@@ -23,7 +23,7 @@ from transformers.trainer_optimizer import OptimizerContext
 from transformers.training_args import OptimizerNames
 
 from benchmarks.comparison.peers import peer_optimizer
-from benchmarks.comparison.regime import bytes_of_state, machine, now, peak_memory
+from benchmarks.comparison.regime import bytes_of_state, finite, machine, now, peak_memory
 from benchmarks.comparison.torch_muon import MuonAndAdamW
 from hf_schatten.integration.registration import register_optimizer
 from hf_schatten.report.log import LAYER_PREFIX
@@ -39,7 +39,7 @@ class Recorder(TrainerCallback):
         self.seconds = {0: 0.0}  # by step
         self.logs: list[dict[str, Any]] = []
         self.state, self.device = 0, torch.device("cpu")
-        self._start = 0.0
+        self._start = self._total = 0.0
 
     def on_step_begin(self, args: TrainingArguments, *arguments: Any, **kwargs: Any) -> None:
         """Start the step, its batch being there."""
@@ -49,7 +49,8 @@ class Recorder(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Note the time so far."""
-        self.seconds[state.global_step] = max(self.seconds.values()) + now(args.device) - self._start
+        self._total += now(args.device) - self._start
+        self.seconds[state.global_step] = self._total
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Keep the logs, which other callbacks may still add to."""
@@ -67,7 +68,7 @@ class Recorder(TrainerCallback):
         Raises:
             ValueError: when there was no evaluation.
         """
-        losses = {entry["step"]: _finite(entry["eval_loss"]) for entry in self.logs if "eval_loss" in entry}
+        losses = {entry["step"]: finite(entry["eval_loss"]) for entry in self.logs if "eval_loss" in entry}
         curve = [[step, self.seconds[step], loss] for step, loss in losses.items() if step]
         if not curve:
             raise ValueError("The logs have no eval_loss: let the script evaluate (--do_eval, --eval_strategy).")
@@ -79,8 +80,8 @@ class Recorder(TrainerCallback):
                 exponents[entry["step"]] = {name: round(1 / float(p), 4) for name, p in learned.items()}
         return {
             "loss": curve[-1][2],
-            "training_loss": _finite(training[-1]) if training else math.inf,
-            "seconds": max(self.seconds.values()),
+            "training_loss": finite(training[-1]) if training else math.inf,
+            "seconds": self._total,
             "exponents": exponents,
             "curve": curve,
             "state": self.state,
@@ -88,10 +89,6 @@ class Recorder(TrainerCallback):
             "machine": machine(self.device),
             "date": date.today().isoformat(),
         }
-
-
-def _finite(loss: float | None) -> float:
-    return loss if loss is not None and math.isfinite(loss) else math.inf
 
 
 def _handle(context: OptimizerContext) -> tuple[Any, dict[str, Any]]:

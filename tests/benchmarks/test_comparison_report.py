@@ -45,6 +45,15 @@ def test_a_standing_is_of_the_best_rate_of_the_first_seed():
     assert nothing.curve() == []
 
 
+def test_a_seed_that_diverges_is_reported(tmp_path):
+    broken = Outcome("toy", "x", 1e-3, 1, math.inf, math.inf, 1.0, curve=[[2, 1.0, math.inf]], machine="m", date="d")
+    standing = Standing.of("AdamW", [outcome(1e-3, 0, 3.0), broken])
+    assert standing.curve() == [(2, 1.5, math.inf)]
+    base = Standing.of("p = -4", [outcome(1e-3, seed, 1.0) for seed in (0, 1)])
+    assert rows_of([standing, base])[1][3:5] == ("inf", "+inf")
+    assert write_page("toy", "What is trained", [standing], tmp_path).is_file()
+
+
 def test_differences_are_paired_and_times_relative():
     base = Standing.of("p = -4", [outcome(1e-3, seed, loss) for seed, loss in enumerate((1.0, 3.0, 2.0))])
     muon = Standing.of("Muon", [outcome(2e-3, seed, loss, seconds=2.0) for seed, loss in enumerate((1.5, 3.7))])
