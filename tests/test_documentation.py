@@ -366,6 +366,11 @@ def test_the_readers_script_trains_by_every_launcher(page, tmp_path):
         output = tmp_path / f"run{number}"
         words[words.index("--output_dir") + 1] = str(output)
         words += ["--use_cpu", "--max_steps", "12", "--save_steps", "12", "--report_to", "none"]
+        # A free port: tests of other pages may launch at the same time.
+        if words[:2] == ["accelerate", "launch"]:
+            words[2:2] = ["--main_process_port", "0"]
+        elif words[0] == "torchrun":
+            words[1:1] = ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"]
         subprocess.run(words, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
         assert load_learned_p(output / "checkpoint-12")
 
