@@ -154,17 +154,22 @@ def weighted_sum(
     if kernels is not None and weights.dtype == torch.float32:
         kernels.weighted_sum(first.contiguous(), others, weights, out, diagonal, products)
         return
-    for index, rows in _pieces(first):
+    pieces = list(_pieces(first))
+    # Fresh memory for each piece would cost more than the arithmetic.
+    buffers = weights.new_empty(3, *first[pieces[0]].shape)
+    for index, rows in pieces:
+        part = first[index, rows]
+        start, term, total = buffers[:, : part.shape[0], : part.shape[1]]
         w = weights[index, :, None, None]
-        total = first[index, rows].to(weights.dtype) * w[:, 0]
-        for number, term in enumerate(others, start=1):
-            total.addcmul_(term[index, rows].to(weights.dtype), w[:, number])
+        start.copy_(part)
+        torch.mul(start, w[:, 0], out=total)
+        for number, other in enumerate(others, start=1):
+            total.addcmul_(term.copy_(other[index, rows]), w[:, number])
         if diagonal is not None:
             total.diagonal(rows.start, -2, -1).add_(diagonal[index, None])
         if products is not None:
-            flat_first, flat_total = first[index, rows].to(weights.dtype).flatten(1), total.flatten(1)
-            products[0, index] += torch.linalg.vecdot(flat_first, flat_total)
-            products[1, index] += torch.linalg.vecdot(flat_total, flat_total)
+            products[0, index] += start.mul_(total).sum((-2, -1))
+            products[1, index] += torch.mul(total, total, out=term).sum((-2, -1))
         out[index, rows].copy_(total)
 
 

@@ -34,7 +34,7 @@ _GRAM_SPACE_SQUARES = 9  # temporaries there
 
 # Bytes of temporaries, more where one matrix needs more. A CPU is fastest with what stays in its cache; an accelerator
 # needs work for all its processors at once.
-WORKSPACE = {"cpu": 8 << 20, "accelerator": 4 << 30}
+WORKSPACE = {"cpu": 64 << 20, "accelerator": 4 << 30}
 
 _LARGEST_WEIGHT = 1e37  # what zero is multiplied by stays finite
 
@@ -239,6 +239,8 @@ def _iterate(
 ) -> None:
     """Write the result for X (B, m, n) into ``out``, contiguous, and its inner products into ``products``."""
     steps = rows.shape[-1] // 4
+    if X.device.type == "cpu" and bool((rows == rows[:1]).all()):
+        rows = rows[:1]  # one for all of them
     table = rows.mT.contiguous()  # (4K + 1, B)
     a, b, c, w = table.split([steps, steps, steps, steps + 1])
     chain = [_Step(*step) for step in zip(*(each.unbind() for each in (a, b, c)), strict=True)]
@@ -247,7 +249,7 @@ def _iterate(
 
     if X.dtype == compute_dtype == torch.bfloat16 and X.is_contiguous():
         # As it is: bfloat16 has the range of float32, in which products are added up.
-        start, largest = X, torch.ones_like(w[0])
+        start, largest = X, rows.new_ones(len(X))
     else:
         start = torch.empty_like(X, dtype=compute_dtype, memory_format=torch.contiguous_format)
         largest = _largest_element(X, rows.dtype)
@@ -257,7 +259,7 @@ def _iterate(
     # Its largest element is on the diagonal. Divided by it, its powers stay in range, and have a norm of 1 at least.
     squared_unit = gram.diagonal(dim1=-2, dim2=-1).amax(-1).to(rows.dtype)
     squared_unit = squared_unit.masked_fill(squared_unit == 0, 1.0)
-    gram.div_(squared_unit[:, None, None])
+    _divide_each(gram, squared_unit)
     square = symmetric_product(gram, gram)
     # The Schatten-8 norm comes from a product that the first step needs anyway, and is close to σ_max.
     squared_s8 = _SAFETY**2 * torch.linalg.vector_norm(square, dim=(-2, -1), dtype=rows.dtype).clamp(0.5).sqrt()
@@ -291,6 +293,14 @@ def _iterate(
     products.copy_(found)
 
 
+def _divide_each(A: Tensor, divisors: Tensor) -> None:
+    """Divide matrices (B, m, n) in their place by numbers (B,)."""
+    if A.device.type == "cpu":  # where numbers of another dtype than A's would make a copy of A
+        torch._foreach_div_(A.unbind(), divisors.tolist())
+    else:
+        A.div_(divisors[:, None, None])
+
+
 def _steps_on_iterate(shape: Sequence[int], steps: int, compute_dtype: torch.dtype) -> int:
     """How many steps act on the iterate before the rest act on its Gram matrix."""
     # That squares the singular values: in half precision the small ones drown in its rounding, until two steps have
@@ -312,7 +322,7 @@ def _sum_in_gram_space(
     for k, step in enumerate(chain):
         if norm is not None and k == 0:
             P = step.first_polynomial(gram, spare, norm, 1.0)
-            gram.div_(norm[:, None, None])
+            _divide_each(gram, norm)
         else:
             P = step.polynomial(gram, spare)
         if k == 0:
@@ -322,5 +332,5 @@ def _sum_in_gram_space(
         if k + 1 < len(chain):
             gram = symmetric_product(symmetric_product(P, gram), P)
     out = torch.empty_like(gram)
-    weighted_sum(found[0], found[1:], weights.mT.contiguous(), out)
+    weighted_sum(found[0], found[1:], weights.mT.expand(len(gram), -1).contiguous(), out)
     return out

@@ -25,7 +25,7 @@ def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor
         return kernels.symmetric(A, B.mT if B.mT.is_contiguous() else B, product)
     m = A.shape[-2]
     product = A.new_empty(*A.shape[:-1], m) if out is None else out
-    if m < _BLOCKS * _SMALLEST_BLOCK or A.device.type != "cpu" or A.dtype.itemsize < torch.float32.itemsize:
+    if not _is_taken_in_blocks(A):
         return torch.bmm(A, B, out=product)
     edges = [m * k // _BLOCKS for k in range(_BLOCKS + 1)]
     for top, bottom in pairwise(edges):
@@ -35,8 +35,8 @@ def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor
 
 
 def symmetric_polynomial(A: Tensor, a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> Tensor:
-    """Write ``a I + b A + c A²`` of symmetric A (B, m, m), with a, b, c (B,), into ``out`` and return it."""
-    if len(A) == 1 and A.device.type == "cpu" and A.dtype.itemsize < torch.float32.itemsize:
+    """Write ``a I + b A + c A²`` of symmetric A (B, m, m) into ``out`` and return it; a, b, c are (B,), or (1,)."""
+    if len(b) == 1 and A.device.type == "cpu" and not _is_taken_in_blocks(A):
         torch.baddbmm(A, A, A, beta=b.item(), alpha=c.item(), out=out)
         out.diagonal(dim1=-2, dim2=-1).add_(a[:, None])
         return out
@@ -48,5 +48,11 @@ def symmetric_polynomial(A: Tensor, a: Tensor, b: Tensor, c: Tensor, out: Tensor
 
 def combined_with_square(A: Tensor, square: Tensor, a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """Write ``a I + b A + c A²`` of A (B, m, m), whose square is known, in its place and return it."""
-    weighted_sum(A, square[None], torch.stack([b, c], dim=1), square, diagonal=a)
+    weights = torch.stack([b, c], dim=1).expand(len(A), -1).contiguous()
+    weighted_sum(A, square[None], weights, square, diagonal=a.expand(len(A)).contiguous())
     return square
+
+
+def _is_taken_in_blocks(A: Tensor) -> bool:
+    large = A.shape[-2] >= _BLOCKS * _SMALLEST_BLOCK
+    return large and A.device.type == "cpu" and A.dtype.itemsize >= torch.float32.itemsize
