@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Collection
 from typing import Any, Literal, NoReturn, get_args
 
-EstimatorName = Literal["exact", "lanczos", "iterates"]
+EstimatorName = Literal["auto", "exact", "lanczos", "iterates"]
 StepRule = Literal["pinned", "ball", "regularized"]
 ScaleRule = Literal["schatten", "match_rms_adamw", "muon", "interpolate", "none"]
 CouplingWeights = Literal["uniform", "sqrt_m_over_n", "sqrt_n_over_m"]

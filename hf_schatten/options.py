@@ -67,7 +67,8 @@ class SchattenOptions:
         p_schedule: ``START:END`` or ``START:END:STEPS`` of ``p=schedule``: 1/p goes linearly from the first p to the
             last in this number of steps, a Trainer's whole training where none is given. Default ``4:inf``.
         p_estimator: how the norms of gradient and input are computed for an estimate of p; see
-            :data:`hf_schatten.linalg.spectrum.LOG_NORM_ESTIMATORS`. Default ``lanczos``.
+            :data:`hf_schatten.linalg.spectrum.LOG_NORM_ESTIMATORS`. Default ``auto``: ``lanczos``, on an accelerator
+            ``iterates`` for sides up to 2048.
         p_min: smallest p that the estimate may choose, at least 1. Default 1.
         p_max: largest p that the estimate may choose; ``inf`` is allowed, and so are -4 and below, beyond Muon.
             Default none: -4, or 100, almost Muon, with a ``step_rule`` that is not pinned.
@@ -129,7 +130,7 @@ class SchattenOptions:
     p: float | Literal["adaptive", "schedule"] = LARGEST_P
     p_overrides: tuple[str, ...] = ()
     p_schedule: str = "4:inf"
-    p_estimator: EstimatorName = "lanczos"
+    p_estimator: EstimatorName = "auto"
     p_min: float = 1.0
     p_max: float | None = None
     p_init: float | str | None = None

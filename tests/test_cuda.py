@@ -113,7 +113,8 @@ def test_products_are_in_bfloat16_by_default():
     assert not torch.equal(weights["auto"], weights["float32"])
 
 
-def test_p_is_that_of_the_same_training_on_a_cpu(gpt2):
+@pytest.mark.parametrize("estimator", ["lanczos", "iterates"])
+def test_p_is_that_of_the_same_training_on_a_cpu(estimator, gpt2):
     learned = {}
     for device in ("cpu", DEVICE):
         model = copy.deepcopy(gpt2).to(device)
@@ -121,7 +122,7 @@ def test_p_is_that_of_the_same_training_on_a_cpu(gpt2):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0  # differs between devices
-        options = {"p": "adaptive", "p_interval": 3, "compute_dtype": "float32"}
+        options = {"p": "adaptive", "p_interval": 3, "p_estimator": estimator, "compute_dtype": "float32"}
         optimizer = create_schatten_optimizer(model, 1e-3, verbose=False, **options)
         for _ in range(7):
             differentiate(model, token_rows(device="cpu").to(device))

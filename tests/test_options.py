@@ -214,7 +214,7 @@ def test_the_largest_p_is_one_for_which_the_step_rule_has_a_norm():
         ("p_schedule=4:inf:9:9", "p_schedule='4:inf:9:9' is not allowed: write START:END"),
         ("p_schedule=slow:fast", "p_schedule='slow:fast' is not allowed: write START:END"),
         ("report=loud", "report='loud' is not allowed: one of full, summary, none"),
-        ("p_estimator=guess", "p_estimator='guess' is not allowed: one of exact, "),
+        ("p_estimator=guess", "p_estimator='guess' is not allowed: one of auto, exact, "),
         (
             "p_overrides=*.q_proj",
             "p_overrides has '\\*.q_proj', which is not pattern:p; write for example",

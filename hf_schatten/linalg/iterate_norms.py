@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from hf_schatten.linalg.symmetric_product import symmetric_product
+from hf_schatten.linalg.symmetric_product import symmetric_polynomial, symmetric_product
 
 # Muon's step, whose slope at zero is among the steepest that keep the singular values bounded: six steps reach down to
 # 1/1700 of the largest, where the float32 Gram matrix ends anyway.
@@ -37,6 +37,7 @@ def iterate_log_norms(X: Tensor, inverse_orders: Tensor) -> Tensor:
     X is (B, m, n) float32, m <= n, of unit scale.
     """
     powers, fitted = (_constant(tuple(values), X.device) for values in (_POWERS, _FITTED_NODES))
+    X = X.contiguous()
     gram = symmetric_product(X, X.mT)
     log_traces = _log_traces_of_powers(gram)  # (B, powers)
     power_norms = log_traces / (2 * powers)
@@ -66,11 +67,10 @@ def _log_traces_of_powers(gram: Tensor) -> Tensor:
 def _features(gram: Tensor, log_norm: Tensor) -> Tensor:
     """``tr A_k`` and ``⟨A_j, A_k⟩``, j <= k, of the iterates' Gram matrices, (B, features) float64."""
     A = gram * (-2 * log_norm).exp().to(gram.dtype).unsqueeze(-1)
-    a, b, c = STEP
+    a, b, c = (A.new_full(A.shape[:1], coefficient) for coefficient in STEP)
     iterates = [A]
     for _ in range(_STEPS):
-        polynomial = symmetric_product(A, A).mul_(c).add_(A, alpha=b)
-        polynomial.diagonal(dim1=-2, dim2=-1).add_(a)
+        polynomial = symmetric_polynomial(A, a, b, c, torch.empty_like(A))
         A = symmetric_product(symmetric_product(polynomial, A), polynomial)
         iterates.append(A)
     traces = torch.stack([A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64) for A in iterates], -1)

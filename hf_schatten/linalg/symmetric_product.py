@@ -1,6 +1,7 @@
 """Products of matrices that are known to be symmetric, at less than the price of a full product on a CPU."""
 
 from itertools import pairwise
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ _SMALLEST_BLOCK = 256  # rows
 def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``A @ B`` (B, m, m) where it is known to be symmetric: only blocks on and above the diagonal are taken.
 
-    A is (B, m, n), and B, (B, n, m), is ``A.mT`` or a polynomial of A; ``out`` shares no memory with them.
+    A is (B, m, n), contiguous on an accelerator, and B, (B, n, m), is ``A.mT`` or a polynomial of A; ``out`` shares no
+    memory with them.
     """
-    kernels = kernels_of(A.device) if A.dtype.itemsize < torch.float32.itemsize else None
+    kernels = _kernels_for(A)
     if kernels is not None:
         product = A.new_empty(*A.shape[:-1], A.shape[-2]) if out is None else out
         return kernels.symmetric(A, B.mT if B.mT.is_contiguous() else B, product)
@@ -40,7 +42,7 @@ def symmetric_polynomial(A: Tensor, a: Tensor, b: Tensor, c: Tensor, out: Tensor
         torch.baddbmm(A, A, A, beta=b.item(), alpha=c.item(), out=out)
         out.diagonal(dim1=-2, dim2=-1).add_(a[:, None])
         return out
-    kernels = kernels_of(A.device) if A.dtype.itemsize < torch.float32.itemsize else None
+    kernels = _kernels_for(A)
     if kernels is not None:
         return kernels.symmetric(A, A, out, (a, b, c))
     return combined_with_square(A, symmetric_product(A, A, out=out), a, b, c)
@@ -51,6 +53,10 @@ def combined_with_square(A: Tensor, square: Tensor, a: Tensor, b: Tensor, c: Ten
     weights = torch.stack([b, c], dim=1).expand(len(A), -1).contiguous()
     weighted_sum(A, square[None], weights, square, diagonal=a.expand(len(A)).contiguous())
     return square
+
+
+def _kernels_for(A: Tensor) -> ModuleType | None:
+    return None if A.dtype == torch.float64 else kernels_of(A.device)
 
 
 def _is_taken_in_blocks(A: Tensor) -> bool:

@@ -22,6 +22,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 _TILE = 64  # side of the squares in which matrices are read and written
 _BLOCK = 4096  # elements of what has no rows
+_SINGLE_PRECISION = "ieee" if torch.version.hip else "tf32x3"  # of products of float32
 _DTYPES = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -53,6 +54,7 @@ def _symmetric_kernel(
     m,
     k,
     POLYNOMIAL: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
@@ -72,7 +74,7 @@ def _symmetric_kernel(
         depth = start + tl.arange(0, DEPTH)
         x = tl.load(left + depth[None, :], mask=(rows[:, None] < m) & (depth[None, :] < k), other=0.0)
         y = tl.load(right + depth[None, :], mask=(columns[:, None] < m) & (depth[None, :] < k), other=0.0)
-        total = tl.dot(x, tl.trans(y), total)
+        total = tl.dot(x, tl.trans(y), total, input_precision=PRECISION)
     inside = (rows[:, None] < m) & (columns[None, :] < m)
     if POLYNOMIAL:
         gram = tl.load(A + index * m * m + rows[:, None] * m + columns[None, :], mask=inside, other=0.0)
@@ -92,17 +94,24 @@ def symmetric(
     out: Tensor,
     polynomial: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Write ``X Yᵀ`` of (B, m, k), known to be symmetric, or ``a I + b X + c X Yᵀ``, into ``out`` (B, m, m)."""
+    """Write ``X Yᵀ`` of (B, m, k), known to be symmetric, or ``a I + b X + c X Yᵀ``, into ``out`` (B, m, m).
+
+    Both are contiguous. The product of float32 has three parts in TF32, whose sum is as exact but for a bit or two.
+    """
+    assert X.is_contiguous()
+    assert Y.is_contiguous()
     count, m, k = X.shape
     a, b, c = (number.contiguous() for number in polynomial) if polynomial else (out, out, out)
-    block = 128 if m >= 256 else 64
+    half = X.dtype.itemsize < torch.float32.itemsize
+    block = 128 if half and m >= 256 else 64
     side = triton.cdiv(m, block)
     grid = side * (side + 1) // 2, count
     _symmetric_kernel[grid](
         *(X, Y, X, out, a, b, c, m, k),
         POLYNOMIAL=polynomial is not None,
+        PRECISION=_SINGLE_PRECISION,
         BLOCK=block,
-        DEPTH=64,
+        DEPTH=64 if half else 32,
         num_warps=8 if block == 128 else 4,
         num_stages=3,
     )

@@ -21,8 +21,13 @@ ADVANCE = {"averages": TABLE, "gradients": TABLE} | dict.fromkeys(("rates", "ahe
 ADD = {"weights": TABLE, "updates": TABLE, "factors": DOUBLE, "decays": DOUBLE}
 
 CASES = [
-    (kernels._symmetric_kernel, SYMMETRIC, {"POLYNOMIAL": False, "BLOCK": 128, "DEPTH": 64}),
-    (kernels._symmetric_kernel, SYMMETRIC, {"POLYNOMIAL": True, "BLOCK": 128, "DEPTH": 64}),
+    (kernels._symmetric_kernel, SYMMETRIC, {"POLYNOMIAL": False, "PRECISION": "tf32x3", "BLOCK": 128, "DEPTH": 64}),
+    (kernels._symmetric_kernel, SYMMETRIC, {"POLYNOMIAL": True, "PRECISION": "tf32x3", "BLOCK": 128, "DEPTH": 64}),
+    (
+        kernels._symmetric_kernel,
+        SYMMETRIC | dict.fromkeys(("X", "Y", "A", "out"), SINGLE),
+        {"POLYNOMIAL": True, "PRECISION": "tf32x3", "BLOCK": 64, "DEPTH": 32},
+    ),
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 5, "DIAGONAL": False, "PRODUCTS": True, "BLOCK": 4096}),
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 1, "DIAGONAL": True, "PRODUCTS": False, "BLOCK": 4096}),
     (kernels._inner_products_kernel, {"A": HALF, "B": HALF, "partial": SINGLE, "size": NUMBER}, {"BLOCK": 4096}),

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_schatten.linalg import estimated_spectra
 from hf_schatten.linalg.estimated_spectra import orthonormalised_by_cholesky
@@ -71,7 +72,7 @@ def test_multiplicities_count_a_value_several_times():
 
 # The estimators. Inverse orders of the criterion: inputs from 0 to 5/6, gradients from 1/2 to 4/3.
 INVERSE_ORDERS = torch.tensor([0.0, 0.01, 0.1, 0.25, 0.35, 0.5, 0.6, 0.75, 0.9, 1.0, 1.2, 4 / 3], dtype=torch.float64)
-ESTIMATORS = sorted(LOG_NORM_ESTIMATORS)
+ESTIMATORS = sorted(set(LOG_NORM_ESTIMATORS) - {"auto"})  # which is one of the others
 ROWS, COLUMNS = 400, 500  # above the size from which the Krylov space is worth its while
 
 
@@ -199,6 +200,42 @@ def test_the_argument_is_not_written_to(name):
     copy = X.clone()
     LOG_NORM_ESTIMATORS[name](X, INVERSE_ORDERS)
     torch.testing.assert_close(X, copy, atol=0, rtol=0)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
+def operations_of(X):
+    LOG_NORM_ESTIMATORS["auto"](X, INVERSE_ORDERS.to(X.device))  # makes constants
+    with Operations() as seen:
+        norms = LOG_NORM_ESTIMATORS["auto"](X, INVERSE_ORDERS.to(X.device))
+    assert norms.shape == (len(X), len(INVERSE_ORDERS))
+    return seen.names
+
+
+def test_an_accelerator_decomposes_no_matrices_one_by_one():
+    """A device without memory stands for it: the same number of operations for one matrix and for many."""
+    names = operations_of(torch.empty(48, 768, 3072, device="meta"))
+    assert len(names) == len(operations_of(torch.empty(1, 768, 3072, device="meta"))) < 400
+    assert not [name for name in names if "linalg" in name and "vector_norm" not in name and "vecdot" not in name]
+
+
+def test_large_matrices_are_decomposed_where_products_of_their_gram_matrices_take_longer():
+    names = operations_of(torch.empty(1, 4096, 4096, device="meta"))
+    assert "aten::_linalg_eigh" in names
+
+
+def test_by_default_a_cpu_takes_lanczos():
+    X = gaussian(ROWS, COLUMNS)
+    found, expected = (LOG_NORM_ESTIMATORS[name](X, INVERSE_ORDERS) for name in ("auto", "lanczos"))
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("rank", [16, 5, 0])
