@@ -12,21 +12,21 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from hf_schatten.linalg.accelerated import kernels_of
-from hf_schatten.linalg.place import Place, unflattened
+from hf_schatten.linalg.place import Place, flat, unflattened
 
 # Elements of a block on a CPU: a few of them in float32 fit into the cache of a core. Fresh memory costs more there
 # than arithmetic does, so that temporaries are of this size and not of a stack's.
 BLOCK = 1 << 18
 
 
-@torch.library.custom_op("hf_schatten::advance_averages", mutates_args=("averages", "out"))
 def advance_averages(
     averages: list[Tensor],
-    places: list[int],
+    places: list[Place],
     gradients: list[Tensor],
-    gradient_places: list[int],
+    gradient_places: list[Place],
     rates: list[float],
     ahead: list[bool],
     keep: Tensor,
@@ -37,7 +37,7 @@ def advance_averages(
 
     Args:
         averages: tensors in which the averages lie, B, float32 or float64.
-        places: of each (r, c) matrix in its tensor, as :func:`flat` returns them.
+        places: of each (r, c) matrix in its tensor.
         gradients: tensors in which the gradients lie, B, of any floating point dtype.
         gradient_places: the same of the gradients.
         rates: 1 - β of each, B.
@@ -46,11 +46,27 @@ def advance_averages(
         out: (B, m, n), m <= n, for the averages, transposed where r > c; None where they are not wanted.
         divisors: of what is written, (B,).
     """
-    at, gradients_at = unflattened(places), unflattened(gradient_places)
     kernels = kernels_of(keep.device)
     if kernels is not None and _alike(averages) and _alike(gradients):
-        kernels.advance_averages(averages, at, gradients, gradients_at, rates, ahead, keep, out, divisors)
-        return
+        kernels.advance_averages(averages, places, gradients, gradient_places, rates, ahead, keep, out, divisors)
+        increment_version(averages)
+    else:
+        _advance_averages(averages, flat(places), gradients, flat(gradient_places), rates, ahead, keep, out, divisors)
+
+
+@torch.library.custom_op("hf_schatten::advance_averages", mutates_args=("averages", "out"))
+def _advance_averages(
+    averages: list[Tensor],
+    places: list[int],
+    gradients: list[Tensor],
+    gradient_places: list[int],
+    rates: list[float],
+    ahead: list[bool],
+    keep: Tensor,
+    out: Tensor | None,
+    divisors: Tensor | None,
+) -> None:
+    at, gradients_at = unflattened(places), unflattened(gradient_places)
     kept = None if keep.device.type != "cpu" else keep.tolist()
     for index, (average, place, gradient, gradient_place) in enumerate(
         zip(averages, at, gradients, gradients_at, strict=True)
@@ -73,24 +89,31 @@ def advance_averages(
             out[index].copy_(slot.view(place.shape).mT)
 
 
-@torch.library.custom_op("hf_schatten::add_updates", mutates_args=("weights",))
 def add_updates(
-    weights: list[Tensor], places: list[int], updates: list[Tensor], factors: Tensor, decays: Tensor
+    weights: list[Tensor], places: list[Place], updates: list[Tensor], factors: Tensor, decays: Tensor
 ) -> None:
     """Subtract ``decay · W + factor · update`` from each of B matrices.
 
     Args:
         weights: tensors in which the matrices lie, B, of a floating point dtype.
-        places: of each (r, c) matrix in its tensor, as :func:`flat` returns them.
+        places: of each (r, c) matrix in its tensor.
         updates: (m, n), m <= n, contiguous, transposed where r > c; of any floating point dtype.
         factors: one for each, (B,).
         decays: one for each, (B,).
     """
-    at = unflattened(places)
     kernels = kernels_of(factors.device)
     if kernels is not None and _alike(weights) and _alike(updates):
-        kernels.add_updates(weights, at, updates, factors, decays)
-        return
+        kernels.add_updates(weights, places, updates, factors, decays)
+        increment_version(weights)
+    else:
+        _add_updates(weights, flat(places), updates, factors, decays)
+
+
+@torch.library.custom_op("hf_schatten::add_updates", mutates_args=("weights",))
+def _add_updates(
+    weights: list[Tensor], places: list[int], updates: list[Tensor], factors: Tensor, decays: Tensor
+) -> None:
+    at = unflattened(places)
     on_cpu = factors.device.type == "cpu"
     each_factor = factors.tolist() if on_cpu else factors.unbind()
     each_decay = decays.tolist() if on_cpu else decays.unbind()
@@ -205,11 +228,11 @@ def _blocks(matrix: Tensor) -> Iterator[slice]:
     yield from (slice(*ends) for ends in pairwise([*range(0, count, size), count]))
 
 
-@advance_averages.register_fake
+@_advance_averages.register_fake
 def _(*arguments: object) -> None: ...
 
 
-@add_updates.register_fake
+@_add_updates.register_fake
 def _(*arguments: object) -> None: ...
 
 

@@ -7,7 +7,6 @@ import torch
 from hf_schatten.distributed.owners import Delivered
 from hf_schatten.distributed.pieces import local
 from hf_schatten.linalg.many_matrices import add_updates
-from hf_schatten.linalg.place import flat
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import Group, learning_rate
 
@@ -20,7 +19,7 @@ def apply_updates(delivered: Delivered, gradients: FiniteGradients) -> None:
     rates = [[item.own_ratio * rate for rate in of_group[id(item.group)]] for item in items]
     rate, decay = torch.tensor(rates, dtype=torch.float64).to(factors.device, non_blocking=True).unbind(1)
     kept = decay * gradients.keeps([item.parameter for item in items])
-    add_updates(list(map(local, weights)), flat(places), updates, factors * rate, kept)
+    add_updates(list(map(local, weights)), places, updates, factors * rate, kept)
 
 
 def _rates(group: Group) -> tuple[float, float]:

@@ -56,17 +56,19 @@ class FiniteGradients:
                     if group["spectral"] and parameter.ndim == 3:
                         self._experts[parameter], of_experts_here = of_experts(parameter, gradient)
                         pieces[parameter] = of_experts_here or [gradient]
-        finite, zero = _looked_at([piece for of_parameter in pieces.values() for piece in of_parameter])
+        finite, zero, keep = _looked_at([piece for of_parameter in pieces.values() for piece in of_parameter])
         ends = list(accumulate(map(len, pieces.values()), initial=0))
         spans = dict(zip(pieces, map(slice, ends, ends[1:]), strict=True))
         self._zero = {parameter: zero[span] for parameter, span in spans.items()}
-        self._finite = {
-            parameter: finite[span.start] if len(pieces[parameter]) == 1 else torch.stack(finite[span]).all()
-            for parameter, span in spans.items()
-        }
+        self._finite = {parameter: finite[span.start] for parameter, span in spans.items()}
+        self._keep = {parameter: keep[span.start] for parameter, span in spans.items()}
+        for parameter, span in spans.items():
+            if len(pieces[parameter]) > 1:
+                self._set_finite(parameter, torch.stack(finite[span]).all())
         self._agree([parameter for parameter in pieces if is_sharded(parameter)])
-        numbers = _by_device(self._finite.values(), lambda alike: torch.stack(alike).double().unbind())
-        self._keep = dict(zip(pieces, numbers, strict=True))
+
+    def _set_finite(self, parameter: Tensor, finite: Tensor) -> None:
+        self._finite[parameter], self._keep[parameter] = finite, finite.double()
 
     def _agree(self, sharded: Sequence[Tensor]) -> None:
         """Make of what this process has seen of shards what all have seen."""
@@ -82,7 +84,8 @@ class FiniteGradients:
         agreed = torch.cat(seen).int()
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         for parameter, flags in zip(sharded, agreed.bool().split(list(map(len, seen))), strict=True):
-            self._finite[parameter], *self._zero[parameter] = flags.unbind()
+            finite, *self._zero[parameter] = flags.unbind()
+            self._set_finite(parameter, finite)
 
     def __contains__(self, parameter: Tensor) -> bool:
         return parameter in self._finite
@@ -144,15 +147,16 @@ def _require_dense(name: str, gradient: Tensor) -> None:
         )
 
 
-def _looked_at(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return for each tensor whether all its elements are finite, and whether all are zero, bool scalars."""
+def _looked_at(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return for each tensor whether all its elements are finite, whether all are zero, and the first as float64."""
     flags = _by_device(tensors, _flags)
-    return [finite for finite, _ in flags], [zero for _, zero in flags]
+    return tuple(map(list, zip(*flags, strict=True))) if flags else ([], [], [])  # type: ignore[return-value]
 
 
-def _flags(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+def _flags(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     norms = _norms(tensors)
-    return zip(norms.isfinite().unbind(), norms.eq(0).unbind(), strict=True)
+    finite = norms.isfinite()
+    return zip(finite.unbind(), norms.eq(0).unbind(), finite.double().unbind(), strict=True)
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_schatten.distributed.pieces import is_sharded, local
 from hf_schatten.linalg.many_matrices import advance_averages
-from hf_schatten.linalg.place import Place, flat
+from hf_schatten.linalg.place import Place
 from hf_schatten.optim.finite_gradients import FiniteGradients
 from hf_schatten.optim.matrix import (
     ABSENCE,
@@ -118,9 +118,9 @@ class Momenta:
         placed = [_placed(matrix) for matrix in matrices]
         advance_averages(
             [matrix.state[MOMENTUM] for matrix in matrices],
-            flat([matrix.momentum_place for matrix in matrices]),
+            [matrix.momentum_place for matrix in matrices],
             [gradient for gradient, _ in placed],
-            flat([place for _, place in placed]),
+            [place for _, place in placed],
             [1 - matrix.group["momentum"] for matrix in matrices],
             [matrix.group["nesterov"] for matrix in matrices],
             self._gradients.keeps([matrix.parameter for matrix in matrices]),

@@ -42,7 +42,7 @@ from hf_schatten import create_schatten_optimizer
 from hf_schatten.distributed.processes import Peers
 from hf_schatten.distributed.replicated import _ALL_GATHER
 from hf_schatten.linalg.many_matrices import add_updates, advance_averages, inner_products
-from hf_schatten.linalg.place import Place, flat
+from hf_schatten.linalg.place import Place
 from hf_schatten.linalg.spectral_power import iterate_in_turns, spectral_iteration
 from hf_schatten.options import SchattenOptions
 
@@ -192,7 +192,7 @@ def test_our_operations_count_as_the_kernels_of_a_gpu():
     weight, average, gradient = (
         torch.zeros(B * m, n, dtype=dtype, device="meta") for dtype in (torch.bfloat16, torch.float32, torch.bfloat16)
     )
-    places = flat([Place.of(part, 1, weight) for part in weight.split(m)])
+    places = [Place.of(part, 1, weight) for part in weight.split(m)]
     momenta, numbers = torch.zeros(B, m, n, device="meta"), torch.zeros(B, device="meta")
 
     def advance(out):

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from hf_schatten.linalg import accelerated, many_matrices
-from hf_schatten.linalg.place import Place, flat
+from hf_schatten.linalg.place import Place
 from hf_schatten.linalg.spectral_power import spectral_power, spectral_power_svd
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS
 
@@ -143,12 +143,12 @@ def test_averages_are_those_of_torch(kernels, shape, gradient_dtype, out_dtype):
     keep[0] = 0
     divisors = torch.linspace(0.5, 2, count, dtype=torch.float64)
     results = []
-    for compute, numbers in ((kernels.advance_averages, list), (many_matrices.advance_averages, flat)):
+    for compute in (kernels.advance_averages, many_matrices.advance_averages):
         mine = [average.clone() for average in averages]
         out = None if out_dtype is None else torch.zeros(count, 40, 100, dtype=out_dtype)
         ahead = [index % 2 == 0 for index in range(count)]
-        at = numbers(places)
-        compute(mine, at, gradients, at, [0.05, 0.7, 0.3][:count], ahead, keep, out, None if out is None else divisors)
+        rates, divided = [0.05, 0.7, 0.3][:count], None if out is None else divisors
+        compute(mine, places, gradients, places, rates, ahead, keep, out, divided)
         results.append((mine, out))
     (found, found_out), (expected, expected_out) = results
     for one, other in zip(found, expected, strict=True):
@@ -170,9 +170,9 @@ def test_updates_are_those_of_torch(kernels, shape, dtype, update_dtype):
     updates = list(torch.randn(len(sizes), 40, 100).to(update_dtype))
     factors, decays = torch.linspace(-0.5, 0.5, len(sizes)).double(), torch.linspace(0.0, 0.2, len(sizes)).double()
     results = []
-    for compute, numbers in ((kernels.add_updates, list), (many_matrices.add_updates, flat)):
+    for compute in (kernels.add_updates, many_matrices.add_updates):
         mine = [tensor.clone() for tensor in weights]
-        compute(mine, numbers(places), updates, factors, decays)
+        compute(mine, places, updates, factors, decays)
         results.append(mine)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2
     for one, other in zip(*results, strict=True):
