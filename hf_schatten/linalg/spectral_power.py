@@ -173,6 +173,10 @@ class _Step(NamedTuple):
         """Write ``a I + b A + c A²`` of A = gram (B, m, m) into ``out`` and return it."""
         return symmetric_polynomial(gram, *self, out)
 
+    def weighted(self, weight: Tensor, identity: Tensor) -> "_Step":
+        """Return the step whose polynomial is ``identity I + weight P``."""
+        return _Step(identity + weight * self.a, weight * self.b, weight * self.c)
+
     def first_polynomial(self, gram: Tensor, square: Tensor, norm: Tensor, over: Tensor | float) -> Tensor:
         """The same of A = gram / norm, divided by ``over``, in the place of gram²; norm and ``over`` are (B,)."""
         return combined_with_square(gram, square, self.a / over, self.b / norm / over, self.c / norm.square() / over)
@@ -217,11 +221,9 @@ def _operations(X: Sequence[int], s: object, steps: int, row: object, compute_dt
     """The operations of all matrix products, for torch's counter, given shapes."""
     count, m, n = X
     direct = _steps_on_iterate(X, steps, compute_dtype)
-    wide = 1 + direct + min(direct, steps - 1) + (direct < steps)  # m² n
-    square = 1 + max(0, direct - 1)  # m³
-    if direct < steps:
-        inner = steps - direct
-        square += inner - (direct == 0) + (inner - 1) + 2 * (inner - 1)
+    rest = steps - direct
+    wide = 2 + 2 * direct  # m² n
+    square = steps + 3 * (rest - 1)  # m³
     return 2 * count * m * m * (wide * n + square * m)
 
 
@@ -229,7 +231,8 @@ def _turns(X: Tensor, steps: int, compute_dtype: torch.dtype) -> Iterator[slice]
     """Yield slices of the batch X (B, m, n) whose temporaries fit into the workspace, of one matrix at least."""
     count, m, n = X.shape
     direct = _steps_on_iterate(X.shape, steps, compute_dtype)
-    needed = ((direct + 2) * m * n + (3 if direct == steps else _GRAM_SPACE_SQUARES) * m * m) * compute_dtype.itemsize
+    squares = 3 if direct == steps - 1 else _GRAM_SPACE_SQUARES
+    needed = ((max(direct, 1) + 2) * m * n + squares * m * m) * compute_dtype.itemsize
     size = max(1, WORKSPACE["cpu" if X.device.type == "cpu" else "accelerator"] // needed)
     yield from (slice(start, start + size) for start in range(0, count, size))
 
@@ -268,26 +271,26 @@ def _iterate(
     whole, divisor = (unit * s8).clamp(tiny), squared_unit.sqrt() * s8
     scale = torch.ones_like(unit) if s is None else unit**s * s8**s
 
-    iterates = torch.empty(direct + (direct < steps), *X.shape, dtype=compute_dtype, device=X.device)
+    # X_1 … X_{direct-1}, and what comes from there on: a product with X_direct.
+    terms = torch.empty(max(direct, 1), *X.shape, dtype=compute_dtype, device=X.device)
     latest = start
-    for k, (step, iterate) in enumerate(zip(chain[:direct], iterates, strict=False)):
+    for k, step in enumerate(chain[:direct]):
         P = step.polynomial(gram, square) if k else step.first_polynomial(gram, square, squared_s8, divisor)
-        torch.bmm(P, latest, out=iterate)
-        latest = iterate
-        if k + 1 < steps:
-            symmetric_product(iterate, iterate.mT, out=gram)
-    scaled = w * scale
-    rest = []
-    if direct < steps:
-        norm = None if direct else squared_s8
-        torch.bmm(_sum_in_gram_space(gram, square, chain[direct:], w[direct + 1 :], norm), latest, out=iterates[-1])
-        rest = [scale[None] if direct else (scale / divisor)[None]]
+        latest = torch.bmm(P, latest, out=terms[k] if k + 1 < direct else torch.empty_like(start))
+        symmetric_product(latest, latest.mT, out=gram)
+    if direct:
+        rest, over_rest = _sum_in_gram_space(gram, square, chain[direct:], w[direct:], None), 1.0
+    else:  # the start is a term of its own: it is not rounded
+        weights = torch.cat([torch.zeros_like(w[:1]), w[1:]])
+        rest, over_rest = _sum_in_gram_space(gram, square, chain, weights, squared_s8), divisor
+    torch.bmm(rest, latest, out=terms[-1])
     # Not the start where that is in half precision.
     first, over = (start, divisor) if compute_dtype == rows.dtype else (X, whole)
-    weights = torch.cat([scaled[:1] / over, scaled[1 : direct + 1], *rest])  # (terms, B)
+    scaled = w * scale
+    weights = torch.cat([scaled[:1] / over, scaled[1:direct], (scale / over_rest)[None]])  # (terms, B)
     finite = weights.clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT).mT.contiguous()
     found = torch.zeros_like(products)
-    weighted_sum(first, iterates, finite, out, products=found)
+    weighted_sum(first, terms, finite, out, products=found)
     if first is start:
         found[0] *= largest
     products.copy_(found)
@@ -302,22 +305,25 @@ def _divide_each(A: Tensor, divisors: Tensor) -> None:
 
 
 def _steps_on_iterate(shape: Sequence[int], steps: int, compute_dtype: torch.dtype) -> int:
-    """How many steps act on the iterate before the rest act on its Gram matrix."""
+    """How many steps act on the iterate before the rest act on its Gram matrix, the last one at least."""
     # That squares the singular values: in half precision the small ones drown in its rounding, until two steps have
     # lifted them.
     if shape[-1] < _GRAM_ASPECT * shape[-2]:
-        return steps
+        return steps - 1
     return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps)
 
 
 def _sum_in_gram_space(
     gram: Tensor, spare: Tensor, chain: list[_Step], weights: Tensor, norm: Tensor | None
 ) -> Tensor:
-    """``Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m) and weights (steps, B).
+    """``w_0 I + Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m) and weights (steps + 1, B).
 
     All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``. With
     ``norm`` (B,), ``X Xᵀ`` is gram / norm, and ``spare`` has gram² already.
     """
+    if len(chain) == 1:
+        only = chain[0].weighted(weights[1], weights[0])
+        return only.polynomial(gram, spare) if norm is None else only.first_polynomial(gram, spare, norm, 1.0)
     found = gram.new_empty(len(chain), *gram.shape)
     for k, step in enumerate(chain):
         if norm is not None and k == 0:
@@ -331,6 +337,7 @@ def _sum_in_gram_space(
             symmetric_product(P, found[k - 1], out=found[k])
         if k + 1 < len(chain):
             gram = symmetric_product(symmetric_product(P, gram), P)
+    identity, *others = (weight.expand(len(gram)) for weight in weights)
     out = torch.empty_like(gram)
-    weighted_sum(found[0], found[1:], weights.mT.expand(len(gram), -1).contiguous(), out)
+    weighted_sum(found[0], found[1:], torch.stack(others, 1), out, diagonal=identity.contiguous())
     return out

@@ -39,7 +39,10 @@ def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor
 def symmetric_polynomial(A: Tensor, a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> Tensor:
     """Write ``a I + b A + c A²`` of symmetric A (B, m, m) into ``out`` and return it; a, b, c are (B,), or (1,)."""
     if len(b) == 1 and A.device.type == "cpu" and not _is_taken_in_blocks(A):
-        torch.baddbmm(A, A, A, beta=b.item(), alpha=c.item(), out=out)
+        if c.item():
+            torch.baddbmm(A, A, A, beta=b.item(), alpha=c.item(), out=out)
+        else:  # torch 2.13 leaves out as it is where both factors are 0, in half precision
+            torch.mul(A, b.item(), out=out)
         out.diagonal(dim1=-2, dim2=-1).add_(a[:, None])
         return out
     kernels = _kernels_for(A)
