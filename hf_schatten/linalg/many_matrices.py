@@ -192,7 +192,7 @@ def weighted_sum(
             total.diagonal(rows.start, -2, -1).add_(diagonal[index, None])
         if products is not None:
             products[0, index] += start.mul_(total).sum((-2, -1))
-            products[1, index] += torch.mul(total, total, out=term).sum((-2, -1))
+            products[1, index] += torch.linalg.vector_norm(total, dim=(-2, -1)).square()
         out[index, rows].copy_(total)
 
 

@@ -265,7 +265,8 @@ def _iterate(
     _divide_each(gram, squared_unit)
     square = symmetric_product(gram, gram)
     # The Schatten-8 norm comes from a product that the first step needs anyway, and is close to σ_max.
-    squared_s8 = _SAFETY**2 * torch.linalg.vector_norm(square, dim=(-2, -1), dtype=rows.dtype).clamp(0.5).sqrt()
+    of_rows = torch.linalg.vector_norm(square, dim=-1)  # first: a norm of everything would copy it to float32
+    squared_s8 = _SAFETY**2 * torch.linalg.vector_norm(of_rows, dim=-1, dtype=rows.dtype).clamp(0.5).sqrt()
     unit, s8 = largest * squared_unit.sqrt(), squared_s8.sqrt()
     # What X, and the start of the iteration, are divided by.
     whole, divisor = (unit * s8).clamp(tiny), squared_unit.sqrt() * s8
