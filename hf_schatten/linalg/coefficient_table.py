@@ -102,16 +102,18 @@ def load_table(steps: int) -> dict[str, Any]:
 
 
 # A dict and not functools.cache, of which torch.compile warns.
-_COLUMNS: dict[tuple[int, torch.dtype, torch.device], Tensor] = {}
+_COLUMNS: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
 
 
 @torch.compiler.assume_constant_result
-def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return all columns, s first, as one tensor (columns, 4K + 2) on ``device``, from memory after the first call."""
+def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return s of all columns, (columns,), and the columns, (columns, 4K + 1), from memory after the first call."""
     key = steps, dtype, device
     if key not in _COLUMNS:
-        rows = [[c["s"], *c["a"], *c["b"], *c["c"], *c["w"]] for c in load_table(steps)["columns"]]
-        _COLUMNS[key] = torch.tensor(rows, dtype=dtype, device=device)
+        columns = load_table(steps)["columns"]
+        rows = [[*c["a"], *c["b"], *c["c"], *c["w"]] for c in columns]
+        nodes = [c["s"] for c in columns]
+        _COLUMNS[key] = torch.tensor(nodes, dtype=dtype, device=device), torch.tensor(rows, dtype=dtype, device=device)
     return _COLUMNS[key]
 
 
@@ -123,10 +125,9 @@ def interpolate(s: Tensor, steps: int) -> Tensor:
     Raises:
         ValueError: when no table is stored for ``steps``.
     """
-    table = _columns(steps, s.dtype, s.device)
-    nodes = table[:, 0].contiguous()
+    nodes, table = _columns(steps, s.dtype, s.device)
     s = s.clamp(MIN_EXPONENT, MAX_EXPONENT)
     right = torch.searchsorted(nodes, s, right=True).clamp(1, len(nodes) - 1)  # the last one for NaN
     left = right - 1
     fraction = (s - nodes[left]) / (nodes[right] - nodes[left])
-    return torch.lerp(table[left, 1:], table[right, 1:], fraction.unsqueeze(-1))
+    return torch.lerp(table[left], table[right], fraction.unsqueeze(-1))

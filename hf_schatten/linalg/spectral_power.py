@@ -205,8 +205,7 @@ def iterate_in_turns(
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
     products = rows.new_zeros(2, len(X))
     for some in _turns(X, steps, compute_dtype):
-        found = products[:, some]
-        _iterate(X[some], rows[some], None if s is None else s[some], compute_dtype, out[some], found)
+        _iterate(X[some], rows[some], None if s is None else s[some], compute_dtype, out[some], products[:, some])
     return out, products
 
 
@@ -240,7 +239,7 @@ def _turns(X: Tensor, steps: int, compute_dtype: torch.dtype) -> Iterator[slice]
 def _iterate(
     X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype, out: Tensor, products: Tensor
 ) -> None:
-    """Write the result for X (B, m, n) into ``out``, contiguous, and its inner products into ``products``."""
+    """Write the result for X (B, m, n) into ``out``, contiguous, and its inner products into ``products``, zeros."""
     steps = rows.shape[-1] // 4
     if X.device.type == "cpu" and bool((rows == rows[:1]).all()):
         rows = rows[:1]  # one for all of them
@@ -267,9 +266,10 @@ def _iterate(
     # The Schatten-8 norm comes from a product that the first step needs anyway, and is close to σ_max.
     of_rows = torch.linalg.vector_norm(square, dim=-1)  # first: a norm of everything would copy it to float32
     squared_s8 = _SAFETY**2 * torch.linalg.vector_norm(of_rows, dim=-1, dtype=rows.dtype).clamp(0.5).sqrt()
-    unit, s8 = largest * squared_unit.sqrt(), squared_s8.sqrt()
+    own_unit, s8 = squared_unit.sqrt(), squared_s8.sqrt()
+    unit = largest * own_unit
     # What X, and the start of the iteration, are divided by.
-    whole, divisor = (unit * s8).clamp(tiny), squared_unit.sqrt() * s8
+    whole, divisor = (unit * s8).clamp(tiny), own_unit * s8
     scale = torch.ones_like(unit) if s is None else unit**s * s8**s
 
     # X_1 … X_{direct-1}, and what comes from there on: a product with X_direct.
@@ -290,11 +290,9 @@ def _iterate(
     scaled = w * scale
     weights = torch.cat([scaled[:1] / over, scaled[1:direct], (scale / over_rest)[None]])  # (terms, B)
     finite = weights.clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT).mT.contiguous()
-    found = torch.zeros_like(products)
-    weighted_sum(first, terms, finite, out, products=found)
+    weighted_sum(first, terms, finite, out, products=products)
     if first is start:
-        found[0] *= largest
-    products.copy_(found)
+        products[0].mul_(largest)
 
 
 def _divide_each(A: Tensor, divisors: Tensor) -> None:
