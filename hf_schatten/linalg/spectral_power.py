@@ -310,7 +310,7 @@ def _steps_on_iterate(shape: Sequence[int], steps: int, compute_dtype: torch.dty
     # lifted them.
     if shape[-1] < _GRAM_ASPECT * shape[-2]:
         return steps - 1
-    return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps)
+    return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps - 1)
 
 
 def _sum_in_gram_space(

@@ -301,13 +301,20 @@ def test_no_graph_breaks(p: float | Tensor, shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(compiled(X, p), spectral_power(X, p), rtol=1e-5, atol=1e-6)
 
 
-def test_spectral_function_applies_the_polynomials() -> None:
-    coefficients = Coefficients(a=(1.5,), b=(-0.5,), c=(0.25,), w=(0.5, 2.0))
-    X = gaussian(9, 6).double()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 6), (6, 30), (8, 8)])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_spectral_function_applies_the_polynomials(steps: int, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Also where fewer steps are given than act on the iterate of a longer chain."""
+    weights = (0.5, 2.0, -0.25, 1.0)[: steps + 1]
+    coefficients = Coefficients(a=(1.5,) * steps, b=(-0.5,) * steps, c=(0.25,) * steps, w=weights)
+    X = gaussian(*shape).double()
     U, sigma, Vh = torch.linalg.svd(X, full_matrices=False)
     c = 1.01 * (sigma**8).sum() ** (1 / 8)
     expected = (U * coefficients.transfer(sigma / c)) @ Vh
-    torch.testing.assert_close(spectral_function(X, coefficients), expected, rtol=1e-12, atol=1e-12)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    found = spectral_function(X, coefficients, compute_dtype=dtype)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_svd_reference_on_a_known_spectrum() -> None:
