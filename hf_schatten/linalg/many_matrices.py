@@ -152,7 +152,6 @@ def inner_products(A: Tensor, B: Tensor) -> Tensor:
     return found
 
 
-@torch.library.custom_op("hf_schatten::weighted_sum", mutates_args=("out", "products"))
 def weighted_sum(
     first: Tensor,
     others: Tensor,
@@ -176,7 +175,16 @@ def weighted_sum(
     kernels = kernels_of(first.device)
     if kernels is not None and weights.dtype == torch.float32:
         kernels.weighted_sum(first.contiguous(), others, weights, out, diagonal, products)
-        return
+        increment_version([out] if products is None else [out, products])
+    else:
+        _weighted_sum(first, others, weights, out, diagonal, products)
+
+
+# Without defaults: torch 2.11 expects everything that may be written to be given.
+@torch.library.custom_op("hf_schatten::weighted_sum", mutates_args=("out", "products"))
+def _weighted_sum(
+    first: Tensor, others: Tensor, weights: Tensor, out: Tensor, diagonal: Tensor | None, products: Tensor | None
+) -> None:
     pieces = list(_pieces(first))
     # Fresh memory for each piece would cost more than the arithmetic.
     buffers = weights.new_empty(3, *first[pieces[0]].shape)
@@ -241,5 +249,5 @@ def _(A: Tensor, B: Tensor) -> Tensor:
     return A.new_empty(2, len(A), dtype=torch.promote_types(A.dtype, torch.float32))
 
 
-@weighted_sum.register_fake
+@_weighted_sum.register_fake
 def _(*arguments: object) -> None: ...
