@@ -46,7 +46,7 @@ def check(kernels: ModuleType, device: torch.device, dtype: torch.dtype = torch.
     Raises:
         RuntimeError: when a result is wrong; whatever Triton raises when it cannot compile.
     """
-    X = torch.linspace(-1, 1, 3 * 96 * 200, device=device).mul(7).sin().div(9).view(3, 96, 200)
+    X = torch.linspace(-1, 1, 3 * 96 * 208, device=device).mul(7).sin().div(9).view(3, 96, 208)
     half, numbers = X.to(dtype), torch.linspace(0.1, 0.4, 3, device=device)
     precise = kernels.symmetric(X, X, X.new_empty(3, 96, 96))
     gram = kernels.symmetric(half, half, half.new_empty(3, 96, 96))
@@ -57,7 +57,7 @@ def check(kernels: ModuleType, device: torch.device, dtype: torch.dtype = torch.
     total = kernels.weighted_sum(X, half[None], numbers[:, None].expand(3, 2).contiguous(), torch.empty_like(X))
     products = kernels.inner_products(half, half)
     average, weights, slot = X.clone(), X.clone(), torch.empty_like(half)
-    places = [Place((1, 96, 1, 200), (0, 200, 0, 1), index * 96 * 200) for index in range(3)]
+    places = [Place((1, 96, 1, 208), (0, 208, 0, 1), index * 96 * 208) for index in range(3)]
     ones = torch.ones(3, dtype=torch.float64, device=device)
     kernels.advance_averages([average] * 3, places, [half] * 3, places, [0.5] * 3, [True] * 3, ones, slot, 2 * ones)
     kernels.add_updates([weights] * 3, places, list(half), numbers.double(), 0 * ones)

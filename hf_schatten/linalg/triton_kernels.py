@@ -1,45 +1,24 @@
 """Triton kernels of the operations on many matrices, for GPUs; imported where there is one.
 
 Each has the meaning of the operation of the same name in :mod:`hf_schatten.linalg.many_matrices` or
-:mod:`hf_schatten.linalg.symmetric_product`, which compute it with torch alone where Triton is missing. Matrices are
-found through tables of addresses, so that one launch serves all of them.
+:mod:`hf_schatten.linalg.symmetric_product`, which compute it with torch alone where Triton is missing. Here are those
+on batches; those on matrices that lie in other tensors are in :mod:`hf_schatten.linalg.triton_placed`.
 """
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_schatten.linalg.place import Place
+from hf_schatten.linalg.triton_launch import launched_where_it_lies
+from hf_schatten.linalg.triton_placed import add_updates, advance_averages
 
-Function = TypeVar("Function", bound=Callable[..., Any])
+__all__ = ["add_updates", "advance_averages", "inner_products", "symmetric", "weighted_sum"]
 
-_TILE = 64  # side of the squares in which matrices are read and written
-_BLOCK = 4096  # elements of what has no rows
+_BLOCK = 4096  # elements of a block
 _SINGLE_PRECISION = "ieee" if torch.version.hip else "tf32x3"  # of products of float32
-_DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
-
-def _launched_where_it_lies(function: Function) -> Function:
-    """Launch on the device of the first argument: Triton takes the current one, which may be another."""
-
-    @functools.wraps(function)
-    def launch(first: Any, *others: Any, **options: Any) -> Any:
-        with torch.cuda.device_of(first if isinstance(first, Tensor) else first[0]):
-            return function(first, *others, **options)
-
-    return cast(Function, launch)
 
 
 @triton.jit
@@ -87,7 +66,7 @@ def _symmetric_kernel(
         tl.store(mirrored, tl.trans(result), mask=(columns[:, None] < m) & (rows[None, :] < m))
 
 
-@_launched_where_it_lies
+@launched_where_it_lies
 def symmetric(
     X: Tensor,
     Y: Tensor,
@@ -162,7 +141,7 @@ def _store_products(partial, first, second):
     tl.store(at + tl.num_programs(1).to(tl.int64) * blocks, second)
 
 
-@_launched_where_it_lies
+@launched_where_it_lies
 def weighted_sum(
     first: Tensor,
     others: Tensor,
@@ -198,7 +177,7 @@ def _inner_products_kernel(A, B, partial, size, BLOCK: tl.constexpr):
     _store_products(partial, tl.sum(a * b), tl.sum(b * b))
 
 
-@_launched_where_it_lies
+@launched_where_it_lies
 def inner_products(A: Tensor, B: Tensor) -> Tensor:
     """Return ``⟨A, B⟩`` and ``⟨B, B⟩`` of contiguous (B, m, n), as (2, B) float32; in the same order every time."""
     count, m, n = A.shape
@@ -206,145 +185,3 @@ def inner_products(A: Tensor, B: Tensor) -> Tensor:
     partial = torch.empty(2, count, blocks, dtype=torch.float32, device=A.device)
     _inner_products_kernel[blocks, count](A, B, partial, m * n, BLOCK=_BLOCK, num_warps=8)
     return partial.sum(-1)
-
-
-@triton.jit
-def _offsets(position, sizes):
-    """Offsets in memory of positions along two dimensions, given the inner size and both strides."""
-    inner = tl.load(sizes)
-    return (position // inner) * tl.load(sizes + 1) + (position % inner) * tl.load(sizes + 2)
-
-
-@triton.jit
-def _lerp(start, end, rate):
-    """As torch.lerp."""
-    change = end - start
-    return tl.where(rate < 0.5, start + rate * change, end - change * (1 - rate))
-
-
-# Of a table's entry: an address, rows and columns; then for rows, and for columns, inner size and two strides.
-@triton.jit
-def _advance_kernel(
-    averages,
-    gradients,
-    rates,
-    ahead,
-    keep,
-    divisors,
-    out,
-    AVERAGE: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    WRITES: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    index = tl.program_id(1)
-    average, gradient = averages + index * 9, gradients + index * 9
-    rows, columns = tl.load(average + 1), tl.load(average + 2)
-    across = (columns + TILE - 1) // TILE
-    i = (tl.program_id(0) // across) * TILE + tl.arange(0, TILE)
-    j = (tl.program_id(0) % across) * TILE + tl.arange(0, TILE)
-    inside = (i[:, None] < rows) & (j[None, :] < columns)
-    mean_at = tl.load(average).to(tl.pointer_type(AVERAGE))
-    mean_at += _offsets(i, average + 3)[:, None] + _offsets(j, average + 6)[None, :]
-    new_at = tl.load(gradient).to(tl.pointer_type(GRADIENT))
-    new_at += _offsets(i, gradient + 3)[:, None] + _offsets(j, gradient + 6)[None, :]
-    mean = tl.load(mean_at, mask=inside, other=0.0)
-    new = tl.load(new_at, mask=inside, other=0.0).to(AVERAGE)
-    new = tl.where(tl.load(keep + index) > 0, new, mean)
-    rate = tl.load(rates + index).to(AVERAGE)
-    mean = _lerp(mean, new, rate)
-    tl.store(mean_at, mean, mask=inside)
-    if WRITES:
-        found = tl.where(tl.load(ahead + index) > 0, _lerp(mean, new, rate), mean)
-        found = (found / tl.load(divisors + index).to(AVERAGE)).to(out.dtype.element_ty)
-        slot = out + index.to(tl.int64) * rows * columns
-        if rows <= columns:
-            tl.store(slot + i[:, None] * columns + j[None, :], found, mask=inside)
-        else:
-            transposed = (j[:, None] < columns) & (i[None, :] < rows)
-            tl.store(slot + j[:, None] * rows + i[None, :], tl.trans(found), mask=transposed)
-
-
-@_launched_where_it_lies
-def advance_averages(
-    averages: Sequence[Tensor],
-    places: Sequence[Place],
-    gradients: Sequence[Tensor],
-    gradient_places: Sequence[Place],
-    rates: Sequence[float],
-    ahead: Sequence[bool],
-    keep: Tensor,
-    out: Tensor | None,
-    divisors: Tensor | None,
-) -> None:
-    """Take gradients into averages and write what is asked for; tensors of a list have one dtype."""
-    numbers = torch.tensor([rates, ahead], dtype=torch.float64).to(keep.device, non_blocking=True)
-    _advance_kernel[_tiles(places), len(places)](
-        *(_table(averages, places, keep.device), _table(gradients, gradient_places, keep.device)),
-        *(numbers[0], numbers[1], keep, keep if divisors is None else divisors, keep if out is None else out),
-        AVERAGE=_DTYPES[averages[0].dtype],
-        GRADIENT=_DTYPES[gradients[0].dtype],
-        WRITES=out is not None,
-        TILE=_TILE,
-    )
-
-
-@triton.jit
-def _add_kernel(
-    weights,
-    updates,
-    factors,
-    decays,
-    WEIGHT: tl.constexpr,
-    UPDATE: tl.constexpr,
-    WORK: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    index = tl.program_id(1)
-    weight = weights + index * 9
-    rows, columns = tl.load(weight + 1), tl.load(weight + 2)
-    across = (columns + TILE - 1) // TILE
-    i = (tl.program_id(0) // across) * TILE + tl.arange(0, TILE)
-    j = (tl.program_id(0) % across) * TILE + tl.arange(0, TILE)
-    inside = (i[:, None] < rows) & (j[None, :] < columns)
-    at = tl.load(weight).to(tl.pointer_type(WEIGHT))
-    at += _offsets(i, weight + 3)[:, None] + _offsets(j, weight + 6)[None, :]
-    update_at = tl.load(updates + index).to(tl.pointer_type(UPDATE))
-    if rows <= columns:
-        update = tl.load(update_at + i[:, None] * columns + j[None, :], mask=inside, other=0.0)
-    else:
-        transposed = (j[:, None] < columns) & (i[None, :] < rows)
-        update = tl.trans(tl.load(update_at + j[:, None] * rows + i[None, :], mask=transposed, other=0.0))
-    W = tl.load(at, mask=inside, other=0.0).to(WORK)
-    decay, factor = tl.load(decays + index).to(WORK), tl.load(factors + index).to(WORK)
-    tl.store(at, (W * (1 - decay) - update.to(WORK) * factor).to(WEIGHT), mask=inside)
-
-
-@_launched_where_it_lies
-def add_updates(
-    weights: Sequence[Tensor], places: Sequence[Place], updates: Sequence[Tensor], factors: Tensor, decays: Tensor
-) -> None:
-    """Subtract ``decay · W + factor · update``; tensors of a list have one dtype."""
-    addresses = torch.tensor([update.data_ptr() for update in updates]).to(factors.device, non_blocking=True)
-    _add_kernel[_tiles(places), len(places)](
-        *(_table(weights, places, factors.device), addresses, factors, decays),
-        WEIGHT=_DTYPES[weights[0].dtype],
-        UPDATE=_DTYPES[updates[0].dtype],
-        WORK=_DTYPES[torch.promote_types(weights[0].dtype, torch.float32)],
-        TILE=_TILE,
-    )
-
-
-def _tiles(places: Sequence[Place]) -> int:
-    """Return how many tiles the largest matrix has."""
-    return max(triton.cdiv(rows, _TILE) * triton.cdiv(columns, _TILE) for rows, columns in {p.shape for p in places})
-
-
-def _table(tensors: Sequence[Tensor], places: Sequence[Place], device: torch.device) -> Tensor:
-    """Return what kernels ask of matrices, nine numbers each, on the device; nothing waits for it."""
-    rows = []
-    for tensor, place in zip(tensors, places, strict=True):
-        (_, inner_rows, _, inner_columns), (s0, s1, s2, s3) = place.sizes, place.strides
-        address = tensor.data_ptr() + place.offset * tensor.itemsize
-        rows.append([address, *place.shape, inner_rows, s0, s1, inner_columns, s2, s3])
-    return torch.tensor(rows, dtype=torch.int64).to(device, non_blocking=True)

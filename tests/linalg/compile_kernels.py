@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_schatten.linalg import triton_kernels as kernels
+from hf_schatten.linalg import triton_placed as placed
 
 HALF, SINGLE, DOUBLE, TABLE, NUMBER = "*bf16", "*fp32", "*fp64", "*i64", "i32"
 SYMMETRIC = (
@@ -32,17 +33,25 @@ CASES = [
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 1, "DIAGONAL": True, "PRODUCTS": False, "BLOCK": 4096}),
     (kernels._inner_products_kernel, {"A": HALF, "B": HALF, "partial": SINGLE, "size": NUMBER}, {"BLOCK": 4096}),
     (
-        kernels._advance_kernel,
+        placed._advance_kernel,
         ADVANCE | {"out": HALF},
-        {"AVERAGE": tl.float32, "GRADIENT": tl.bfloat16, "WRITES": True, "TILE": 64},
+        {"AVERAGE": tl.float32, "GRADIENT": tl.bfloat16, "WRITES": True, "ALIGNED": True, "TILE": 64},
     ),
     (
-        kernels._advance_kernel,
+        placed._advance_kernel,
         ADVANCE | {"out": DOUBLE},
-        {"AVERAGE": tl.float32, "GRADIENT": tl.float32, "WRITES": False, "TILE": 64},
+        {"AVERAGE": tl.float32, "GRADIENT": tl.float32, "WRITES": False, "ALIGNED": False, "TILE": 64},
     ),
-    (kernels._add_kernel, ADD, {"WEIGHT": tl.float32, "UPDATE": tl.bfloat16, "WORK": tl.float32, "TILE": 64}),
-    (kernels._add_kernel, ADD, {"WEIGHT": tl.bfloat16, "UPDATE": tl.bfloat16, "WORK": tl.float32, "TILE": 64}),
+    (
+        placed._add_kernel,
+        ADD,
+        {"WEIGHT": tl.float32, "UPDATE": tl.bfloat16, "WORK": tl.float32, "ALIGNED": True, "TILE": 64},
+    ),
+    (
+        placed._add_kernel,
+        ADD,
+        {"WEIGHT": tl.bfloat16, "UPDATE": tl.bfloat16, "WORK": tl.float32, "ALIGNED": False, "TILE": 64},
+    ),
 ]
 
 

@@ -114,27 +114,45 @@ def test_inner_products(kernels, dtype):
     torch.testing.assert_close(kernels.inner_products(A, B), expected, atol=1e-3, rtol=1e-5)
 
 
-def matrices(shape):
-    """Return places of matrices of one wide shape (40, 100) in a tensor of its own each, and the tensors' shapes."""
+# All of it a multiple of 16, which has accesses of its own, and not.
+WIDE_SHAPES = [(48, 112), (40, 100)]
+
+
+def matrices(shape, m, n):
+    """Return places of matrices of one wide shape (m, n) in a tensor of its own each, and the tensors' shapes."""
     if shape == "tall and wide":
-        return [
-            ((40, 100), Place((1, 40, 1, 100), (0, 100, 0, 1), 0)),
-            ((100, 40), Place((1, 100, 1, 40), (0, 40, 0, 1), 0)),
-        ]
+        return [((r, c), Place((1, r, 1, c), (0, c, 0, 1), 0)) for r, c in ((m, n), (n, m))]
     if shape == "parts":  # columns of a fused projection, as Conv1D stores it
-        return [((40, 300), Place((1, 40, 1, 100), (0, 300, 0, 1), 100 * part)) for part in range(3)]
+        return [((m, 3 * n), Place((1, m, 1, n), (0, 3 * n, 0, 1), n * part)) for part in range(3)]
     if shape == "blocks":  # rows in two blocks, every other one
-        return [((4, 10, 200), Place((2, 20, 1, 100), (4000, 200, 0, 1), 100 * part)) for part in range(2)]
+        place = (2, m // 2, 1, n), (m * n, 2 * n, 0, 1)
+        return [((4, m // 4, 2 * n), Place(*place, n * part)) for part in range(2)]
     assert shape == "channels last"
-    return [((40, 10, 5, 2), Place((1, 40, 10, 10), (0, 100, 1, 10), 0))]
+    return [((m, n // 4, 2, 2), Place((1, m, n // 4, 4), (0, n, 1, n // 4), 0))]
 
 
+def test_places_that_are_multiples_of_16_are_accessed_widely(kernels):
+    from hf_schatten.linalg.triton_placed import _table
+
+    for shape, (m, n), aligned in [
+        ("tall and wide", (48, 112), True),
+        ("parts", (48, 112), True),
+        ("tall and wide", (40, 100), False),
+        ("blocks", (48, 112), False),
+    ]:
+        sizes, places = zip(*matrices(shape, m, n), strict=True)
+        assert _table([torch.zeros(size) for size in sizes], places, torch.device("cpu"))[1] == aligned
+    off_by_one = torch.zeros(48 * 112 + 1)[1:].view(48, 112)
+    assert not _table([off_by_one], [Place((1, 48, 1, 112), (0, 112, 0, 1), 0)], torch.device("cpu"))[1]
+
+
+@pytest.mark.parametrize(("m", "n"), WIDE_SHAPES)
 @pytest.mark.parametrize("shape", ["tall and wide", "parts", "blocks", "channels last"])
 @pytest.mark.parametrize("gradient_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, None])
-def test_averages_are_those_of_torch(kernels, shape, gradient_dtype, out_dtype):
+def test_averages_are_those_of_torch(kernels, shape, m, n, gradient_dtype, out_dtype):
     torch.manual_seed(0)
-    sizes, places = zip(*matrices(shape), strict=True)
+    sizes, places = zip(*matrices(shape, m, n), strict=True)
     count = len(sizes)
     averages = [torch.randn(size) for size in sizes]
     gradients = [torch.randn(size).to(gradient_dtype) for size in sizes]
@@ -145,7 +163,7 @@ def test_averages_are_those_of_torch(kernels, shape, gradient_dtype, out_dtype):
     results = []
     for compute in (kernels.advance_averages, many_matrices.advance_averages):
         mine = [average.clone() for average in averages]
-        out = None if out_dtype is None else torch.zeros(count, 40, 100, dtype=out_dtype)
+        out = None if out_dtype is None else torch.zeros(count, m, n, dtype=out_dtype)
         ahead = [index % 2 == 0 for index in range(count)]
         rates, divided = [0.05, 0.7, 0.3][:count], None if out is None else divisors
         compute(mine, places, gradients, places, rates, ahead, keep, out, divided)
@@ -160,14 +178,15 @@ def test_averages_are_those_of_torch(kernels, shape, gradient_dtype, out_dtype):
         )
 
 
+@pytest.mark.parametrize(("m", "n"), WIDE_SHAPES)
 @pytest.mark.parametrize("shape", ["tall and wide", "parts", "blocks", "channels last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("update_dtype", [torch.float32, torch.bfloat16])
-def test_updates_are_those_of_torch(kernels, shape, dtype, update_dtype):
+def test_updates_are_those_of_torch(kernels, shape, m, n, dtype, update_dtype):
     torch.manual_seed(0)
-    sizes, places = zip(*matrices(shape), strict=True)
+    sizes, places = zip(*matrices(shape, m, n), strict=True)
     weights = [torch.randn(size).to(dtype) for size in sizes]
-    updates = list(torch.randn(len(sizes), 40, 100).to(update_dtype))
+    updates = list(torch.randn(len(sizes), m, n).to(update_dtype))
     factors, decays = torch.linspace(-0.5, 0.5, len(sizes)).double(), torch.linspace(0.0, 0.2, len(sizes)).double()
     results = []
     for compute in (kernels.add_updates, many_matrices.add_updates):
