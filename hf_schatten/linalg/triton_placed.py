@@ -1,8 +1,8 @@
 """Triton kernels on matrices that lie anywhere in other tensors, for GPUs: one launch serves all of them.
 
 Each has the meaning of the operation of the same name in :mod:`hf_schatten.linalg.many_matrices`. A table of
-addresses, sizes and strides tells where the matrices are. Where all of these are multiples of 16, accesses are wide. On
-an H200, narrow ones, with a division of 64 bits for every position, took eight times as long as the memory needs.
+addresses, sizes and strides tells where the matrices are. Where all of these are multiples of 16, accesses are wide.
+On an H200, narrow ones, with a division of 64 bits for every position, took eight times as long as the memory needs.
 """
 
 from __future__ import annotations
