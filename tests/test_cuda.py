@@ -66,7 +66,7 @@ def test_a_step_with_kernels_is_that_of_torchs_operations(parameter_dtype, monke
     found = {}
     for kernels in (True, False):
         if not kernels:
-            for module in ("many_matrices", "symmetric_product"):
+            for module in ("many_matrices", "symmetric_product", "iteration_numbers"):
                 monkeypatch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: None)
         torch.manual_seed(0)
         parameters = [nn.Parameter(torch.randn(s, device=DEVICE, dtype=parameter_dtype)) for s in shapes]

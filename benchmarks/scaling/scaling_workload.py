@@ -23,7 +23,6 @@ from hf_schatten import SchattenP, create_schatten_optimizer
 from hf_schatten.distributed.owners import Compute, Delivery, at_parameters, elements
 from hf_schatten.distributed.processes import ALONE
 from hf_schatten.distributed.replicated import Replicated
-from hf_schatten.linalg.coefficient_table import interpolate
 from hf_schatten.linalg.spectral_power import iterate_in_turns
 from hf_schatten.optim.apply import apply_updates
 from hf_schatten.optim.finite_gradients import FiniteGradients
@@ -286,8 +285,6 @@ class _Counter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is _OWN.spectral_iteration.default:
-            interpolate(torch.zeros(1, device=self._device), args[2])  # reads the table, which is in memory later on
         with self:
             if func is _OWN.spectral_iteration.default:
                 # PyTorch's counter sees its products, and not the operation itself, whose formula it knows.

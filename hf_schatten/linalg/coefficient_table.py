@@ -106,7 +106,7 @@ _COLUMNS: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {
 
 
 @torch.compiler.assume_constant_result
-def _columns(steps: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def columns_of(steps: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return s of all columns, (columns,), and the columns, (columns, 4K + 1), from memory after the first call."""
     key = steps, dtype, device
     if key not in _COLUMNS:
@@ -125,7 +125,7 @@ def interpolate(s: Tensor, steps: int) -> Tensor:
     Raises:
         ValueError: when no table is stored for ``steps``.
     """
-    nodes, table = _columns(steps, s.dtype, s.device)
+    nodes, table = columns_of(steps, s.dtype, s.device)
     s = s.clamp(MIN_EXPONENT, MAX_EXPONENT)
     right = torch.searchsorted(nodes, s, right=True).clamp(1, len(nodes) - 1)  # the last one for NaN
     left = right - 1

@@ -8,24 +8,21 @@ scales, so that a weighted sum of the iterates represents any power of σ at the
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT, exponent_of
-from hf_schatten.linalg.coefficient_table import Coefficients, interpolate
+from hf_schatten.linalg.coefficient_table import Coefficients
 from hf_schatten.linalg.compute_dtype import default_compute_dtype
+from hf_schatten.linalg.iteration_numbers import Numbers, iteration_numbers, squared_units
 from hf_schatten.linalg.many_matrices import weighted_sum
 from hf_schatten.linalg.symmetric_product import (
     combined_with_square,
     symmetric_polynomial,
     symmetric_product,
 )
-
-# The Schatten-8 norm bounds σ_max, but for the rounding of half precision; beyond 1 the polynomials explode.
-_SAFETY = 1.01
 
 # Iterating on the m × m Gram matrix takes 4K - 3 products of m³ and two of m²n, where iterating on X takes 3K of
 # m²n: fewer from n/m = 1.31 on at K = 5, from 1.29 to 1.32 for the other K.
@@ -36,8 +33,6 @@ _GRAM_SPACE_SQUARES = 9  # temporaries there
 # cores share no matrix: with 8 MiB, an iteration took up to 1.9 times as long, and with 128 MiB up to 1.3 times. An
 # accelerator needs work for all its processors at once.
 WORKSPACE = {"cpu": 64 << 20, "accelerator": 4 << 30}
-
-_LARGEST_WEIGHT = 1e37  # what zero is multiplied by stays finite
 
 
 def spectral_power(
@@ -163,26 +158,6 @@ def _largest_element(A: Tensor, dtype: torch.dtype) -> Tensor:
     return largest.to(dtype).clamp(torch.finfo(dtype).tiny)
 
 
-class _Step(NamedTuple):
-    """Coefficients of one step, one for each matrix: tensors (B,)."""
-
-    a: Tensor
-    b: Tensor
-    c: Tensor
-
-    def polynomial(self, gram: Tensor, out: Tensor) -> Tensor:
-        """Write ``a I + b A + c A²`` of A = gram (B, m, m) into ``out`` and return it."""
-        return symmetric_polynomial(gram, *self, out)
-
-    def weighted(self, weight: Tensor, identity: Tensor) -> "_Step":
-        """Return the step whose polynomial is ``identity I + weight P``."""
-        return _Step(identity + weight * self.a, weight * self.b, weight * self.c)
-
-    def first_polynomial(self, gram: Tensor, square: Tensor, norm: Tensor, over: Tensor | float) -> Tensor:
-        """The same of A = gram / norm, divided by ``over``, in the place of gram²; norm and ``over`` are (B,)."""
-        return combined_with_square(gram, square, self.a / over, self.b / norm / over, self.c / norm.square() / over)
-
-
 @torch.library.custom_op("hf_schatten::spectral_iteration", mutates_args=())
 def spectral_iteration(
     X: Tensor, s: Tensor | None, steps: int, row: list[float], compute_dtype: torch.dtype
@@ -199,14 +174,11 @@ def iterate_in_turns(
     X: Tensor, s: Tensor | None, steps: int, row: Sequence[float], compute_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """What `spectral_iteration` does, as the operations that it consists of: temporaries fit into `WORKSPACE`."""
-    if s is None:
-        rows = torch.tensor(row, dtype=_scalar_dtype(X)).to(X.device, non_blocking=True).expand(len(X), -1)
-    else:
-        rows = interpolate(s, steps)
     out = torch.empty_like(X, memory_format=torch.contiguous_format)
-    products = rows.new_zeros(2, len(X))
+    products = X.new_zeros(2, len(X), dtype=_scalar_dtype(X))
     for some in _turns(X, steps, compute_dtype):
-        _iterate(X[some], rows[some], None if s is None else s[some], compute_dtype, out[some], products[:, some])
+        own = None if s is None else s[some]
+        _iterate(X[some], own, steps, row, compute_dtype, out[some], products[:, some])
     return out, products
 
 
@@ -238,70 +210,60 @@ def _turns(X: Tensor, steps: int, compute_dtype: torch.dtype) -> Iterator[slice]
 
 
 def _iterate(
-    X: Tensor, rows: Tensor, s: Tensor | None, compute_dtype: torch.dtype, out: Tensor, products: Tensor
+    X: Tensor,
+    s: Tensor | None,
+    steps: int,
+    row: Sequence[float],
+    compute_dtype: torch.dtype,
+    out: Tensor,
+    products: Tensor,
 ) -> None:
     """Write the result for X (B, m, n) into ``out``, contiguous, and its inner products into ``products``, zeros."""
-    steps = rows.shape[-1] // 4
-    if X.device.type == "cpu" and bool((rows == rows[:1]).all()):
-        rows = rows[:1]  # one for all of them
-    table = rows.mT.contiguous()  # (4K + 1, B)
-    a, b, c, w = table.split([steps, steps, steps, steps + 1])
-    chain = [_Step(*step) for step in zip(*(each.unbind() for each in (a, b, c)), strict=True)]
     direct = _steps_on_iterate(X.shape, steps, compute_dtype)
-    tiny = torch.finfo(rows.dtype).tiny
-
     if X.dtype == compute_dtype == torch.bfloat16 and X.is_contiguous():
         # As it is: bfloat16 has the range of float32, in which products are added up.
-        start, largest = X, rows.new_ones(len(X))
+        start, largest = X, products.new_ones(len(X))
     else:
         start = torch.empty_like(X, dtype=compute_dtype, memory_format=torch.contiguous_format)
-        largest = _largest_element(X, rows.dtype)
+        largest = _largest_element(X, products.dtype)
         torch.div(X, largest, out=start)  # elements in [-1, 1]: no Gram matrix overflows
         largest = largest.flatten()
     gram = symmetric_product(start, start.mT)  # (B, m, m)
-    # Its largest element is on the diagonal. Divided by it, its powers stay in range, and have a norm of 1 at least.
-    squared_unit = gram.diagonal(dim1=-2, dim2=-1).amax(-1).to(rows.dtype)
-    squared_unit = squared_unit.masked_fill(squared_unit == 0, 1.0)
-    _divide_each(gram, squared_unit)
+    # Divided by its largest element, it has powers that stay in range, and whose norm is 1 at least.
+    squared_unit, inverse = squared_units(gram, products.dtype)
+    _multiply_each(gram, inverse)
     square = symmetric_product(gram, gram)
     # The Schatten-8 norm comes from a product that the first step needs anyway, and is close to σ_max.
-    of_rows = torch.linalg.vector_norm(square, dim=-1)  # first: a norm of everything would copy it to float32
-    squared_s8 = _SAFETY**2 * torch.linalg.vector_norm(of_rows, dim=-1, dtype=rows.dtype).clamp(0.5).sqrt()
-    own_unit, s8 = squared_unit.sqrt(), squared_s8.sqrt()
-    unit = largest * own_unit
-    # What X, and the start of the iteration, are divided by.
-    whole, divisor = (unit * s8).clamp(tiny), own_unit * s8
-    scale = torch.ones_like(unit) if s is None else unit**s * s8**s
+    norms = torch.linalg.vector_norm(square, dim=-1)  # of rows: one of everything would copy it to float32
+    from_start = compute_dtype == products.dtype  # not where that is in half precision
+    numbers = iteration_numbers(s, row, steps, direct, norms, largest, squared_unit, from_start)
 
     # X_1 … X_{direct-1}, and what comes from there on: a product with X_direct.
     terms = torch.empty(max(direct, 1), *X.shape, dtype=compute_dtype, device=X.device)
+    P = combined_with_square(gram, square, *numbers.steps[0])
     latest = start
-    for k, step in enumerate(chain[:direct]):
-        P = step.polynomial(gram, square) if k else step.first_polynomial(gram, square, squared_s8, divisor)
-        latest = torch.bmm(P, latest, out=terms[k] if k + 1 < direct else torch.empty_like(start))
+    for k, step in enumerate(numbers.steps[:direct]):
+        if k:
+            P = symmetric_polynomial(gram, *step, square)
+        # The last one is not needed when the sum is written.
+        last = out if out.dtype == compute_dtype else torch.empty_like(start)
+        latest = torch.bmm(P, latest, out=terms[k] if k + 1 < direct else last)
         symmetric_product(latest, latest.mT, out=gram)
     if direct:
-        rest, over_rest = _sum_in_gram_space(gram, square, chain[direct:], w[direct:], None), 1.0
-    else:  # the start is a term of its own: it is not rounded
-        weights = torch.cat([torch.zeros_like(w[:1]), w[1:]])
-        rest, over_rest = _sum_in_gram_space(gram, square, chain, weights, squared_s8), divisor
+        P = symmetric_polynomial(gram, *numbers.steps[direct], square)
+    rest = P if direct == steps - 1 else _sum_in_gram_space(P, gram, numbers, direct)
     torch.bmm(rest, latest, out=terms[-1])
-    # Not the start where that is in half precision.
-    first, over = (start, divisor) if compute_dtype == rows.dtype else (X, whole)
-    scaled = w * scale
-    weights = torch.cat([scaled[:1] / over, scaled[1:direct], (scale / over_rest)[None]])  # (terms, B)
-    finite = weights.clamp(-_LARGEST_WEIGHT, _LARGEST_WEIGHT).mT.contiguous()
-    weighted_sum(first, terms, finite, out, products=products)
-    if first is start:
+    weighted_sum(start if from_start else X, terms, numbers.outer, out, products=products)
+    if from_start:
         products[0].mul_(largest)
 
 
-def _divide_each(A: Tensor, divisors: Tensor) -> None:
-    """Divide matrices (B, m, n) in their place by numbers (B,)."""
+def _multiply_each(A: Tensor, factors: Tensor) -> None:
+    """Multiply matrices (B, m, n) in their place by numbers (B,)."""
     if A.device.type == "cpu":  # where numbers of another dtype than A's would make a copy of A
-        torch._foreach_div_(A.unbind(), divisors.tolist())
+        torch._foreach_mul_(A.unbind(), factors.tolist())
     else:
-        A.div_(divisors[:, None, None])
+        weighted_sum(A, A.new_empty(0, *A.shape), factors[:, None], A)
 
 
 def _steps_on_iterate(shape: Sequence[int], steps: int, compute_dtype: torch.dtype) -> int:
@@ -313,31 +275,19 @@ def _steps_on_iterate(shape: Sequence[int], steps: int, compute_dtype: torch.dty
     return 0 if compute_dtype in (torch.float32, torch.float64) else min(2, steps - 1)
 
 
-def _sum_in_gram_space(
-    gram: Tensor, spare: Tensor, chain: list[_Step], weights: Tensor, norm: Tensor | None
-) -> Tensor:
-    """``w_0 I + Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m) and weights (steps + 1, B).
+def _sum_in_gram_space(P: Tensor, gram: Tensor, numbers: Numbers, direct: int) -> Tensor:
+    """``w_0 I + Σ_k w_k Q_k`` with ``X_k = Q_k X``, from ``gram = X Xᵀ`` (B, m, m) and the first polynomial, Q_1 = P.
 
-    All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``. With
-    ``norm`` (B,), ``X Xᵀ`` is gram / norm, and ``spare`` has gram² already.
+    All factors are polynomials of one symmetric matrix and commute: ``X_k X_kᵀ = P_k (X_{k-1} X_{k-1}ᵀ) P_k``.
     """
-    if len(chain) == 1:
-        only = chain[0].weighted(weights[1], weights[0])
-        return only.polynomial(gram, spare) if norm is None else only.first_polynomial(gram, spare, norm, 1.0)
-    found = gram.new_empty(len(chain), *gram.shape)
-    for k, step in enumerate(chain):
-        if norm is not None and k == 0:
-            P = step.first_polynomial(gram, spare, norm, 1.0)
-            _divide_each(gram, norm)
-        else:
-            P = step.polynomial(gram, spare)
-        if k == 0:
-            found[0].copy_(P)
-        else:
-            symmetric_product(P, found[k - 1], out=found[k])
-        if k + 1 < len(chain):
-            gram = symmetric_product(symmetric_product(P, gram), P)
-    identity, *others = (weight.expand(len(gram)) for weight in weights)
-    out = torch.empty_like(gram)
-    weighted_sum(found[0], found[1:], torch.stack(others, 1), out, diagonal=identity.contiguous())
-    return out
+    if not direct:
+        _multiply_each(gram, numbers.inverse_norms)
+    first, spare = P, torch.empty_like(gram)
+    found = gram.new_empty(len(numbers.steps) - direct - 1, *gram.shape)  # Q_2, …
+    for k, step in enumerate(numbers.steps[direct + 1 :]):
+        gram = symmetric_product(symmetric_product(P, gram), P)
+        P = symmetric_polynomial(gram, *step, spare)
+        symmetric_product(P, found[k - 1] if k else first, out=found[k])
+    weights, identity = (each.expand(len(gram), *each.shape[1:]) for each in (numbers.inner, numbers.identity))
+    weighted_sum(first, found, weights.contiguous(), first, diagonal=identity.contiguous())
+    return first

@@ -2,7 +2,7 @@
 
 Each has the meaning of the operation of the same name in :mod:`hf_schatten.linalg.many_matrices` or
 :mod:`hf_schatten.linalg.symmetric_product`, which compute it with torch alone where Triton is missing. Here are those
-on batches; those on matrices that lie in other tensors are in :mod:`hf_schatten.linalg.triton_placed`.
+on batches of matrices.
 """
 
 from __future__ import annotations
@@ -13,9 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_schatten.linalg.triton_launch import launched_where_it_lies
+from hf_schatten.linalg.triton_numbers import iteration_numbers, squared_units
 from hf_schatten.linalg.triton_placed import add_updates, advance_averages
 
-__all__ = ["add_updates", "advance_averages", "inner_products", "symmetric", "weighted_sum"]
+__all__ = [
+    "add_updates",
+    "advance_averages",
+    "inner_products",
+    "iteration_numbers",
+    "squared_units",
+    "symmetric",
+    "weighted_sum",
+]
 
 _BLOCK = 4096  # elements of a block
 _SINGLE_PRECISION = "ieee" if torch.version.hip else "tf32x3"  # of products of float32

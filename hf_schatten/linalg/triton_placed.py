@@ -56,7 +56,7 @@ def _offsets(position, sizes):
 
 
 @triton.jit
-def _lerp(start, end, rate):
+def lerp(start, end, rate):
     """As torch.lerp."""
     change = end - start
     return tl.where(rate < 0.5, start + rate * change, end - change * (1 - rate))
@@ -90,10 +90,10 @@ def _advance_kernel(
     new = tl.load(new_at, mask=inside, other=0.0).to(AVERAGE)
     new = tl.where(tl.load(keep + index) > 0, new, mean)
     rate = tl.load(rates + index).to(AVERAGE)
-    mean = _lerp(mean, new, rate)
+    mean = lerp(mean, new, rate)
     tl.store(mean_at, mean, mask=inside)
     if WRITES:
-        found = tl.where(tl.load(ahead + index) > 0, _lerp(mean, new, rate), mean)
+        found = tl.where(tl.load(ahead + index) > 0, lerp(mean, new, rate), mean)
         found = (found / tl.load(divisors + index).to(AVERAGE)).to(out.dtype.element_ty)
         slot = tl.multiple_of(out + index.to(tl.int64) * rows * columns, _ALIGNMENT if ALIGNED else 1)
         if rows <= columns:

@@ -10,6 +10,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_schatten.linalg import triton_kernels as kernels
+from hf_schatten.linalg import triton_numbers as numbers
 from hf_schatten.linalg import triton_placed as placed
 
 HALF, SINGLE, DOUBLE, TABLE, NUMBER = "*bf16", "*fp32", "*fp64", "*i64", "i32"
@@ -20,6 +21,11 @@ SUM = {"first": HALF, "others": HALF, "weights": SINGLE, "diagonal": SINGLE, "ou
 SUM |= dict.fromkeys(("size", "n", "stride"), NUMBER)
 ADVANCE = {"averages": TABLE, "gradients": TABLE} | dict.fromkeys(("rates", "ahead", "keep", "divisors"), DOUBLE)
 ADD = {"weights": TABLE, "updates": TABLE, "factors": DOUBLE, "decays": DOUBLE}
+
+NUMBERS = {"s": SINGLE, "nodes": SINGLE, "table": SINGLE, "norms": HALF, "m": NUMBER, "rows": NUMBER}
+NUMBERS |= dict.fromkeys(("largest", "squared_units", "columns", "inner", "outer"), SINGLE)
+NUMBERS |= dict.fromkeys(("safety", "smallest_norm", "largest_weight"), "fp32")
+OF_NUMBERS = {"STEPS": 5, "FROM_START": False, "ROWS": 64, "BLOCK": 1024}
 
 CASES = [
     (kernels._symmetric_kernel, SYMMETRIC, {"POLYNOMIAL": False, "PRECISION": "tf32x3", "BLOCK": 128, "DEPTH": 64}),
@@ -32,6 +38,9 @@ CASES = [
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 5, "DIAGONAL": False, "PRODUCTS": True, "BLOCK": 4096}),
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 1, "DIAGONAL": True, "PRODUCTS": False, "BLOCK": 4096}),
     (kernels._inner_products_kernel, {"A": HALF, "B": HALF, "partial": SINGLE, "size": NUMBER}, {"BLOCK": 4096}),
+    (numbers._squared_units_kernel, {"gram": HALF, "found": SINGLE, "m": NUMBER}, {"BLOCK": 1024}),
+    (numbers._iteration_numbers_kernel, NUMBERS, OF_NUMBERS | {"POWER": True, "DIRECT": 2}),
+    (numbers._iteration_numbers_kernel, NUMBERS, OF_NUMBERS | {"POWER": False, "DIRECT": 4}),
     (
         placed._advance_kernel,
         ADVANCE | {"out": HALF},
@@ -63,7 +72,7 @@ def main(capability: int) -> None:
             fn=kernel,
             signature={name: types.get(name, "constexpr") for name in names},
             constexprs={(names.index(name),): value for name, value in constants.items()},
-            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in types if types[name] != "fp32"},
         )
         compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 8})
         wgmma = "wgmma" if "wgmma" in compiled.asm["ptx"] else "-"

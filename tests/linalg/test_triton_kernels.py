@@ -16,11 +16,20 @@ import pytest
 import torch
 
 from hf_schatten.linalg import accelerated, many_matrices
+from hf_schatten.linalg.coefficient_table import Coefficients
+from hf_schatten.linalg.iteration_numbers import iteration_numbers
 from hf_schatten.linalg.place import Place
 from hf_schatten.linalg.spectral_power import spectral_power, spectral_power_svd
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS
 
 pytest.importorskip("triton")
+
+# Of linalg, those that ask for the kernels.
+MODULES = ("many_matrices", "symmetric_product", "iteration_numbers")
+
+
+# Three steps, all their numbers different.
+LADDER = Coefficients((3.4, 2.9, 2.5), (-4.7, -3.1, -2.2), (2.0, 1.3, 0.7), (0.1, -0.2, 0.4, 0.8))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,7 @@ def kernels():
 @pytest.fixture
 def interpreted(kernels, monkeypatch):
     """Compute with the kernels, though there is no GPU."""
-    for module in ("many_matrices", "symmetric_product"):
+    for module in MODULES:
         monkeypatch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: kernels)
 
 
@@ -49,7 +58,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(capability):
     )
     assert run.returncode == 0, run.stderr
     rows = [line.split() for line in run.stdout.splitlines()]
-    assert len(rows) == 10
+    assert len(rows) == 13
     for name, shared, size, wgmma in rows:
         assert int(shared) <= 163 << 10
         assert int(size) > 0
@@ -112,6 +121,46 @@ def test_inner_products(kernels, dtype):
     a, b = A.double().flatten(1), B.double().flatten(1)
     expected = torch.stack([(a * b).sum(1), (b * b).sum(1)]).float()
     torch.testing.assert_close(kernels.inner_products(A, B), expected, atol=1e-3, rtol=1e-5)
+
+
+@pytest.mark.parametrize("from_start", [False, True])
+@pytest.mark.parametrize("direct", [0, 2, 4])
+@pytest.mark.parametrize("steps", [5, 8])
+@pytest.mark.parametrize("row", [None, LADDER])
+def test_numbers_of_an_iteration(kernels, row, steps, direct, from_start):
+    """Exponents at, between and beyond nodes of the table; norms that are zero, small, large or no number."""
+    if row is not None:
+        steps, direct = row.steps, min(direct, row.steps - 1)
+    s = None if row is not None else torch.tensor([-0.25, 1.0, 0.0, 0.3333, -0.199, 0.5, 0.5])
+    norms = torch.rand(7, 40).div(40).add(torch.arange(7.0)[:, None]).to(torch.bfloat16)
+    norms[2], norms[5, 3] = 0.0, math.nan
+    largest, squared_unit = torch.logspace(-20, 12, 7), torch.logspace(-9, 9, 7)
+    numbers = row.row if row is not None else []
+    given = numbers, steps, direct, norms
+    doubled = None if s is None else s.double()
+    expected = iteration_numbers(doubled, *given, largest, squared_unit.double(), from_start)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_schatten.linalg.iteration_numbers.kernels_of", lambda device: kernels)
+        found = iteration_numbers(s, *given, largest, squared_unit, from_start)
+    names = ("inverse_norms", "identity", "inner", "outer")
+    pairs = [(getattr(found, name), getattr(expected, name)) for name in names]
+    for one, other in zip(found.steps, expected.steps, strict=True):
+        pairs += zip(one, other, strict=True)
+    for mine, exact in pairs:
+        torch.testing.assert_close(mine.double(), exact.expand_as(mine), atol=1e-5, rtol=1e-5, equal_nan=True)
+    assert torch.isnan(found.outer[5]).any()
+    assert not torch.isnan(found.outer[[0, 1, 2, 3, 4, 6]]).any()
+
+
+def test_largest_elements_of_gram_matrices(kernels):
+    X = torch.randn(3, 40, 90)
+    X[1] = 0
+    gram = X @ X.mT
+    found, inverse = kernels.squared_units(gram)
+    expected = gram.amax((1, 2))
+    expected[1] = 1
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(inverse, 1 / expected, atol=0, rtol=1e-6)
 
 
 # All of it a multiple of 16, which has accesses of its own, and not.
@@ -206,7 +255,7 @@ def test_spectral_power_with_kernels_is_as_accurate_as_without(interpreted, shap
     exact = spectral_power_svd(X, p)
     found = spectral_power(X, p, compute_dtype=torch.float16).double()
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("many_matrices", "symmetric_product"):
+        for module in MODULES:
             patch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: None)
         plain = spectral_power(X, p, compute_dtype=torch.float16).double()
     assert (found - exact).norm() <= 1.05 * (plain - exact).norm() + 1e-3 * exact.norm()
