@@ -224,10 +224,10 @@ class Adaptation(Policy):
         objective = objective_curve(corrected, *self._range)
         s = maximising_exponent(objective, *self._range)
         p = p_of(s).float()
-        for row, matrix in enumerate(matrices):
-            matrix.statistics.copy_(average[row])
-            matrix.statistics_weight.copy_(weight[row])
-            matrix.p.copy_(torch.where(valid[row], p[row], matrix.p))
+        p = torch.where(valid, p, torch.stack([matrix.p for matrix in matrices]))
+        learned = ((matrix.statistics, matrix.statistics_weight, matrix.p) for matrix in matrices)
+        for kept, new in zip(zip(*learned, strict=True), (average, weight, p), strict=True):
+            torch._foreach_copy_(list(kept), new.unbind())
         self._give_median(matrices, (weight > 0).tolist())
         self.choices = [
             Choice(matrices[row].name, measured.step, *spectra, *self._curve(objective[row]), float(s[row]))

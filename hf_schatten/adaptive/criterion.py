@@ -70,13 +70,17 @@ class Sample:
     gradient: Tensor  # G, (m, n)
     inputs: Inputs
 
-    def is_finite(self) -> Tensor:
-        """Return whether all of it is finite, a bool scalar on its device."""
-        return torch.stack(are_finite([self.gradient, self.inputs.rows])).all()
-
     def copied(self) -> Sample:
         """Return a sample whose gradient nobody else writes to."""
         return replace(self, gradient=self.gradient.clone())
+
+
+def are_all_finite(samples: Sequence[Sample]) -> list[bool]:
+    """Return whether all of each sample is finite, after one wait for the device on which they all are."""
+    # Samples share inputs.
+    tensors = {id(tensor): tensor for sample in samples for tensor in (sample.gradient, sample.inputs.rows)}
+    finite = dict(zip(tensors, torch.stack(are_finite(tensors.values())).tolist(), strict=True))
+    return [finite[id(sample.gradient)] and finite[id(sample.inputs.rows)] for sample in samples]
 
 
 def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_schatten.distributed.pieces import local
 from hf_schatten.distributed.processes import mean_over_processes
 from hf_schatten.distributed.sharded import on_owners
+from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.optim.matrix import Matrix, state_dtype
 
 _POWER_ITERATIONS = 20
@@ -35,11 +36,12 @@ class UpdateSizes:
 
     def observe(self, matrices: Sequence[Matrix], directions: Tensor, factors: Tensor) -> None:
         """Take the updates of a stack: ``factors`` (B,) times ``directions`` (B, m, n), m <= n."""
-        for matrix, direction, factor in zip(matrices, directions, factors, strict=True):
-            whole = direction[None].to(state_dtype(direction))  # one at a time, where it is a copy
-            frobenius = torch.linalg.matrix_norm(whole)
-            stable_rank = (frobenius / _spectral_norm(whole)).square()
-            self._updates[matrix.name] = stable_rank[0], frobenius[0] * factor * matrix.learning_rate
+        squared = inner_products(directions, directions)[1]
+        ranks = squared / _spectral_norms(directions).square()
+        rates = torch.tensor([matrix.learning_rate for matrix in matrices], dtype=factors.dtype)
+        sizes = squared.sqrt() * factors * rates.to(factors.device, non_blocking=True)
+        names = [matrix.name for matrix in matrices]
+        self._updates |= dict(zip(names, zip(ranks.unbind(), sizes.unbind(), strict=True), strict=True))
 
     def end(self, matrices: Sequence[Matrix], alone: bool) -> dict[str, tuple[Tensor, Tensor]]:
         """Return stable rank ‖ΔW‖²_F / ‖ΔW‖²₂ and relative size ‖ΔW‖_F / ‖W‖_F, scalars, by the matrix's name.
@@ -69,8 +71,8 @@ class UpdateSizes:
         }
 
 
-def _spectral_norm(X: Tensor) -> Tensor:
-    """Return the largest singular value of each matrix (B, m, n) from below, to a few per cent."""
+def _spectral_norms(X: Tensor) -> Tensor:
+    """Return the largest singular value of each matrix (B, m, n) from below, to a few per cent: float32 at least."""
     # Not ones: beside a LayerNorm every row of a gradient sums to zero, and they would leave rounding to start from.
     start = torch.arange(X.shape[2], device=X.device, dtype=torch.float32).cos().to(X.dtype)
     # Rows and not columns: batched products of a matrix and a column are slow.
@@ -78,4 +80,4 @@ def _spectral_norm(X: Tensor) -> Tensor:
     for _ in range(_POWER_ITERATIONS):
         v = (v @ X.mT) @ X
         v = v / torch.linalg.vector_norm(v, dim=2, keepdim=True).clamp_min(torch.finfo(X.dtype).tiny)
-    return torch.linalg.vector_norm(v @ X.mT, dim=(1, 2))
+    return torch.linalg.vector_norm((v @ X.mT).to(state_dtype(X)), dim=(1, 2))

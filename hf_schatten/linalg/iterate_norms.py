@@ -6,7 +6,9 @@ represents ``‖X/c‖_order^order``: only the weights depend on the order. Wher
 ``A_0^{2^j}`` are norms themselves. The norms at some fixed orders are interpolated to any other.
 """
 
+import math
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ FIT_POINTS = 2000
 _FIT_RANGE = (1e-4, 1.0)
 _FIT_FLOOR = 1e-3  # of σ^order: errors are relative above and absolute below
 _FIT_RIDGE = 1e-4  # keeps the weights below about 1, so that they amplify no rounding
+_PARTS = 64  # of a matrix, at most, in inner products
 _STENCIL = 4  # nodes of the local interpolation
 
 
@@ -66,16 +69,19 @@ def _log_traces_of_powers(gram: Tensor) -> Tensor:
 
 def _features(gram: Tensor, log_norm: Tensor) -> Tensor:
     """``tr A_k`` and ``⟨A_j, A_k⟩``, j <= k, of the iterates' Gram matrices, (B, features) float64."""
-    A = gram * (-2 * log_norm).exp().to(gram.dtype).unsqueeze(-1)
-    a, b, c = (A.new_full(A.shape[:1], coefficient) for coefficient in STEP)
-    iterates = [A]
-    for _ in range(_STEPS):
-        polynomial = symmetric_polynomial(A, a, b, c, torch.empty_like(A))
-        A = symmetric_product(symmetric_product(polynomial, A), polynomial)
-        iterates.append(A)
-    traces = torch.stack([A.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64) for A in iterates], -1)
-    flat = torch.stack([A.flatten(1) for A in iterates], 1)  # (B, K + 1, m²)
-    products = (flat @ flat.mT).to(torch.float64)
+    count, m, _ = gram.shape
+    iterates = gram.new_empty(_STEPS + 1, count, m, m)
+    torch.mul(gram, (-2 * log_norm).exp().to(gram.dtype).unsqueeze(-1), out=iterates[0])
+    a, b, c = (gram.new_full((count,), coefficient) for coefficient in STEP)
+    polynomial = torch.empty_like(gram)
+    for A, following in pairwise(iterates):
+        symmetric_polynomial(A, a, b, c, polynomial)
+        symmetric_product(symmetric_product(polynomial, A), polynomial, out=following)
+    traces = iterates.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).mT
+    # In parts of a matrix each: alone, a product of two vectors that are m² long takes a GPU ten times as long.
+    parts = math.gcd(m, _PARTS)
+    flat = iterates.view(_STEPS + 1, count * parts, -1).transpose(0, 1)  # (B · parts, K + 1, m² / parts)
+    products = (flat @ flat.mT).view(count, parts, _STEPS + 1, _STEPS + 1).sum(1, dtype=torch.float64)
     j, k = torch.triu_indices(_STEPS + 1, _STEPS + 1, device=gram.device)
     return torch.cat([traces, products[:, j, k]], -1)
 

@@ -33,7 +33,7 @@ CASES = [
     (
         kernels._symmetric_kernel,
         SYMMETRIC | dict.fromkeys(("X", "Y", "A", "out"), SINGLE),
-        {"POLYNOMIAL": True, "PRECISION": "tf32x3", "BLOCK": 64, "DEPTH": 32},
+        {"POLYNOMIAL": True, "PRECISION": "tf32x3", "BLOCK": 128, "DEPTH": 32},
     ),
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 5, "DIAGONAL": False, "PRODUCTS": True, "BLOCK": 4096}),
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 1, "DIAGONAL": True, "PRODUCTS": False, "BLOCK": 4096}),
