@@ -13,7 +13,8 @@ from torch import Tensor
 
 from hf_schatten.distributed.pieces import is_sharded, local, share_alike
 from hf_schatten.distributed.sharded import expanded, of_experts
-from hf_schatten.optim.matrix import Group, named_parameters
+from hf_schatten.optim.matrix import Group, by_device, named_parameters
+from hf_schatten.optim.numbers_of import NumbersOf
 
 logger = logging.getLogger(__name__)
 
@@ -56,27 +57,36 @@ class FiniteGradients:
                     if group["spectral"] and parameter.ndim == 3:
                         self._experts[parameter], of_experts_here = of_experts(parameter, gradient)
                         pieces[parameter] = of_experts_here or [gradient]
-        finite, zero, keep = _looked_at([piece for of_parameter in pieces.values() for piece in of_parameter])
+        self._keep, self._zero = NumbersOf(), NumbersOf()  # float64, bool
+        if self._experts or any(map(is_sharded, pieces)):
+            self._look_at_pieces(pieces)
+            return
+        for parameters in by_device(pieces).values():
+            norms = _norms([pieces[parameter][0] for parameter in parameters])
+            self._keep.add(parameters, norms.isfinite().double())
+            self._zero.add(parameters, norms.eq(0))
+
+    def _look_at_pieces(self, pieces: Mapping[Tensor, Sequence[Tensor]]) -> None:
+        finite, zero = _looked_at([piece for of_parameter in pieces.values() for piece in of_parameter])
         ends = list(accumulate(map(len, pieces.values()), initial=0))
         spans = dict(zip(pieces, map(slice, ends, ends[1:]), strict=True))
-        self._zero = {parameter: zero[span] for parameter, span in spans.items()}
-        self._finite = {parameter: finite[span.start] for parameter, span in spans.items()}
-        self._keep = {parameter: keep[span.start] for parameter, span in spans.items()}
-        for parameter, span in spans.items():
-            if len(pieces[parameter]) > 1:
-                self._set_finite(parameter, torch.stack(finite[span]).all())
-        self._agree([parameter for parameter in pieces if is_sharded(parameter)])
+        zeros = {parameter: zero[span] for parameter, span in spans.items()}
+        all_finite = {parameter: torch.stack(finite[span]).all() for parameter, span in spans.items()}
+        self._agree([parameter for parameter in pieces if is_sharded(parameter)], all_finite, zeros)
+        for together in by_device(pieces).values():
+            self._keep.add(together, torch.stack([all_finite[parameter] for parameter in together]).double())
+            flags = [zeros[parameter] for parameter in together]
+            self._zero.add(together, torch.stack([flag for each in flags for flag in each]), list(map(len, flags)))
 
-    def _set_finite(self, parameter: Tensor, finite: Tensor) -> None:
-        self._finite[parameter], self._keep[parameter] = finite, finite.double()
-
-    def _agree(self, sharded: Sequence[Tensor]) -> None:
+    def _agree(
+        self, sharded: Sequence[Tensor], all_finite: dict[Tensor, Tensor], zeros: dict[Tensor, list[Tensor]]
+    ) -> None:
         """Make of what this process has seen of shards what all have seen."""
         if not sharded:
             return
         seen = []
         for parameter in sharded:
-            finite, zero = self._finite[parameter], self._zero[parameter]
+            finite, zero = all_finite[parameter], zeros[parameter]
             if parameter in self._experts:
                 numbers = self._experts[parameter]
                 zero = expanded(parameter, numbers, zero[: len(numbers)], torch.ones_like(finite))
@@ -84,43 +94,36 @@ class FiniteGradients:
         agreed = torch.cat(seen).int()
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
         for parameter, flags in zip(sharded, agreed.bool().split(list(map(len, seen))), strict=True):
-            finite, *self._zero[parameter] = flags.unbind()
-            self._set_finite(parameter, finite)
+            all_finite[parameter], *zeros[parameter] = flags.unbind()
 
     def __contains__(self, parameter: Tensor) -> bool:
-        return parameter in self._finite
+        return parameter in self._keep
 
     def of(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return those of the parameters that have a gradient."""
-        return [parameter for parameter in parameters if parameter in self._finite]
+        return [parameter for parameter in parameters if parameter in self._keep]
 
     def keep(self, parameter: Tensor) -> Tensor:
         """Return 1 where the gradient is finite, else 0: a float64 scalar on its device."""
-        return self._keep[parameter]
+        return self._keep.of([parameter])[0]
 
-    def keeps(self, parameters: Iterable[Tensor]) -> Tensor:
-        """Return the same of B parameters of one device, (B,)."""
-        return torch.stack([self._keep[parameter] for parameter in parameters])
+    def keeps(self, parameters: Sequence[Tensor], times: Sequence[int] | None = None) -> Tensor:
+        """Return the same of B parameters of one device, (B,), or each repeated so many times."""
+        return self._keep.of(parameters) if times is None else self._keep.all_of(parameters, times)
 
-    def zeros(self, parameter: Tensor) -> list[Tensor]:
-        """Return whether all of a gradient is zero, one flag for each expert of a stack of experts."""
-        return self._zero[parameter]
+    def zeros(self, parameters: Sequence[Tensor], times: int) -> Tensor:
+        """Return whether all of a gradient is zero, bool, of each parameter, or of each of its experts; repeated."""
+        return self._zero.all_of(parameters, [times] * len(parameters))
 
     def gradient(self, parameter: Tensor, dtype: torch.dtype, otherwise: Tensor | float) -> Tensor:
         """Return what this process has of a gradient, or something else where it is not finite.
 
         On a CPU there is nothing to wait for, and a finite gradient of this dtype is not copied.
         """
-        gradient, finite = local(parameter.grad).to(dtype), self._finite[parameter]  # type: ignore[arg-type]
+        gradient, finite = local(parameter.grad).to(dtype), self.keep(parameter) > 0  # type: ignore[arg-type]
         if finite.device.type == "cpu" and finite:
             return gradient
         return torch.where(finite, gradient, otherwise)
-
-    def count_skipped(self, parameters: Sequence[Tensor], counters: list[Tensor]) -> None:
-        """Add 1 to the counters, float64 scalars, of parameters whose gradient is not finite."""
-        if parameters:
-            torch._foreach_add_(counters, 1.0)
-            torch._foreach_sub_(counters, [self._keep[parameter] for parameter in parameters])
 
 
 def are_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -147,16 +150,15 @@ def _require_dense(name: str, gradient: Tensor) -> None:
         )
 
 
-def _looked_at(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return for each tensor whether all its elements are finite, whether all are zero, and the first as float64."""
+def _looked_at(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return for each tensor whether all its elements are finite, and whether all are zero: bool scalars."""
     flags = _by_device(tensors, _flags)
-    return tuple(map(list, zip(*flags, strict=True))) if flags else ([], [], [])  # type: ignore[return-value]
+    return tuple(map(list, zip(*flags, strict=True))) if flags else ([], [])  # type: ignore[return-value]
 
 
-def _flags(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _flags(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     norms = _norms(tensors)
-    finite = norms.isfinite()
-    return zip(finite.unbind(), norms.eq(0).unbind(), finite.double().unbind(), strict=True)
+    return zip(norms.isfinite().unbind(), norms.eq(0).unbind(), strict=True)
 
 
 def _norms(tensors: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from hf_schatten.optim.matrix import (
     bias_corrections,
     by_device,
 )
+from hf_schatten.optim.numbers_of import NumbersOf
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
 
 
@@ -41,8 +41,7 @@ class Momenta:
 
     def __init__(self, gradients: FiniteGradients) -> None:
         self._gradients = gradients
-        self._divisors: dict[Tensor, Tensor] = {}
-        self._presence: dict[Tensor, list[Tensor]] = {}
+        self._divisors, self._presence = NumbersOf(), NumbersOf()  # float64
 
     def count(self, group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State]) -> None:
         """Count a step of the parameters of a group, and take their gradients into what the preconditioner keeps."""
@@ -50,12 +49,12 @@ class Momenta:
             group["momentum"] = group["betas"][0]
         preconditioner = PRECONDITIONERS[group["precondition"]]
         for together in by_device(parameters).values():
-            steps, skipped = ([states[each][key] for each in together] for key in (STEP, SKIPPED))
+            steps, counters = ([states[each][key] for each in together] for key in (STEP, SKIPPED))
             torch._foreach_add_(steps, 1.0)
-            self._gradients.count_skipped(together, skipped)
+            skipped = torch.stack(counters) + (1 - self._gradients.keeps(together))
+            torch._foreach_copy_(counters, skipped.unbind())
             # The bias of a look-ahead is that of one step more.
-            divisors = bias_corrections(steps, skipped, group["momentum"], group["nesterov"])
-            self._divisors.update(zip(together, divisors.unbind(), strict=True))
+            self._divisors.add(together, bias_corrections(steps, skipped, group["momentum"], group["nesterov"]))
             self._count_absence(group, together, [states[each][ABSENCE] for each in together])
             for parameter in together:
                 preconditioner.advance(group, parameter, states[parameter], self._gradients)
@@ -64,28 +63,21 @@ class Momenta:
         numbers = [len(absence) for absence in absences]  # of matrices
         if not sum(numbers):
             return
-        parts = len(group["parts"]) or 1
-        zeros = [flag for each in parameters for flag in self._gradients.zeros(each) for _ in range(parts)]
-        keeps, divisors = (
-            torch.stack([of(each) for each, number in zip(parameters, numbers, strict=True) for _ in range(number)])
-            for of in (self._gradients.keep, self._divisors.__getitem__)
-        )
-        zero, rate = torch.stack(zeros).double(), (1 - group["momentum"]) * keeps
+        zero = self._gradients.zeros(parameters, len(group["parts"]) or 1).double()
+        rate = (1 - group["momentum"]) * self._gradients.keeps(parameters, numbers)
         absence = torch.cat(list(absences)).lerp(zero, rate)
         torch._foreach_copy_(list(absences), absence.split(numbers))
         ahead = absence.lerp(zero, rate) if group["nesterov"] else absence
-        presence = iter((1 - ahead / divisors).clamp_min(0.0).unbind())
-        self._presence.update(
-            (each, list(islice(presence, number))) for each, number in zip(parameters, numbers, strict=True)
-        )
+        presence = (1 - ahead / self._divisors.all_of(parameters, numbers)).clamp_min(0.0)
+        self._presence.add(parameters, presence, numbers)
 
     def presence(self, matrices: Sequence[Matrix]) -> Tensor:
         """Return the share of gradients other than zero in what is asked for of B matrices of one device, (B,)."""
-        return torch.stack([self._presence[matrix.parameter][matrix.index] for matrix in matrices])
+        return self._presence.of([each.parameter for each in matrices], [each.index for each in matrices])
 
     def divisors(self, matrices: Sequence[Matrix]) -> Tensor:
         """Return what the averages of B matrices of one device are divided by, (B,) float64."""
-        return torch.stack([self._divisors[matrix.parameter] for matrix in matrices])
+        return self._divisors.of([matrix.parameter for matrix in matrices])
 
     def write(self, matrices: Sequence[Matrix], out: Tensor) -> None:
         """Advance whole matrices, and write what is asked for, divided, into ``out`` (B, m, n)."""

@@ -1,0 +1,66 @@
+"""Numbers of many tensors, in one vector for each device: one by one, each would be a launch of its own."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+class NumbersOf:
+    """Numbers of tensors, one or several of each, by tensor; what is taken lies on the device of those that are given.
+
+    Nothing waits for the device. The tensors must live as long as this does.
+    """
+
+    def __init__(self) -> None:
+        self._vectors: dict[torch.device, list[Tensor]] = {}
+        self._spans: dict[int, tuple[torch.device, int, int]] = {}  # of tensors by id: device, first, and how many
+
+    def add(self, tensors: Iterable[Tensor], numbers: Tensor, counts: Sequence[int] | None = None) -> None:
+        """Take numbers (N,) of tensors, in their order: one of each, or as many as ``counts`` says."""
+        vectors = self._vectors.setdefault(numbers.device, [])
+        tensors, start = list(tensors), sum(map(len, vectors))
+        counts = counts or [1] * len(tensors)
+        for tensor, first, count in zip(tensors, accumulate(counts, initial=start), counts, strict=False):
+            self._spans[id(tensor)] = numbers.device, first, count
+        vectors.append(numbers)
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        return id(tensor) in self._spans
+
+    def of(self, tensors: Sequence[Tensor], which: Sequence[int] | None = None) -> Tensor:
+        """Return one number of each of B tensors of one device, (B,): the first, or that of a position."""
+        spans = [self._spans[id(tensor)] for tensor in tensors]
+        first = [start for _, start, _ in spans]
+        return self._taken(
+            spans[0][0], first if which is None else [sum(pair) for pair in zip(first, which, strict=True)]
+        )
+
+    def all_of(self, tensors: Sequence[Tensor], times: Sequence[int]) -> Tensor:
+        """Return all numbers of each of B tensors of one device, (N,), those of each repeated so many times."""
+        spans = [self._spans[id(tensor)] for tensor in tensors]
+        repeated = [
+            number
+            for (_, start, count), each in zip(spans, times, strict=True)
+            for number in range(start, start + count)
+            for _ in range(each)
+        ]
+        return self._taken(spans[0][0], repeated)
+
+    def _taken(self, device: torch.device, positions: Sequence[int]) -> Tensor:
+        vectors = self._vectors[device]
+        if len(vectors) > 1:
+            vectors[:] = [torch.cat(vectors)]
+        first, last = positions[0], positions[-1]
+        if last - first + 1 == len(positions) and list(positions) == list(range(first, last + 1)):
+            return vectors[0][first : last + 1]
+        return vectors[0][_index(tuple(positions), device)]
+
+
+@functools.lru_cache(maxsize=256)  # the same ones at every step
+def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(positions).to(device, non_blocking=True)
