@@ -19,6 +19,7 @@ Usage:
 """
 
 import argparse
+import gc
 import importlib.util
 import io
 import json
@@ -54,7 +55,7 @@ _RATES: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1}
 _ITERATION = "hf_schatten::spectral_iteration"
 _KERNELS = {"hf_schatten::inner_products": 2}  # all others are one each
 _PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm"))
-_OVERWRITING = frozenset({"aten::copy_", "aten::fill_", "aten::zero_"})
+_OVERWRITING = frozenset({"aten::copy_", "aten::fill_", "aten::zero_", "hf_schatten::weighted_sum"})
 
 
 def gpt2(layers: int, width: int, vocabulary: int = 32_768) -> GPT2Config:
@@ -212,6 +213,7 @@ def optimizers_of(model: nn.Module, compute_dtype: str) -> dict[str, Callable[[]
 
 def measure(config: PretrainedConfig, device: str, compute_dtype: str, repeats: int) -> dict[str, dict[str, Any]]:
     """Let all optimizers take steps in turn on one model, and return numbers of each; those of a GPU only there."""
+    gc.collect()  # of the model before, whose optimizers are in circles
     model = model_of(config, device)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
@@ -255,7 +257,7 @@ def _timed(step: Callable[[], object], device: str) -> tuple[float, float, int]:
 
 def _kernels(step: Callable[[], object]) -> dict[str, float]:
     """Return the time of all kernels and copies of a step, and their number."""
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiled:
         step()
         torch.cuda.synchronize()
     events = [event for event in profiled.events() or [] if event.device_type == DeviceType.CUDA]

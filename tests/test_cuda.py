@@ -79,7 +79,7 @@ def test_a_step_with_kernels_is_that_of_torchs_operations(parameter_dtype, monke
                 parameters[0].grad[3, 4] = math.nan
             optimizer.step()
         found[kernels] = parameters
-    tolerance = 2e-3 if parameter_dtype == torch.float32 else 2e-2
+    tolerance = 4e-3 if parameter_dtype == torch.float32 else 2e-2
     for with_kernels, without in zip(found[True], found[False], strict=True):
         torch.testing.assert_close(with_kernels, without, atol=tolerance, rtol=tolerance)
 
@@ -92,7 +92,7 @@ def test_a_step_launches_few_kernels_however_many_matrices_there_are():
         for parameter in parameters:
             parameter.grad = torch.randn_like(parameter)
         optimizer.step()
-        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiled:
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU], acc_events=True) as profiled:
             optimizer.step()
             torch.cuda.synchronize()
         return sum(event.device_type == DeviceType.CUDA for event in profiled.events())

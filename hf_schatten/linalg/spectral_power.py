@@ -20,6 +20,7 @@ from hf_schatten.linalg.iteration_numbers import Numbers, iteration_numbers, squ
 from hf_schatten.linalg.many_matrices import weighted_sum
 from hf_schatten.linalg.symmetric_product import (
     combined_with_square,
+    commuting_product,
     symmetric_polynomial,
     symmetric_product,
 )
@@ -285,9 +286,9 @@ def _sum_in_gram_space(P: Tensor, gram: Tensor, numbers: Numbers, direct: int) -
     first, spare = P, torch.empty_like(gram)
     found = gram.new_empty(len(numbers.steps) - direct - 1, *gram.shape)  # Q_2, …
     for k, step in enumerate(numbers.steps[direct + 1 :]):
-        gram = symmetric_product(symmetric_product(P, gram), P)
+        gram = commuting_product(commuting_product(P, gram), P)
         P = symmetric_polynomial(gram, *step, spare)
-        symmetric_product(P, found[k - 1] if k else first, out=found[k])
+        commuting_product(P, found[k - 1] if k else first, out=found[k])
     weights, identity = (each.expand(len(gram), *each.shape[1:]) for each in (numbers.inner, numbers.identity))
     weighted_sum(first, found, weights.contiguous(), first, diagonal=identity.contiguous())
     return first

@@ -36,6 +36,17 @@ def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor
     return product
 
 
+def commuting_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
+    """Return ``A @ B`` of symmetric matrices (B, m, m) that commute, so that it is symmetric but for rounding.
+
+    In half precision all of it is computed. A triangle and its mirror image would take half as much, but what is left
+    of the small singular values then has 1.6 times the error: 0.19 for 0.12 at a condition of 1000.
+    """
+    if A.dtype.itemsize < torch.float32.itemsize:
+        return torch.bmm(A, B) if out is None else torch.bmm(A, B, out=out)
+    return symmetric_product(A, B, out)
+
+
 def symmetric_polynomial(A: Tensor, a: Tensor, b: Tensor, c: Tensor, out: Tensor) -> Tensor:
     """Write ``a I + b A + c A²`` of symmetric A (B, m, m) into ``out`` and return it; a, b, c are (B,), or (1,)."""
     if len(b) == 1 and A.device.type == "cpu" and not _is_taken_in_blocks(A):

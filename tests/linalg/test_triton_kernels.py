@@ -19,7 +19,7 @@ from hf_schatten.linalg import accelerated, many_matrices
 from hf_schatten.linalg.coefficient_table import Coefficients
 from hf_schatten.linalg.iteration_numbers import iteration_numbers
 from hf_schatten.linalg.place import Place
-from hf_schatten.linalg.spectral_power import spectral_power, spectral_power_svd
+from hf_schatten.linalg.spectral_power import spectral_power
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS
 
 pytest.importorskip("triton")
@@ -249,16 +249,18 @@ def test_updates_are_those_of_torch(kernels, shape, m, n, dtype, update_dtype):
 
 @pytest.mark.parametrize("shape", [(32, 32), (24, 80), (80, 24)])
 @pytest.mark.parametrize("p", [1.0, 2.0, math.inf, -5.0])
-def test_spectral_power_with_kernels_is_as_accurate_as_without(interpreted, shape, p):
+def test_spectral_power_with_kernels_rounds_as_much_as_without(interpreted, shape, p):
+    """Of the same iteration in float64, so that nothing but rounding is compared; the condition is 300."""
     torch.manual_seed(0)
-    X = torch.randn(2, *shape)
-    exact = spectral_power_svd(X, p)
+    U, _, Vh = torch.linalg.svd(torch.randn(8, *shape), full_matrices=False)
+    X = U * torch.logspace(0, math.log10(1 / 300), min(shape)) @ Vh
     found = spectral_power(X, p, compute_dtype=torch.float16).double()
     with pytest.MonkeyPatch.context() as patch:
         for module in MODULES:
             patch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: None)
         plain = spectral_power(X, p, compute_dtype=torch.float16).double()
-    assert (found - exact).norm() <= 1.05 * (plain - exact).norm() + 1e-3 * exact.norm()
+        exact = spectral_power(X.double(), p)
+    assert (found - exact).norm() <= 1.1 * (plain - exact).norm() + 2e-5 * exact.norm()
 
 
 @pytest.mark.parametrize("shape", [(70, 130), (130, 70)])
