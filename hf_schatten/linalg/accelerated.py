@@ -62,12 +62,17 @@ def check(kernels: ModuleType, device: torch.device, dtype: torch.dtype = torch.
     kernels.advance_averages([average] * 3, places, [half] * 3, places, [0.5] * 3, [True] * 3, ones, slot, 2 * ones)
     kernels.add_updates([weights] * 3, places, list(half), numbers.double(), 0 * ones)
     mean = torch.lerp(X, half.float(), 0.5)
+    one, row = X.new_ones(3), X.new_tensor([[2.0, 4.0, 8.0, 5.0, 0.5]])  # a, b, c and two weights of one step
+    given = X.new_ones(3, 16), None, (one[:1], row), 1, 0, one, one, True
+    columns, *_ = kernels.iteration_numbers(*given, (1.0, 0.5, 10.0))  # of the squared norm √16^½ = 2
     pairs = {
         "symmetric product in float32": (precise, (X.double() @ X.double().mT).float()),
         "symmetric product": (gram, exact),
         "symmetric polynomial": (square, polynomial),
         "weighted sum": (total, numbers[:, None, None] * (X + half)),
         "inner products": (products, half.float().square().sum((1, 2)).expand(2, 3)),
+        "largest elements": (kernels.squared_units(gram)[0], gram.float().amax((1, 2))),
+        "numbers of an iteration": (columns, X.new_tensor([[1.0], [1.0], [1.0], [0.5], [0.0]]).expand(5, 3)),
         "moving average": (average, mean),
         "look-ahead": (slot, torch.lerp(mean, half.float(), 0.5) / 2),
         "update": (weights, X - numbers[:, None, None] * half),
