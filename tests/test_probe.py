@@ -111,8 +111,8 @@ def test_the_sample_does_not_depend_on_the_micro_batches(capacity, pieces):
 def test_the_sample_is_spread_evenly_over_positions_of_a_sequence():
     length = 64  # a power of two, with which a fixed stride would meet the same positions again and again
     sample = RowSample(capacity=1024)
-    add(sample, torch.arange(64 * length).unsqueeze(1) % length)
-    counts = torch.bincount(sample.rows().flatten(), minlength=length)
+    add(sample, (torch.arange(64 * length).unsqueeze(1) % length).float())
+    counts = torch.bincount(sample.rows().flatten().long(), minlength=length)
     assert 0.8 * 1024 < len(sample.rows()) <= 1024
     assert counts.max() - counts.min() <= 0.5 * counts.float().mean()
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT
 from hf_schatten.linalg.spectrum import LogNormEstimator
-from hf_schatten.optim.finite_gradients import are_finite
+from hf_schatten.optim.finite_gradients import are_all_finite
 from hf_schatten.optim.matrix import NODES
 
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
@@ -75,11 +75,10 @@ class Sample:
         return replace(self, gradient=self.gradient.clone())
 
 
-def are_all_finite(samples: Sequence[Sample]) -> list[bool]:
+def finite_samples(samples: Sequence[Sample]) -> list[bool]:
     """Return whether all of each sample is finite, after one wait for the device on which they all are."""
-    # Samples share inputs.
     tensors = {id(tensor): tensor for sample in samples for tensor in (sample.gradient, sample.inputs.rows)}
-    finite = dict(zip(tensors, torch.stack(are_finite(tensors.values())).tolist(), strict=True))
+    finite = dict(zip(tensors, are_all_finite(tensors.values()), strict=True))  # samples share inputs
     return [finite[id(sample.gradient)] and finite[id(sample.inputs.rows)] for sample in samples]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from hf_schatten.adaptive.criterion import Inputs, Sample, are_all_finite, gradient_curves, statistics_of
+from hf_schatten.adaptive.criterion import Inputs, Sample, finite_samples, gradient_curves, statistics_of
 from hf_schatten.distributed.pieces import is_sharded
 from hf_schatten.distributed.sharded import on_owners
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS
@@ -59,7 +59,7 @@ def measure(
     spectra: dict[int, tuple[Tensor, Tensor]] = {}
     some = [(index, sample) for index, sample in enumerate(samples) if sample is not None]
     if some:
-        finite = are_all_finite([sample for _, sample in some])
+        finite = finite_samples([sample for _, sample in some])
         measured = [pair for pair, is_finite in zip(some, finite, strict=True) if is_finite]
         if measured:
             found = statistics_of([sample for _, sample in measured], LOG_NORM_ESTIMATORS[options.p_estimator])

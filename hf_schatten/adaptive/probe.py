@@ -16,7 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_schatten.adaptive.functional_uses import FunctionalUses
-from hf_schatten.adaptive.row_sample import RowSample
+from hf_schatten.adaptive.row_sample import RowSample, rows_of
 from hf_schatten.adaptive.rows import Rows, input_rows, shows_inputs, token_rows
 from hf_schatten.distributed.pieces import local
 from hf_schatten.matrices.backbones import outermost_models
@@ -181,7 +181,7 @@ class Probe:
         Keys are names of parameters, followed by the expert's number where they have experts. What has had no training
         forward since the last call is missing.
         """
-        sampled = {name: rows for name, sample in self._samples.items() if (rows := sample.rows()) is not None}
+        sampled = rows_of(self._samples)
         self._forget()
         return sampled
 

@@ -78,10 +78,10 @@ def _features(gram: Tensor, log_norm: Tensor) -> Tensor:
         symmetric_polynomial(A, a, b, c, polynomial)
         symmetric_product(symmetric_product(polynomial, A), polynomial, out=following)
     traces = iterates.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64).mT
-    # In parts of a matrix each: alone, a product of two vectors that are m² long takes a GPU ten times as long.
+    # In parts, for all processors of a GPU to have some.
     parts = math.gcd(m, _PARTS)
     flat = iterates.view(_STEPS + 1, count * parts, -1).transpose(0, 1)  # (B · parts, K + 1, m² / parts)
-    products = (flat @ flat.mT).view(count, parts, _STEPS + 1, _STEPS + 1).sum(1, dtype=torch.float64)
+    products = symmetric_product(flat, flat.mT).view(count, parts, _STEPS + 1, _STEPS + 1).sum(1, dtype=torch.float64)
     j, k = torch.triu_indices(_STEPS + 1, _STEPS + 1, device=gram.device)
     return torch.cat([traces, products[:, j, k]], -1)
 

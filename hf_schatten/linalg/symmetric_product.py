@@ -18,13 +18,13 @@ _SMALLEST_BLOCK = 256  # rows
 def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
     """Return ``A @ B`` (B, m, m) where it is known to be symmetric: only blocks on and above the diagonal are taken.
 
-    A is (B, m, n), contiguous on an accelerator, and B, (B, n, m), is ``A.mT`` or a polynomial of A; ``out`` shares no
-    memory with them.
+    A is (B, m, n), and B, (B, n, m), is ``A.mT`` or, contiguous as A is, a polynomial of A. On an accelerator rows of
+    A are contiguous. ``out`` shares no memory with them.
     """
     kernels = _kernels_for(A)
     if kernels is not None:
         product = A.new_empty(*A.shape[:-1], A.shape[-2]) if out is None else out
-        return kernels.symmetric(A, B.mT if B.mT.is_contiguous() else B, product)
+        return kernels.symmetric(A, B if B.shape == A.shape and B.stride(-1) == 1 else B.mT, product)
     m = A.shape[-2]
     product = A.new_empty(*A.shape[:-1], m) if out is None else out
     if not _is_taken_in_blocks(A):

@@ -27,6 +27,7 @@ __all__ = [
 ]
 
 _BLOCK = 4096  # elements of a block
+_FEW = 16  # the least that matrix units multiply
 _SINGLE_PRECISION = "ieee" if torch.version.hip else "tf32x3"  # of products of float32
 
 
@@ -41,6 +42,8 @@ def _symmetric_kernel(
     c,
     m,
     k,
+    matrix_stride,
+    row_stride,
     POLYNOMIAL: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -55,8 +58,8 @@ def _symmetric_kernel(
     column = tile - row * (row + 1) // 2
     rows = row * BLOCK + tl.arange(0, BLOCK)
     columns = column * BLOCK + tl.arange(0, BLOCK)
-    left = X + index * m * k + rows[:, None] * k
-    right = Y + index * m * k + columns[:, None] * k
+    left = X + index * matrix_stride + rows[:, None].to(tl.int64) * row_stride
+    right = Y + index * matrix_stride + columns[:, None].to(tl.int64) * row_stride
     total = tl.zeros((BLOCK, BLOCK), dtype=tl.float32)
     for start in range(0, k, DEPTH):
         depth = start + tl.arange(0, DEPTH)
@@ -84,22 +87,23 @@ def symmetric(
 ) -> Tensor:
     """Write ``X Yᵀ`` of (B, m, k), known to be symmetric, or ``a I + b X + c X Yᵀ``, into ``out`` (B, m, m).
 
-    Both are contiguous. The product of float32 has three parts in TF32, whose sum is as exact but for a bit or two.
+    Both have the same strides, the last of them 1; all are contiguous but for a product alone. The product of float32
+    has three parts in TF32, whose sum is as exact but for a bit or two.
     """
-    assert X.is_contiguous()
-    assert Y.is_contiguous()
+    assert X.stride() == Y.stride()
+    assert X.stride(-1) == 1
     count, m, k = X.shape
     a, b, c = (number.contiguous() for number in polynomial) if polynomial else (out, out, out)
     half = X.dtype.itemsize < torch.float32.itemsize
-    block = 128 if m >= 256 else 64
+    block = 128 if m >= 256 else 64 if m > _FEW else _FEW
     side = triton.cdiv(m, block)
     grid = side * (side + 1) // 2, count
     _symmetric_kernel[grid](
-        *(X, Y, X, out, a, b, c, m, k),
+        *(X, Y, X, out, a, b, c, m, k, X.stride(0), X.stride(1)),
         POLYNOMIAL=polynomial is not None,
         PRECISION=_SINGLE_PRECISION,
         BLOCK=block,
-        DEPTH=64 if half else 32,
+        DEPTH=64 if half or block == _FEW else 32,
         num_warps=8 if block == 128 and (k > m or not half) else 4,  # by times on an H200
         num_stages=3,
     )

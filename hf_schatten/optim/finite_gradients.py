@@ -134,6 +134,12 @@ def are_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
     return _looked_at(list(tensors))[0]
 
 
+def are_all_finite(tensors: Iterable[Tensor]) -> list[bool]:
+    """Return the same after one wait for the device on which they all are."""
+    found = are_finite(tensors)
+    return torch.stack(found).tolist() if found else []
+
+
 def warn_of_skipped(skipped: Mapping[str, int]) -> None:
     """Warn of the steps that matrices have skipped, given how many by their names."""
     most = max(skipped.values())

@@ -14,9 +14,8 @@ from hf_schatten.linalg import triton_numbers as numbers
 from hf_schatten.linalg import triton_placed as placed
 
 HALF, SINGLE, DOUBLE, TABLE, NUMBER = "*bf16", "*fp32", "*fp64", "*i64", "i32"
-SYMMETRIC = (
-    dict.fromkeys("XY", HALF) | {"A": HALF, "out": HALF} | dict.fromkeys("abc", SINGLE) | {"m": NUMBER, "k": NUMBER}
-)
+SYMMETRIC = dict.fromkeys(("X", "Y", "A", "out"), HALF) | dict.fromkeys("abc", SINGLE)
+SYMMETRIC |= dict.fromkeys(("m", "k", "matrix_stride", "row_stride"), NUMBER)
 SUM = {"first": HALF, "others": HALF, "weights": SINGLE, "diagonal": SINGLE, "out": HALF, "partial": SINGLE}
 SUM |= dict.fromkeys(("size", "n", "stride"), NUMBER)
 ADVANCE = {"averages": TABLE, "gradients": TABLE} | dict.fromkeys(("rates", "ahead", "keep", "divisors"), DOUBLE)
@@ -34,6 +33,11 @@ CASES = [
         kernels._symmetric_kernel,
         SYMMETRIC | dict.fromkeys(("X", "Y", "A", "out"), SINGLE),
         {"POLYNOMIAL": True, "PRECISION": "tf32x3", "BLOCK": 128, "DEPTH": 32},
+    ),
+    (
+        kernels._symmetric_kernel,
+        SYMMETRIC | dict.fromkeys(("X", "Y", "A", "out"), SINGLE),
+        {"POLYNOMIAL": False, "PRECISION": "tf32x3", "BLOCK": 16, "DEPTH": 64},
     ),
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 5, "DIAGONAL": False, "PRODUCTS": True, "BLOCK": 4096}),
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 1, "DIAGONAL": True, "PRODUCTS": False, "BLOCK": 4096}),
