@@ -21,6 +21,8 @@ from hf_schatten.linalg.place import Place, flat, unflattened
 # than arithmetic does, so that temporaries are of this size and not of a stack's.
 BLOCK = 1 << 18
 
+_AT_MOST_SINGLE = torch.float32, torch.bfloat16, torch.float16
+
 
 def advance_averages(
     averages: list[Tensor],
@@ -135,6 +137,18 @@ def _add_updates(
                 piece.add_(step, alpha=-factor)
             else:
                 piece.addcmul_(piece, decay, value=-1).addcmul_(step, factor, value=-1)
+
+
+def largest_magnitudes(tensors: list[Tensor]) -> Tensor:
+    """Return the largest magnitude in each of N floating tensors of one device, (N,); not finite where one is not.
+
+    None of them is empty. The result is float32, or float64 where a tensor is.
+    """
+    kernels = kernels_of(tensors[0].device)
+    at_most_single = tensors[0].dtype in _AT_MOST_SINGLE and _alike(tensors)
+    if kernels is not None and at_most_single and all(tensor.is_contiguous() for tensor in tensors):
+        return kernels.largest_magnitudes(tensors)
+    return torch.stack(torch._foreach_norm(tensors, torch.inf))
 
 
 @torch.library.custom_op("hf_schatten::inner_products", mutates_args=())

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from hf_schatten.linalg.triton_launch import launched_where_it_lies
 from hf_schatten.linalg.triton_numbers import iteration_numbers, squared_units
-from hf_schatten.linalg.triton_placed import add_updates, advance_averages
+from hf_schatten.linalg.triton_placed import add_updates, advance_averages, largest_magnitudes
 
 __all__ = [
     "add_updates",
     "advance_averages",
     "inner_products",
     "iteration_numbers",
+    "largest_magnitudes",
     "squared_units",
     "symmetric",
     "weighted_sum",

@@ -18,6 +18,7 @@ from torch import Tensor
 from hf_schatten.linalg.place import Place
 from hf_schatten.linalg.triton_launch import launched_where_it_lies
 
+_BLOCK = 8192  # elements that are looked at together
 _TILE = 64  # side of the squares in which matrices are read and written
 _ALIGNMENT = tl.constexpr(16)  # of addresses in bytes, and of sizes and strides in elements
 _DTYPES = {
@@ -178,6 +179,73 @@ def add_updates(
     )
 
 
+@triton.jit
+def _magnitude_kernel(
+    addresses,
+    sizes,
+    tensors,
+    starts,
+    found,
+    TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    block = tl.program_id(0)
+    tensor = tl.load(tensors + block)
+    start, size = tl.load(starts + block), tl.load(sizes + tensor)
+    address = tl.load(addresses + tensor).to(tl.pointer_type(TYPE))
+    if ALIGNED:
+        start, size = tl.multiple_of(start, _ALIGNMENT), tl.multiple_of(size, _ALIGNMENT)
+        address = tl.multiple_of(address, _ALIGNMENT)
+    at = start + tl.arange(0, BLOCK)
+    x = tl.abs(tl.load(address + at, mask=at < size, other=0.0).to(tl.float32))
+    tl.store(found + block, tl.max(tl.where(x >= 0, x, float("inf"))))  # NaN is not
+
+
+@triton.jit
+def _largest_kernel(magnitudes, ends, found, BLOCK: tl.constexpr):
+    tensor = tl.program_id(0)
+    end = tl.load(ends + tensor + 1)
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(tl.load(ends + tensor), end, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.load(magnitudes + at, mask=at < end, other=0.0))
+    tl.store(found + tensor, tl.max(largest))
+
+
+@launched_where_it_lies
+def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the largest magnitude in each of N contiguous tensors of one dtype, inf for NaN: (N,) float32."""
+    device = tensors[0].device
+    addresses = _integers(tuple(tensor.data_ptr() for tensor in tensors), device)
+    sizes, of_blocks, starts, ends, count = _blocks_of(tuple(tensor.numel() for tensor in tensors), device)
+    magnitudes, found = (torch.empty(number, device=device, dtype=torch.float32) for number in (count, len(tensors)))
+    _magnitude_kernel[(count,)](
+        *(addresses, sizes, of_blocks, starts, magnitudes),
+        TYPE=_DTYPES[tensors[0].dtype],
+        ALIGNED=not any(number % _ALIGNMENT.value for each in tensors for number in (each.data_ptr(), each.numel())),
+        BLOCK=_BLOCK,
+    )
+    _largest_kernel[(len(tensors),)](magnitudes, ends, found, BLOCK=1024)
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _blocks_of(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Return sizes of tensors; tensor and start of each of their blocks; where the blocks of each end; how many."""
+    counts = torch.tensor([triton.cdiv(size, _BLOCK) for size in sizes])
+    ends = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    of_blocks = torch.arange(len(sizes)).repeat_interleave(counts)
+    starts = (torch.arange(len(of_blocks)) - ends[of_blocks]) * _BLOCK
+    columns = (each.to(device, non_blocking=True) for each in (torch.tensor(sizes), of_blocks, starts, ends))
+    return *columns, len(of_blocks)  # type: ignore[return-value]
+
+
+@functools.lru_cache(maxsize=64)
+def _integers(numbers: Sequence[int], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
+
+
 def _tiles(places: Sequence[Place]) -> int:
     """Return how many tiles the largest matrix has."""
     return max(triton.cdiv(rows, _TILE) * triton.cdiv(columns, _TILE) for rows, columns in {p.shape for p in places})
@@ -204,13 +272,9 @@ def _table_of(addresses: Sequence[int], places: Sequence[Place], device: torch.d
         and not any(number % _ALIGNMENT.value for number in (address, *place.shape, place.strides[1]))
         for address, place in zip(addresses, places, strict=True)
     )
-    return _on_device(entries, torch.int64, device), aligned
+    return torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True), aligned
 
 
 @functools.lru_cache(maxsize=256)
 def _numbers(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    return _on_device(rows, torch.float64, device)
-
-
-def _on_device(rows: Sequence[Sequence[float]], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=dtype).to(device, non_blocking=True)
+    return torch.tensor(rows, dtype=torch.float64).to(device, non_blocking=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_schatten.distributed.pieces import is_sharded, local, share_alike
 from hf_schatten.distributed.sharded import expanded, of_experts
+from hf_schatten.linalg.many_matrices import largest_magnitudes
 from hf_schatten.optim.matrix import Group, by_device, named_parameters
 from hf_schatten.optim.numbers_of import NumbersOf
 
@@ -171,7 +172,7 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """Return a norm of each tensor of one device, (tensors,): finite where all elements are, zero where all are."""
     sized = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]  # FSDP: without rows
     if tensors[0].device.type != "cpu":
-        return torch.stack(torch._foreach_norm(sized, torch.inf))
+        return largest_magnitudes(sized)
     # A CPU is fast at the Euclidean norm only, which overflows, or vanishes, where elements are large, or small.
     norms = torch.stack(torch._foreach_norm(sized)).double()
     for index in (~norms.isfinite() | norms.eq(0)).nonzero().flatten().tolist():

@@ -46,6 +46,12 @@ CASES = [
     (numbers._iteration_numbers_kernel, NUMBERS, OF_NUMBERS | {"POWER": True, "DIRECT": 2}),
     (numbers._iteration_numbers_kernel, NUMBERS, OF_NUMBERS | {"POWER": False, "DIRECT": 4}),
     (
+        placed._magnitude_kernel,
+        dict.fromkeys(("addresses", "sizes", "tensors", "starts"), TABLE) | {"found": SINGLE},
+        {"TYPE": tl.bfloat16, "ALIGNED": True, "BLOCK": 8192},
+    ),
+    (placed._largest_kernel, {"magnitudes": SINGLE, "ends": TABLE, "found": SINGLE}, {"BLOCK": 1024}),
+    (
         placed._advance_kernel,
         ADVANCE | {"out": HALF},
         {"AVERAGE": tl.float32, "GRADIENT": tl.bfloat16, "WRITES": True, "ALIGNED": True, "TILE": 64},

@@ -58,7 +58,7 @@ def test_kernels_compile_for_a_gpu_that_is_not_here(capability):
     )
     assert run.returncode == 0, run.stderr
     rows = [line.split() for line in run.stdout.splitlines()]
-    assert len(rows) == 14
+    assert len(rows) == 16
     for name, shared, size, wgmma in rows:
         assert int(shared) <= 163 << 10
         assert int(size) > 0
@@ -169,6 +169,20 @@ def test_largest_elements_of_gram_matrices(kernels):
     expected[1] = 1
     assert torch.equal(found, expected)
     torch.testing.assert_close(inverse, 1 / expected, atol=0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_largest_magnitudes(kernels, dtype, aligned):
+    torch.manual_seed(0)
+    sizes = [1, 8192, 8193, 30_000, 7, 5, 4]
+    tensors = [torch.randn(size + 1).to(dtype)[0 if aligned else 1 :] for size in sizes]
+    tensors[0][:], tensors[4][3], tensors[5][-1] = 0, math.nan, -math.inf
+    tensors[6].mul_(1e-30)
+    found = kernels.largest_magnitudes(tensors)
+    expected = torch.stack([tensor.abs().amax().float() for tensor in tensors])
+    expected[4] = math.inf
+    assert torch.equal(found, expected)
 
 
 # All of it a multiple of 16, which has accesses of its own, and not.
