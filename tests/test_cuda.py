@@ -59,29 +59,35 @@ def test_the_kernels_run_here():
     assert accelerated.kernels_of(torch.device(DEVICE, 0)) is not None
 
 
-@pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16])
-def test_a_step_with_kernels_is_that_of_torchs_operations(parameter_dtype, monkeypatch):
-    """Wide, tall, square, a part of a fused projection, and a gradient that is not finite."""
-    shapes = [(96, 96), (64, 160), (160, 64), (192, 64)]
-    found = {}
+@pytest.mark.parametrize(
+    ("parameter_dtype", "compute_dtype", "limit"),
+    [(torch.float32, "float32", 1e-3), (torch.float32, "bfloat16", 0.1), (torch.bfloat16, "bfloat16", 0.1)],
+)
+def test_a_step_with_kernels_is_that_of_torchs_operations(parameter_dtype, compute_dtype, limit, monkeypatch):
+    """Wide, tall, square, a part of a fused projection, odd sides, and a gradient that is not finite.
+
+    What differs is rounding: of products, and of weights where they are in half precision.
+    """
+    shapes = [(96, 96), (64, 160), (160, 64), (45, 70), (192, 64)]
+    changes = {}
     for kernels in (True, False):
         if not kernels:
             for module in ("many_matrices", "symmetric_product", "iteration_numbers"):
                 monkeypatch.setattr(f"hf_schatten.linalg.{module}.kernels_of", lambda device: None)
         torch.manual_seed(0)
         parameters = [nn.Parameter(torch.randn(s, device=DEVICE, dtype=parameter_dtype)) for s in shapes]
-        groups = [{"params": parameters[:3]}, {"params": parameters[3:], "parts": [("a", 64), ("b", 128)]}]
-        optimizer = SchattenP(groups, lr=0.1, p=-5.0)
+        before = [parameter.detach().clone() for parameter in parameters]
+        groups = [{"params": parameters[:4]}, {"params": parameters[4:], "parts": [("a", 64), ("b", 128)]}]
+        optimizer = SchattenP(groups, lr=0.1, p=-5.0, compute_dtype=compute_dtype)
         for step in range(3):
             for parameter in parameters:
                 parameter.grad = torch.randn_like(parameter)
             if step == 1:
                 parameters[0].grad[3, 4] = math.nan
             optimizer.step()
-        found[kernels] = parameters
-    tolerance = 4e-3 if parameter_dtype == torch.float32 else 2e-2
-    for with_kernels, without in zip(found[True], found[False], strict=True):
-        torch.testing.assert_close(with_kernels, without, atol=tolerance, rtol=tolerance)
+        changes[kernels] = [(after - start).float() for after, start in zip(parameters, before, strict=True)]
+    for with_kernels, without in zip(changes[True], changes[False], strict=True):
+        assert (with_kernels - without).norm() <= limit * without.norm()
 
 
 def test_a_step_launches_few_kernels_however_many_matrices_there_are():
@@ -97,7 +103,8 @@ def test_a_step_launches_few_kernels_however_many_matrices_there_are():
             torch.cuda.synchronize()
         return sum(event.device_type == DeviceType.CUDA for event in profiled.events())
 
-    assert launches(2) == launches(12) <= 200
+    assert launches(12) <= launches(2) + 10  # torch's operations on lists take some dozens of tensors a launch
+    assert launches(12) <= 170
 
 
 def test_products_are_in_bfloat16_by_default():

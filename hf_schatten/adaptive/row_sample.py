@@ -72,9 +72,12 @@ class RowSample:
         """Return the same with rows that are not finite."""
         if not self._pieces:
             return None
-        index, rows = (torch.cat(column) for column in zip(*self._pieces, strict=True))
+        one = len(self._pieces) == 1
+        index, rows = self._pieces[0] if one else (torch.cat(column) for column in zip(*self._pieces, strict=True))
         order = index.argsort()
         kept = order[_hash(index[order]) < self._threshold]
+        if torch.equal(kept, torch.arange(len(index))):
+            return rows
         return rows[kept.to(rows.device)]
 
     def _thinned(self, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,14 +99,14 @@ class Partitioned(Tensor):
 
 def is_sharded(parameter: Tensor) -> bool:
     """Return whether a process may have a piece of the parameter only."""
-    return isinstance(parameter, DTensor | Partitioned)
+    return isinstance(parameter, (DTensor, Partitioned))
 
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process' piece of a tensor, which shares its storage; the tensor itself where it is not sharded."""
-    if isinstance(tensor, Partitioned):
-        return tensor.piece
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if not isinstance(tensor, (DTensor, Partitioned)):
+        return tensor
+    return tensor.piece if isinstance(tensor, Partitioned) else tensor.to_local()
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -127,13 +127,13 @@ def like(tensor: Tensor, reference: Tensor) -> Tensor:
     )
 
 
-def share_alike(parameter: Tensor) -> None:
-    """Shard a gradient as its parameter is, where it is not: of a whole parameter it may be a sum that is due."""
-    gradient = parameter.grad
+def shared_alike(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient of a parameter, sharded as that is: of a whole parameter it may be a sum that is due."""
     if not (isinstance(parameter, DTensor) and isinstance(gradient, DTensor)):
-        return
+        return gradient
     if gradient.placements != parameter.placements:
-        parameter.grad = gradient.redistribute(placements=parameter.placements)
+        gradient = parameter.grad = gradient.redistribute(placements=parameter.placements)
+    return gradient
 
 
 def pieces_of(name: str, parameter: Tensor) -> Pieces:

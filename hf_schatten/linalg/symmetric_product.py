@@ -13,6 +13,7 @@ from hf_schatten.linalg.many_matrices import weighted_sum
 # took 0.86 to 0.92 of its time with it at m = 768, and up to 1.3 times as long at m = 256; half precision lost too.
 _BLOCKS = 3
 _SMALLEST_BLOCK = 256  # rows
+_SMALLEST_HALVED = 1024  # rows, of matrices in half precision on a GPU
 
 
 def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor:
@@ -22,7 +23,7 @@ def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor
     A are contiguous. ``out`` shares no memory with them.
     """
     kernels = _kernels_for(A)
-    if kernels is not None:
+    if kernels is not None and not _is_as_fast_in_full(A):
         product = A.new_empty(*A.shape[:-1], A.shape[-2]) if out is None else out
         return kernels.symmetric(A, B if B.shape == A.shape and B.stride(-1) == 1 else B.mT, product)
     m = A.shape[-2]
@@ -71,6 +72,11 @@ def combined_with_square(A: Tensor, square: Tensor, a: Tensor, b: Tensor, c: Ten
 
 def _kernels_for(A: Tensor) -> ModuleType | None:
     return None if A.dtype == torch.float64 else kernels_of(A.device)
+
+
+def _is_as_fast_in_full(A: Tensor) -> bool:
+    """Return whether cuBLAS takes no longer for both halves than the kernel for one: so on an H200."""
+    return A.dtype.itemsize < torch.float32.itemsize and A.shape[-2] < _SMALLEST_HALVED
 
 
 def _is_taken_in_blocks(A: Tensor) -> bool:

@@ -66,7 +66,8 @@ def _step_on(
     if not fused and not finite:  # waits for devices without a fused kernel, of which a CPU is the usual one
         return
     for state in states:
-        state[STEP] = state[STEP].to(device)  # a loaded one may be elsewhere
+        if state[STEP].device != device:  # a loaded one may be elsewhere
+            state[STEP] = state[STEP].to(device)
     # Half-precision parameters are updated through an fp32 copy, since their state is fp32.
     weights = [local(parameter) for parameter in parameters]
     masters = _in_dtype_of_state(weights)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_schatten.distributed.pieces import is_sharded, local, share_alike
+from hf_schatten.distributed.pieces import is_sharded, local, shared_alike
 from hf_schatten.distributed.sharded import expanded, of_experts
 from hf_schatten.linalg.many_matrices import largest_magnitudes
 from hf_schatten.optim.matrix import Group, by_device, named_parameters
@@ -50,14 +50,15 @@ class FiniteGradients:
         self._experts: dict[Tensor, list[int]] = {}  # of stacks of them, those of which this process has anything
         for group in groups:
             for name, parameter in named_parameters(group):
-                if parameter.grad is not None and parameter.numel():
-                    _require_dense(name, parameter.grad)
-                    share_alike(parameter)
-                    gradient = local(parameter.grad)
-                    pieces[parameter] = [gradient]
-                    if group["spectral"] and parameter.ndim == 3:
-                        self._experts[parameter], of_experts_here = of_experts(parameter, gradient)
-                        pieces[parameter] = of_experts_here or [gradient]
+                if (gradient := parameter.grad) is None or not parameter.numel():
+                    continue
+                _require_dense(name, gradient)
+                if is_sharded(parameter):
+                    gradient = local(shared_alike(parameter, gradient))
+                pieces[parameter] = [gradient]
+                if group["spectral"] and parameter.ndim == 3:
+                    self._experts[parameter], of_experts_here = of_experts(parameter, gradient)
+                    pieces[parameter] = of_experts_here or [gradient]
         self._keep, self._zero = NumbersOf(), NumbersOf()  # float64, bool
         if self._experts or any(map(is_sharded, pieces)):
             self._look_at_pieces(pieces)
