@@ -8,13 +8,15 @@ operations that it consists of. Products of matrices move no bytes: they are bou
 
 **Timed**, on a real device, are steps in turn, in one process, on random gradients: ours (p = -5); `torch_muon.py`,
 which is ``torch.optim.Muon`` on the matrices that we would route and AdamW for the rest; ``torch.optim.AdamW`` with
-``fused=True``; and ``dion.Muon`` where the package ``dion`` is installed. All update the same weights. Nothing here
-asserts a time.
+``fused=True``; and ``dion.Muon`` where the package ``dion`` is installed. All update the same weights. **Whole
+training steps** (``--tokens``) take turns in the same way: forward, backward and update, on a GPU with autocast to
+bfloat16. There the host runs ahead of the device, and temporaries of an update take the place of activations. Nothing
+here asserts a time.
 
 Usage:
     python benchmarks/optimizer_step.py                # counts, then times 111 M parameters on a CPU: ten minutes
     python benchmarks/optimizer_step.py --count        # counts only: seconds
-    python benchmarks/optimizer_step.py --device cuda  # times all models
+    python benchmarks/optimizer_step.py --device cuda --tokens 16384   # times all models, and training with them
     python benchmarks/optimizer_step.py --quick        # tiny models: does it run?
 """
 
@@ -32,6 +34,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from benchmarks.comparison.torch_muon import MuonAndAdamW
+from benchmarks.random_gpt2 import loss_of
 from benchmarks.tables import print_table
 from hf_schatten import create_schatten_optimizer, route_parameters
 from hf_schatten.linalg.spectral_power import iterate_in_turns
@@ -53,6 +57,7 @@ from hf_schatten.option_names import OPTION_VALUES
 OURS, MUON, ADAMW, DION = "schatten_p, p = -5", "torch.optim.Muon and AdamW", "torch.optim.AdamW, fused", "dion.Muon"
 _RATES: dict[str, Any] = {"lr": 1e-4, "weight_decay": 0.1}
 _ITERATION = "hf_schatten::spectral_iteration"
+_LENGTH = 1024  # tokens of a sequence
 _KERNELS = {"hf_schatten::inner_products": 2}  # all others are one each
 _PRODUCTS = frozenset(f"aten::{name}" for name in ("mm", "bmm", "addmm", "baddbmm"))
 _OVERWRITING = frozenset({"aten::copy_", "aten::fill_", "aten::zero_", "hf_schatten::weighted_sum"})
@@ -211,7 +216,9 @@ def optimizers_of(model: nn.Module, compute_dtype: str) -> dict[str, Callable[[]
     return {name: make for name, make in makers.items() if name != DION or importlib.util.find_spec("dion")}
 
 
-def measure(config: PretrainedConfig, device: str, compute_dtype: str, repeats: int) -> dict[str, dict[str, Any]]:
+def measure(
+    config: PretrainedConfig, device: str, compute_dtype: str, repeats: int, tokens: int
+) -> dict[str, dict[str, Any]]:
     """Let all optimizers take steps in turn on one model, and return numbers of each; those of a GPU only there."""
     gc.collect()  # of the model before, whose optimizers are in circles
     model = model_of(config, device)
@@ -234,7 +241,41 @@ def measure(config: PretrainedConfig, device: str, compute_dtype: str, repeats: 
             timings[name] |= {"on the device, ms": 1e3 * statistics.median(on_device), **_kernels(optimizer.step)}
             timings[name]["peak with it alone, MiB"] = (first + states[name] + max(temporary)) / (1 << 20)
             timings[name]["of it temporary, MiB"] = max(temporary) / (1 << 20)
+    if tokens:
+        _add_training(timings, model, optimizers, states, tokens=tokens, repeats=repeats)
     return timings
+
+
+def _add_training(
+    timings: dict[str, dict[str, Any]],
+    model: nn.Module,
+    optimizers: dict[str, Optimizer],
+    states: dict[str, int],
+    *,
+    tokens: int,
+    repeats: int,
+) -> None:
+    """Add numbers of whole training steps, with a peak of memory that has none of the other optimizers' states."""
+    device = next(model.parameters()).device
+    vocabulary: Any = model.config.vocab_size  # type: ignore[union-attr]
+    rows = torch.randint(vocabulary, (max(1, tokens // _LENGTH), min(tokens, _LENGTH)), device=device)
+
+    def train(optimizer: Optimizer) -> None:
+        model.zero_grad()
+        loss_of(model, rows).backward()  # type: ignore[arg-type]
+        optimizer.step()
+
+    calls = {name: partial(train, optimizer) for name, optimizer in optimizers.items()}
+    for call in calls.values():
+        call()
+    rounds = [{name: _timed(call, device.type) for name, call in calls.items()} for _ in range(repeats)]
+    for name, row in timings.items():
+        seconds = [each[name][0] for each in rounds]
+        row["training, ms"] = 1e3 * statistics.median(seconds)
+        row["ours over it there"] = statistics.median(each[OURS][0] / each[name][0] for each in rounds)
+        if device.type != "cpu":
+            peak = max(each[name][2] for each in rounds) + torch.cuda.memory_allocated()
+            row["peak there, MiB"] = (peak - sum(states.values()) + states[name]) / (1 << 20)
 
 
 def _timed(step: Callable[[], object], device: str) -> tuple[float, float, int]:
@@ -303,7 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for optimizer in (OURS, MUON) if name in _COUNTED_WITH_MUON else (OURS,):
             counts.append((f"{name}, {dtype}", optimizer, count_step(model, optimizer)))
     timings = {
-        name: measure(MODELS[name](), options.device, options.compute_dtype, options.repeats)
+        name: measure(MODELS[name](), options.device, options.compute_dtype, options.repeats, options.tokens)
         for name in ([] if options.count else options.models)
     }
     page, place = io.StringIO(), machine(options.device)
@@ -329,6 +370,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--compute-dtype", choices=OPTION_VALUES["compute_dtype"], default="auto", help="of our products"
     )
+    parser.add_argument("--tokens", type=int, default=0, help="of training steps that are timed too (default none)")
     parser.add_argument("--repeats", type=int, default=12, help="steps of each (default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="tiny models, only to check that everything runs")

@@ -178,7 +178,7 @@ def weighted_sum(
         num_warps=8,
     )
     if products is not None:
-        products.copy_(partial.sum(-1))
+        torch.sum(partial, -1, out=products)
     return out
 
 

@@ -11,14 +11,15 @@ from torch import Tensor
 
 
 class NumbersOf:
-    """Numbers of tensors, one or several of each, by tensor; what is taken lies on the device of those that are given.
+    """Numbers of tensors, one or several of each, by tensor, on the device on which they are given.
 
-    Nothing waits for the device. The tensors must live as long as this does.
+    Nothing waits for the device. The tensors must live as long as this does; what is returned is not to be written to.
     """
 
     def __init__(self) -> None:
         self._vectors: dict[torch.device, list[Tensor]] = {}
         self._spans: dict[int, tuple[torch.device, int, int]] = {}  # of tensors by id: device, first, and how many
+        self._found: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}  # asked for several times
 
     def add(self, tensors: Iterable[Tensor], numbers: Tensor, counts: Sequence[int] | None = None) -> None:
         """Take numbers (N,) of tensors, in their order: one of each, or as many as ``counts`` says."""
@@ -35,10 +36,10 @@ class NumbersOf:
     def of(self, tensors: Sequence[Tensor], which: Sequence[int] | None = None) -> Tensor:
         """Return one number of each of B tensors of one device, (B,): the first, or that of a position."""
         spans = [self._spans[id(tensor)] for tensor in tensors]
-        first = [start for _, start, _ in spans]
-        return self._taken(
-            spans[0][0], first if which is None else [sum(pair) for pair in zip(first, which, strict=True)]
-        )
+        positions = [start for _, start, _ in spans]
+        if which is not None:
+            positions = [start + number for start, number in zip(positions, which, strict=True)]
+        return self._taken(spans[0][0], positions)
 
     def all_of(self, tensors: Sequence[Tensor], times: Sequence[int]) -> Tensor:
         """Return all numbers of each of B tensors of one device, (N,), those of each repeated so many times."""
@@ -52,13 +53,15 @@ class NumbersOf:
         return self._taken(spans[0][0], repeated)
 
     def _taken(self, device: torch.device, positions: Sequence[int]) -> Tensor:
-        vectors = self._vectors[device]
-        if len(vectors) > 1:
-            vectors[:] = [torch.cat(vectors)]
-        first, last = positions[0], positions[-1]
-        if last - first + 1 == len(positions) and list(positions) == list(range(first, last + 1)):
-            return vectors[0][first : last + 1]
-        return vectors[0][_index(tuple(positions), device)]
+        key = device, tuple(positions)
+        if key not in self._found:
+            vectors = self._vectors[device]
+            if len(vectors) > 1:
+                vectors[:] = [torch.cat(vectors)]
+            first, last = positions[0], positions[-1] + 1
+            in_order = last - first == len(positions) and list(positions) == list(range(first, last))
+            self._found[key] = vectors[0][first:last] if in_order else vectors[0][_index(key[1], device)]
+        return self._found[key]
 
 
 @functools.lru_cache(maxsize=256)  # the same ones at every step

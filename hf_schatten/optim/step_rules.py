@@ -90,16 +90,15 @@ class StepRule:
 
     def norms(self, update: Update, own: Tensor) -> Tensor:
         """Return the Frobenius norms (B,) that directions of the Frobenius norms ``own`` (B,) are scaled to."""
-        m, n = update.matrices[0].wide_shape
-        return own.new_full(own.shape, ADAMW_RMS * math.sqrt(m * n))
+        return own.new_full(own.shape, _largest_norm(update))
 
 
 class Schatten(StepRule):  # noqa: D101 - the module's docstring has the rules
     def norms(self, update: Update, own: Tensor) -> Tensor:  # noqa: D102
-        largest, s = super().norms(update, own), update.exponents
+        largest, s = _largest_norm(update), update.exponents
         schatten = update.dual_norms**s  # ‖O‖_{p+1}
         norms = ADAMW_RMS * math.sqrt(max(update.matrices[0].shape)) * own / schatten
-        return torch.where(s > 0, norms.minimum(largest), largest)
+        return torch.where(s > 0, norms.clamp_max(largest), largest)
 
 
 class Muon(StepRule):  # noqa: D101
@@ -122,6 +121,12 @@ class Own(StepRule):  # noqa: D101
 
     def share(self, update: Update) -> Tensor:  # noqa: D102
         return update.presence ** (1 - update.exponents)  # the norm is the momentum's to the power s
+
+
+def _largest_norm(update: Update) -> float:
+    """Return the Frobenius norm of ``match_rms_adamw``."""
+    m, n = update.matrices[0].wide_shape
+    return ADAMW_RMS * math.sqrt(m * n)
 
 
 def _numbers(update: Update, number: Callable[[Matrix, int, int], float], like: Tensor) -> Tensor:
