@@ -246,9 +246,9 @@ def _iterate(
     for k, step in enumerate(numbers.steps[:direct]):
         if k:
             P = symmetric_polynomial(gram, *step, square)
-        # The last one is not needed when the sum is written.
-        last = out if out.dtype == compute_dtype else torch.empty_like(start)
-        latest = torch.bmm(P, latest, out=terms[k] if k + 1 < direct else last)
+        last = k + 1 == direct  # not needed any more when the sum is written
+        place = terms[k] if not last else out if out.dtype == compute_dtype else torch.empty_like(start)
+        latest = torch.bmm(P, latest, out=place)
         symmetric_product(latest, latest.mT, out=gram)
     if direct:
         P = symmetric_polynomial(gram, *numbers.steps[direct], square)
