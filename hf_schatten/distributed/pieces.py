@@ -104,9 +104,9 @@ def is_sharded(parameter: Tensor) -> bool:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process' piece of a tensor, which shares its storage; the tensor itself where it is not sharded."""
-    if not isinstance(tensor, (DTensor, Partitioned)):
-        return tensor
-    return tensor.piece if isinstance(tensor, Partitioned) else tensor.to_local()
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor.piece if isinstance(tensor, Partitioned) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 Each has the meaning of the operation of the same name in :mod:`hf_schatten.linalg.many_matrices`. A table of
 addresses, sizes and strides tells where the matrices are. Where all of these are multiples of 16, accesses are wide.
-On an H200, narrow ones, with a division of 64 bits for every position, took eight times as long as the memory needs.
+On an H200, narrow ones, with a division of 64 bits for every position, took several times as long.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -119,7 +120,7 @@ def advance_averages(
     """Take gradients into averages and write what is asked for; tensors of a list have one dtype."""
     table, aligned = _table(averages, places, keep.device)
     gradient_table, gradients_aligned = _table(gradients, gradient_places, keep.device)
-    own_rates, own_ahead = _numbers((tuple(rates), tuple(ahead)), keep.device)
+    own_rates, own_ahead = _numbers((tuple(rates), tuple(ahead)), torch.float64, keep.device)
     _advance_kernel[_tiles(places), len(places)](
         *(table, gradient_table, own_rates, own_ahead, keep),
         *(keep if divisors is None else divisors, keep if out is None else out),
@@ -217,7 +218,7 @@ def _largest_kernel(magnitudes, ends, found, BLOCK: tl.constexpr):
 def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude in each of N contiguous tensors of one dtype, inf for NaN: (N,) float32."""
     device = tensors[0].device
-    addresses = _integers(tuple(tensor.data_ptr() for tensor in tensors), device)
+    addresses = _numbers(tuple(tensor.data_ptr() for tensor in tensors), torch.int64, device)
     sizes, of_blocks, starts, ends, count = _blocks_of(tuple(tensor.numel() for tensor in tensors), device)
     magnitudes, found = (torch.empty(number, device=device, dtype=torch.float32) for number in (count, len(tensors)))
     _magnitude_kernel[(count,)](
@@ -239,11 +240,6 @@ def _blocks_of(sizes: Sequence[int], device: torch.device) -> tuple[Tensor, Tens
     starts = (torch.arange(len(of_blocks)) - ends[of_blocks]) * _BLOCK
     columns = (each.to(device, non_blocking=True) for each in (torch.tensor(sizes), of_blocks, starts, ends))
     return *columns, len(of_blocks)  # type: ignore[return-value]
-
-
-@functools.lru_cache(maxsize=64)
-def _integers(numbers: Sequence[int], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _tiles(places: Sequence[Place]) -> int:
@@ -276,5 +272,6 @@ def _table_of(addresses: Sequence[int], places: Sequence[Place], device: torch.d
 
 
 @functools.lru_cache(maxsize=256)
-def _numbers(rows: Sequence[Sequence[float]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.float64).to(device, non_blocking=True)
+def _numbers(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return numbers, or rows of them, on the device, from memory where they were asked for before."""
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)
