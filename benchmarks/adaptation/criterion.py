@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,15 @@ from benchmarks.interleaved_timing import time_ratio
 from benchmarks.tables import print_table
 from hf_schatten.adaptive.criterion import exponent_nodes, maximising_exponent, objective_curve
 from hf_schatten.adaptive.probe import RowSample
-from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, exact_log_norms
+from hf_schatten.linalg.iterate_norms import iterate_log_norms
+from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS, LogNormEstimator, exact_log_norms, of_unit_matrices
 from hf_schatten.optim.matrix import CURVES, NODES
 
 RANGES = {"p in [1, 100]": (0.01, 1.0), "s in [-0.25, 1]": (-0.25, 1.0)}
+ESTIMATORS: dict[str, LogNormEstimator] = {
+    **{name: estimator for name, estimator in LOG_NORM_ESTIMATORS.items() if name != "auto"},  # which is one of them
+    "iterates in float16": of_unit_matrices(partial(iterate_log_norms, dtype=torch.float16)),  # as on a GPU
+}
 ROWS = 1024  # of the inputs, by default, in training
 TARGET = (0.02, 0.06)  # error of s: median, 95th percentile
 _EDGE = 1e-3  # an s closer than this to the end of its range is at the end
@@ -115,7 +121,7 @@ def measure_errors(runs: list[list[CapturedLayer]], exact: list[Curves], names: 
     results = {}
     for name in names:
         progress(f"errors of {name}")
-        estimate = [curves_of(layers, LOG_NORM_ESTIMATORS[name]) for layers in runs]  # type: ignore[index]
+        estimate = [curves_of(layers, ESTIMATORS[name]) for layers in runs]
         results[name] = {label: asdict(Errors.between(estimate, exact, RANGES[label])) for label in RANGES}
     _print_errors("estimator", results)
     return results
@@ -216,8 +222,7 @@ def progress(what: str) -> None:
 
 def _estimation(layer: CapturedLayer, name: str) -> Callable[[], object]:
     """What training does with a layer on a due step, but for the choice of s."""
-    estimator: LogNormEstimator = LOG_NORM_ESTIMATORS[name]  # type: ignore[index]
-    s, rows = exponent_nodes(), sampled(layer.inputs, ROWS)
+    estimator, s, rows = ESTIMATORS[name], exponent_nodes(), sampled(layer.inputs, ROWS)
     return lambda: (estimator(layer.gradient, 1 / (1 + s)), estimator(rows, (1 - s) / (2 * (1 + s))))
 
 
@@ -299,8 +304,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("outputs/captured_layers"), help="folder of the captures")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmarks"), help="folder (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="measurements of each side of a ratio (default 7)")
-    of_their_own = [name for name in LOG_NORM_ESTIMATORS if name != "auto"]  # which is one of the others
-    parser.add_argument("--estimators", nargs="+", choices=LOG_NORM_ESTIMATORS, default=of_their_own)
+    parser.add_argument("--estimators", nargs="+", choices=list(ESTIMATORS), default=list(ESTIMATORS))
     parser.add_argument("--quick", action="store_true", help="a tiny model, only to check that everything runs")
     options = parser.parse_args(arguments)
     if options.repeats < 1:

@@ -151,13 +151,17 @@ def largest_magnitudes(tensors: list[Tensor]) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors, torch.inf))
 
 
-@torch.library.custom_op("hf_schatten::inner_products", mutates_args=())
 def inner_products(A: Tensor, B: Tensor) -> Tensor:
     """Return ``⟨A, B⟩`` and ``⟨B, B⟩`` of matrices (B, m, n), as (2, B) of float32 at least, in which it adds up."""
     kernels = kernels_of(A.device)
-    dtype = torch.promote_types(A.dtype, torch.float32)
-    if kernels is not None and dtype == torch.float32:
+    if kernels is not None and A.dtype in _AT_MOST_SINGLE:
         return kernels.inner_products(A.contiguous(), B.contiguous())
+    return _inner_products(A, B)
+
+
+@torch.library.custom_op("hf_schatten::inner_products", mutates_args=())
+def _inner_products(A: Tensor, B: Tensor) -> Tensor:
+    dtype = torch.promote_types(A.dtype, torch.float32)
     found = torch.zeros(2, len(A), dtype=dtype, device=A.device)
     for index, rows in _pieces(A):
         a, b = (matrices[index, rows].flatten(1).to(dtype) for matrices in (A, B))
@@ -258,7 +262,7 @@ def _(*arguments: object) -> None: ...
 def _(*arguments: object) -> None: ...
 
 
-@inner_products.register_fake
+@_inner_products.register_fake
 def _(A: Tensor, B: Tensor) -> Tensor:
     return A.new_empty(2, len(A), dtype=torch.promote_types(A.dtype, torch.float32))
 

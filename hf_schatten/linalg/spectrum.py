@@ -20,8 +20,8 @@ from hf_schatten.option_names import EstimatorName
 # float64 of log ‖X‖_order.
 LogNormEstimator = Callable[[Tensor, Tensor], Tensor]
 
-# On a GPU, decompositions follow one another; `lanczos` needs one for each matrix, 3 ms on an H100. The products of
-# `iterates` would take as long at this side where their kernel reaches 80 Tflop/s, which nobody has measured.
+# On a GPU, decompositions follow one another; `lanczos` needs one for each matrix, 3 ms on an H100. `iterates` takes
+# 0.8e12 operations for 2048 × 8192, 2 ms at 400 Tflop/s; larger sides were not measured.
 _LARGEST_ITERATED = 2048
 
 
@@ -66,7 +66,7 @@ def log_schatten_norm(log_spectrum: Tensor, inverse_order: Tensor, log_multiplic
     return largest + inverse_order * exponent.exp().sum(dim=-1).log()
 
 
-def _estimator(log_norms: LogNormEstimator) -> LogNormEstimator:
+def of_unit_matrices(log_norms: LogNormEstimator) -> LogNormEstimator:
     """Make an estimator for every shape, dtype and scale from one for unit matrices, see `_unit_matrices`."""
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ def _of_spectrum(spectrum: Callable[[Tensor], tuple[Tensor, Tensor]]) -> LogNorm
         log_sigma, log_multiplicity = spectrum(unit)
         return log_schatten_norm(log_sigma, inverse_orders, log_multiplicity)
 
-    return _estimator(log_norms)
+    return of_unit_matrices(log_norms)
 
 
 def _unit_matrices(X: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,5 +113,5 @@ LOG_NORM_ESTIMATORS: dict[EstimatorName, LogNormEstimator] = {
     "auto": fast_log_norms,
     "exact": exact_log_norms,
     "lanczos": _of_spectrum(lanczos_spectrum),
-    "iterates": _estimator(iterate_log_norms),
+    "iterates": of_unit_matrices(iterate_log_norms),
 }

@@ -20,12 +20,15 @@ def symmetric_product(A: Tensor, B: Tensor, out: Tensor | None = None) -> Tensor
     """Return ``A @ B`` (B, m, m) where it is known to be symmetric: only blocks on and above the diagonal are taken.
 
     A is (B, m, n), and B, (B, n, m), is ``A.mT`` or, contiguous as A is, a polynomial of A. On an accelerator rows of
-    A are contiguous. ``out`` shares no memory with them.
+    A are contiguous. ``out`` shares no memory with them, and may be float32 where they are in half precision.
     """
     kernels = _kernels_for(A)
-    if kernels is not None and not _is_as_fast_in_full(A):
+    wider = out is not None and out.dtype != A.dtype
+    if kernels is not None and (wider or not _is_as_fast_in_full(A)):
         product = A.new_empty(*A.shape[:-1], A.shape[-2]) if out is None else out
         return kernels.symmetric(A, B if B.shape == A.shape and B.stride(-1) == 1 else B.mT, product)
+    if out is not None and wider:
+        A, B = A.to(out.dtype), B.to(out.dtype)
     m = A.shape[-2]
     product = A.new_empty(*A.shape[:-1], m) if out is None else out
     if not _is_taken_in_blocks(A):

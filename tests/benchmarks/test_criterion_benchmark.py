@@ -13,7 +13,6 @@ import torch
 from benchmarks import interleaved_timing
 from benchmarks.adaptation import captured_layers
 from benchmarks.adaptation import criterion as script
-from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def cache(tmp_path: Path) -> Path:
 def test_whole_run(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]):
     script.main(["--quick", "--repeats", "2", "--cache", str(cache), "--output", str(tmp_path / "new" / "folder")])
     results = json.loads((tmp_path / "new" / "folder" / "criterion.json").read_text("utf-8"))
-    estimators = set(LOG_NORM_ESTIMATORS) - {"auto"}
+    estimators = set(script.ESTIMATORS)
     assert set(results["error"]) == estimators - {"exact"}
     assert results["error"]["lanczos"]["p in [1, 100]"]["layers"][2] < 0.01
     assert all(set(row) == estimators for row in results["cost"].values())

@@ -36,7 +36,7 @@ CASES = [
     ),
     (
         kernels._symmetric_kernel,
-        SYMMETRIC | dict.fromkeys(("X", "Y", "A", "out"), SINGLE),
+        SYMMETRIC | dict.fromkeys(("X", "Y", "A"), "*fp16") | {"out": SINGLE},
         {"POLYNOMIAL": False, "PRECISION": "tf32x3", "BLOCK": 16, "DEPTH": 64},
     ),
     (kernels._weighted_sum_kernel, SUM, {"COUNT": 5, "DIAGONAL": False, "PRODUCTS": True, "BLOCK": 4096}),

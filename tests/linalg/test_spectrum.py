@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_schatten.linalg import estimated_spectra
 from hf_schatten.linalg.estimated_spectra import orthonormalised_by_cholesky
+from hf_schatten.linalg.iterate_norms import iterate_log_norms
 from hf_schatten.linalg.spectrum import (
     LOG_NORM_ESTIMATORS,
     exact_log_norms,
@@ -123,6 +124,15 @@ def test_an_estimate_is_close_to_the_exact_norms(name: EstimatorName, matrix):
     error = (LOG_NORM_ESTIMATORS[name](X, INVERSE_ORDERS) - exact_log_norms(X, INVERSE_ORDERS)).abs()
     worst = [error[INVERSE_ORDERS.le(bound)].max().item() for bound in (0, 0.5, 1, 4 / 3)]
     assert all(e <= t for e, t in zip(worst, TOLERANCES[name], strict=True)), worst
+
+
+@pytest.mark.parametrize("matrix", MATRICES)
+def test_products_of_half_precision_give_the_norms_that_float32_gives(matrix):
+    """A GPU takes them; the smallest singular values are 1e-4 of the largest, and their squares would be lost."""
+    X = MATRICES[matrix]()
+    X = X / X.abs().max()
+    half = iterate_log_norms(X[None], INVERSE_ORDERS, torch.float16)
+    torch.testing.assert_close(half, iterate_log_norms(X[None], INVERSE_ORDERS), atol=1.5e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)
