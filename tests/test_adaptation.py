@@ -46,6 +46,20 @@ def test_p_changes_on_due_steps_only():
     assert run.optimizer.policy.estimates == 4
 
 
+def test_a_due_step_waits_for_nothing(monkeypatch):
+    """A device without memory stands for an accelerator: there is nothing that could be waited for."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which does not know the device
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 64))
+        batch = torch.empty(32, 64)
+    optimizer = hf_schatten.create_schatten_optimizer(model, verbose=False, p="adaptive", p_interval=1, p_first_step=1)
+    for _ in range(2):
+        for micro_batch in batch.chunk(2):
+            model(micro_batch).sum().backward()
+        optimizer.step()
+    assert optimizer.policy.estimates == 2
+
+
 def test_p_follows_the_moving_average_of_the_statistics():
     run = Regression(steps=6, p_interval=2, p_first_step=1, p_ema_decay=0.7, p_max=50.0)
     average = 0.0

@@ -120,8 +120,9 @@ def test_products_are_in_bfloat16_by_default():
     assert not torch.equal(weights["auto"], weights["float32"])
 
 
-@pytest.mark.parametrize("estimator", ["lanczos", "iterates"])
-def test_p_is_that_of_the_same_training_on_a_cpu(estimator, gpt2):
+# Products of `iterates` are in float16 on a GPU.
+@pytest.mark.parametrize(("estimator", "tolerance"), [("lanczos", 1e-3), ("iterates", 3e-3)])
+def test_p_is_that_of_the_same_training_on_a_cpu(estimator, tolerance, gpt2):
     learned = {}
     for device in ("cpu", DEVICE):
         model = copy.deepcopy(gpt2).to(device)
@@ -139,14 +140,14 @@ def test_p_is_that_of_the_same_training_on_a_cpu(estimator, gpt2):
     assert learned["cpu"].keys() == learned[DEVICE].keys()
     assert any(p != math.inf for p in learned["cpu"].values())
     for name, p in learned["cpu"].items():
-        assert 1 / learned[DEVICE][name] == pytest.approx(1 / p, abs=1e-3, rel=1e-3), name
+        assert 1 / learned[DEVICE][name] == pytest.approx(1 / p, abs=tolerance, rel=1e-3), name
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-@pytest.mark.parametrize("precondition", ["none", "adam"])
-def test_a_step_that_is_not_due_does_not_wait_for_the_device(precondition, gpt2):
+@pytest.mark.parametrize(("precondition", "interval"), [("none", 100), ("adam", 100), ("none", 1)])
+def test_a_step_does_not_wait_for_the_device(precondition, interval, gpt2):
     model = gpt2.to(DEVICE)
-    options = {"p": "adaptive", "p_interval": 100, "p_first_step": 2, "precondition": precondition}
+    options = {"p": "adaptive", "p_interval": interval, "p_first_step": 2, "precondition": precondition}
     optimizer = create_schatten_optimizer(model, 1e-3, verbose=False, **options)
     rows = token_rows()
     for _ in range(3):

@@ -124,7 +124,7 @@ class Adaptation(Policy):
         if due:
             self._sizes.begin(optimizer.matrices())
         if self._pending is not None and (self._pending.done() if alone else due):
-            self._learn(optimizer, self._result(self._pending))
+            self._learn(optimizer, self._adapted(optimizer), self._result(self._pending))
             self._pending = None
         if self._failed and alone:
             optimizer.stop_following()
@@ -171,12 +171,12 @@ class Adaptation(Policy):
         self._report_unsampled({m.name for m in matrices if m.name not in inputs and is_computed_here(m)})
         nothing = self._of_nothing(optimizer, matrices)
         if has_shards(matrices):
-            self._learn(optimizer, measure_shards(self._options, nothing, matrices, inputs))
+            self._learn(optimizer, matrices, measure_shards(self._options, nothing, matrices, inputs))
             return
         samples = samples_of(matrices, inputs)
         illustrated = evenly_spaced(self.illustrated, len(matrices))
         if self._worker is None:
-            self._learn(optimizer, measure(self._options, nothing, samples, illustrated))
+            self._learn(optimizer, matrices, measure(self._options, nothing, samples, illustrated))
         elif not self._failed:
             copies = [sample and sample.copied() for sample in samples]
             self._pending = self._worker.submit(measure, self._options, nothing, copies, illustrated)
@@ -207,9 +207,11 @@ class Adaptation(Policy):
             )
             return None
 
-    def _learn(self, optimizer: Optimized, measured: Measurement | None) -> None:
-        """Average over processes and time, and choose p; what no process has measured keeps average and p."""
-        matrices = self._adapted(optimizer)
+    def _learn(self, optimizer: Optimized, matrices: Sequence[Matrix], measured: Measurement | None) -> None:
+        """Average over processes and time, and choose p; what no process has measured keeps average and p.
+
+        Nothing waits for the device, but for what is illustrated.
+        """
         measured = measured or self._of_nothing(optimizer, matrices)
         curves, known = measured.statistics, measured.valid
         means, found = mean_over_processes(curves.flatten(0, 1), known.flatten(), alone=optimizer.alone)
@@ -225,31 +227,15 @@ class Adaptation(Policy):
         s = maximising_exponent(objective, *self._range)
         p = p_of(s).float()
         p = torch.where(valid, p, torch.stack([matrix.p for matrix in matrices]))
+        p = _with_medians(p, weight > 0, matrices)
         learned = ((matrix.statistics, matrix.statistics_weight, matrix.p) for matrix in matrices)
         for kept, new in zip(zip(*learned, strict=True), (average, weight, p), strict=True):
             torch._foreach_copy_(list(kept), new.unbind())
-        self._give_median(matrices, (weight > 0).tolist())
         self.choices = [
             Choice(matrices[row].name, measured.step, *spectra, *self._curve(objective[row]), float(s[row]))
             for row, spectra in measured.spectra.items()
         ]
         self.estimates += 1
-
-    @staticmethod
-    def _give_median(matrices: Sequence[Matrix], ever: Sequence[bool]) -> None:
-        """Give the matrices of parameters that were never measured the median p of their kind, or of all.
-
-        Those whose parameter has other matrices that were, such as experts without tokens, keep their p.
-        """
-        measured = [matrix for matrix, each in zip(matrices, ever, strict=True) if each]
-        parameters = {matrix.parameter_name for matrix in measured}
-        of_kind: dict[str, list[Tensor]] = {}
-        for matrix in measured:
-            of_kind.setdefault(layer_kind(matrix.name), []).append(matrix.p)
-        for matrix in matrices if measured else ():
-            if matrix.parameter_name not in parameters:
-                several = of_kind.get(layer_kind(matrix.name)) or [other.p for other in measured]
-                matrix.p.copy_(_median(torch.stack(several)))
 
     def _curve(self, objective: Tensor) -> tuple[Tensor, Tensor]:
         """Return exponents and objective at fewer points, on the host."""
@@ -270,6 +256,32 @@ class Adaptation(Policy):
             )
 
 
-def _median(p: Tensor) -> Tensor:
-    """Return the median in the order of the exponents 1/p, in which a negative p lies beyond inf."""
-    return p_of(exponent_of(p.double()).median()).to(p.dtype)
+def _with_medians(p: Tensor, ever: Tensor, matrices: Sequence[Matrix]) -> Tensor:
+    """Return p (L,) with the median of their kind, or of all, for matrices of parameters that were never measured.
+
+    Those whose parameter has other matrices that were, such as experts without tokens, keep their p.
+
+    Args:
+        p: of the matrices.
+        ever: whether each was measured, (L,).
+        matrices: L of them.
+    """
+    kinds, kind = _numbered([layer_kind(matrix.name) for matrix in matrices], p.device)
+    parameters, parameter = _numbered([matrix.parameter_name for matrix in matrices], p.device)
+    s = torch.where(ever, exponent_of(p.double()), torch.nan)  # in the order of s, a negative p lies beyond inf
+    of_all = _median(s)
+    of_kind = _median(torch.where(kind == torch.arange(kinds, device=p.device)[:, None], s, torch.nan))
+    median = p_of(torch.where(of_kind.isnan(), of_all, of_kind))[kind].to(p.dtype)
+    measured = s.new_zeros(parameters).index_add_(0, parameter, ever.to(s.dtype))[parameter] > 0
+    return torch.where(measured | of_all.isnan(), p, median)
+
+
+def _numbered(names: Sequence[str], device: torch.device) -> tuple[int, Tensor]:
+    """Return how many different names there are, and the number of each among them."""
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return len(numbers), torch.tensor([numbers[name] for name in names]).to(device, non_blocking=True)
+
+
+def _median(values: Tensor) -> Tensor:
+    """Return the median, one of them, in the last dimension; NaN does not count."""
+    return values.nanquantile(0.5, dim=-1, interpolation="lower")

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from hf_schatten.exponent import MAX_EXPONENT, MIN_EXPONENT
 from hf_schatten.linalg.spectrum import LogNormEstimator
-from hf_schatten.optim.finite_gradients import are_all_finite
 from hf_schatten.optim.matrix import NODES
 
 _CANDIDATES = 2049  # of s within [1/p_max, 1/p_min]; refined by a parabola afterwards
@@ -55,12 +54,14 @@ class Inputs:
     def compute(those: Iterable[Inputs], log_norms: LogNormEstimator) -> None:
         """Compute the curves of several on one device, on an accelerator together; :meth:`curve` then returns them."""
         missing = list({id(each): each for each in those if each._curve is None}.values())
-        if not missing:
-            return
-        s = exponent_nodes().to(missing[0].rows.device)
-        curves = _norm_curves([each.rows for each in missing], log_norms, (1 - s) / (2 * (1 + s)))
+        s = exponent_nodes()
+        curves = _norm_curves(
+            [each.rows for each in missing],
+            lambda rows, inverse_orders: log_norms(finite_rows(rows), inverse_orders),
+            (1 - s) / (2 * (1 + s)),
+        )
         for each, curve in zip(missing, curves, strict=True):
-            each._curve = curve - curve[-1]
+            each._curve = curve
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ class Sample:
         return replace(self, gradient=self.gradient.clone())
 
 
-def finite_samples(samples: Sequence[Sample]) -> list[bool]:
-    """Return whether all of each sample is finite, after one wait for the device on which they all are."""
-    tensors = {id(tensor): tensor for sample in samples for tensor in (sample.gradient, sample.inputs.rows)}
-    finite = dict(zip(tensors, are_all_finite(tensors.values()), strict=True))  # samples share inputs
-    return [finite[id(sample.gradient)] and finite[id(sample.inputs.rows)] for sample in samples]
+def finite_rows(rows: Tensor) -> Tensor:
+    """Return rows (..., n) with zeros, which change no norm, for those that are not finite.
+
+    Rows of a step that a loss scaler skips are sampled too. Nothing waits for the device.
+    """
+    return torch.where(rows.isfinite().all(dim=-1, keepdim=True), rows, 0.0)
 
 
 def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor:
@@ -87,7 +89,7 @@ def maximising_exponent(objective: Tensor, s_min: float, s_max: float) -> Tensor
 
     The objectives are those of :func:`objective_curve` for the same range.
     """
-    candidates = torch.linspace(s_min, s_max, _CANDIDATES, dtype=torch.float64).to(objective.device)
+    candidates = _candidates(s_min, s_max, objective.device)
     best = objective.argmax(dim=-1, keepdim=True)
     inner = best.clamp(1, _CANDIDATES - 2)
     left, middle, right = (objective.gather(-1, inner + offset) for offset in (-1, 0, 1))
@@ -104,7 +106,7 @@ def objective_curve(statistics: Tensor, s_min: float, s_max: float) -> Tensor:
 
     The statistics (..., CURVES, NODES) float64 are a sample's, or a bias-corrected average of such.
     """
-    curves = statistics @ _interpolation_matrix(s_min, s_max).to(statistics.device).mT  # (..., CURVES, candidates)
+    curves = statistics @ _interpolation_matrix(s_min, s_max, statistics.device).mT  # (..., CURVES, candidates)
     return curves[..., 0, :] - curves[..., 1, :]
 
 
@@ -123,14 +125,14 @@ def exponent_nodes() -> Tensor:
 
 def gradient_curves(gradients: Sequence[Tensor], log_norms: LogNormEstimator) -> list[Tensor]:
     """Return log ‖G‖_{1+s} of gradients (m, n) at :func:`exponent_nodes`, (NODES,) each, relative to s = 1."""
-    if not gradients:
-        return []
-    s = exponent_nodes().to(gradients[0].device)
-    return [curve - curve[-1] for curve in _norm_curves(gradients, log_norms, 1 / (1 + s))]
+    return _norm_curves(gradients, log_norms, 1 / (1 + exponent_nodes()))
 
 
 def _norm_curves(matrices: Sequence[Tensor], log_norms: LogNormEstimator, inverse_orders: Tensor) -> list[Tensor]:
-    """Return the log norms of each matrix, (k,); one by one on a CPU, where a stack would be one copy more."""
+    """Return the log norms of each matrix relative to the last of them, (k,).
+
+    On a CPU they are computed one by one: a stack would be one copy more.
+    """
     alike: dict[object, list[int]] = {}
     for number, X in enumerate(matrices):
         alike.setdefault(number if X.device.type == "cpu" else (X.shape, X.dtype), []).append(number)
@@ -139,11 +141,9 @@ def _norm_curves(matrices: Sequence[Tensor], log_norms: LogNormEstimator, invers
         size = max(1, _TOGETHER_BYTES // (matrices[numbers[0]].numel() * torch.float32.itemsize))
         for start in range(0, len(numbers), size):
             own = numbers[start : start + size]
-            if len(own) == 1:
-                curves[own[0]] = log_norms(matrices[own[0]], inverse_orders)
-            else:
-                stack = torch.stack([matrices[number] for number in own])
-                curves.update(zip(own, log_norms(stack, inverse_orders), strict=True))
+            stack = matrices[own[0]][None] if len(own) == 1 else torch.stack([matrices[number] for number in own])
+            found = log_norms(stack, inverse_orders)
+            curves.update(zip(own, (found - found[:, -1:]).unbind(), strict=True))
     return [curves[number] for number in range(len(matrices))]
 
 
@@ -156,14 +156,18 @@ def statistics_of(samples: Sequence[Sample], log_norms: LogNormEstimator) -> Ten
     gradients = gradient_curves([sample.gradient for sample in samples], log_norms)
     Inputs.compute([sample.inputs for sample in samples], log_norms)
     inputs = [sample.inputs.curve(log_norms) for sample in samples]
-    return torch.stack([torch.stack(pair) for pair in zip(gradients, inputs, strict=True)])
+    return torch.stack([torch.stack(gradients), torch.stack(inputs)], dim=1)
 
 
 @lru_cache(maxsize=8)
-def _interpolation_matrix(s_min: float, s_max: float) -> Tensor:
+def _candidates(s_min: float, s_max: float, device: torch.device) -> Tensor:
+    return torch.linspace(s_min, s_max, _CANDIDATES, dtype=torch.float64).to(device)
+
+
+@lru_cache(maxsize=8)
+def _interpolation_matrix(s_min: float, s_max: float, device: torch.device) -> Tensor:
     """Return the (candidates, NODES) barycentric Chebyshev interpolation from the nodes to the candidates."""
-    nodes = exponent_nodes()
-    candidates = torch.linspace(s_min, s_max, _CANDIDATES, dtype=torch.float64)
+    nodes, candidates = exponent_nodes(), _candidates(s_min, s_max, torch.device("cpu"))
     weights = torch.ones(NODES, dtype=torch.float64)
     weights[1::2] = -1
     weights[[0, -1]] *= 0.5
@@ -172,4 +176,4 @@ def _interpolation_matrix(s_min: float, s_max: float) -> Tensor:
     terms = weights / torch.where(exact, 1.0, difference)
     matrix = terms / terms.sum(dim=-1, keepdim=True)
     on_node = exact.any(dim=-1, keepdim=True)
-    return torch.where(on_node, exact.to(matrix.dtype), matrix)
+    return torch.where(on_node, exact.to(matrix.dtype), matrix).to(device)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from hf_schatten.adaptive.criterion import Inputs, Sample, finite_samples, gradient_curves, statistics_of
+from hf_schatten.adaptive.criterion import Inputs, Sample, finite_rows, gradient_curves, statistics_of
 from hf_schatten.distributed.pieces import is_sharded
 from hf_schatten.distributed.sharded import on_owners
 from hf_schatten.linalg.spectrum import LOG_NORM_ESTIMATORS
@@ -49,25 +49,24 @@ def samples_of(matrices: Iterable[Matrix], inputs: Mapping[str, Inputs]) -> Iter
 
 
 def measure(
-    options: SchattenOptions, nothing: Measurement, samples: Iterable[Sample | None], illustrated: Collection[int]
+    options: SchattenOptions, nothing: Measurement, samples: Iterable[Sample | None], illustrated: Set[int]
 ) -> Measurement:
     """Return the statistics of every sample; what is missing, zero or not finite is not measured.
 
+    Nothing waits for the device, but for what is illustrated, and for the decompositions of some estimators.
     ``nothing`` is a measurement of as many matrices, which is overwritten.
     """
     statistics = nothing.statistics.fill_(torch.nan)
-    spectra: dict[int, tuple[Tensor, Tensor]] = {}
-    some = [(index, sample) for index, sample in enumerate(samples) if sample is not None]
+    some = {index: sample for index, sample in enumerate(samples) if sample is not None}
     if some:
-        finite = finite_samples([sample for _, sample in some])
-        measured = [pair for pair, is_finite in zip(some, finite, strict=True) if is_finite]
-        if measured:
-            found = statistics_of([sample for _, sample in measured], LOG_NORM_ESTIMATORS[options.p_estimator])
-            statistics[[index for index, _ in measured]] = found
-        for index, sample in measured:
-            if index in illustrated:
-                spectra[index] = _spectrum(sample.gradient), _spectrum(sample.inputs.rows)
+        found = statistics_of(list(some.values()), LOG_NORM_ESTIMATORS[options.p_estimator])
+        torch._foreach_copy_([statistics[index] for index in some], found.unbind())
     known = statistics.isfinite().flatten(1).all(dim=1)
+    spectra = {
+        index: (_spectrum(some[index].gradient), _spectrum(finite_rows(some[index].inputs.rows)))
+        for index in sorted(some.keys() & illustrated)
+        if known[index]
+    }
     return replace(nothing, valid=known[:, None].expand_as(nothing.valid), spectra=spectra)
 
 

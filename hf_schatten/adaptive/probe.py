@@ -16,8 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from torch.utils.module_tracker import ModuleTracker
 
 from hf_schatten.adaptive.functional_uses import FunctionalUses
-from hf_schatten.adaptive.row_sample import RowSample, rows_of
-from hf_schatten.adaptive.rows import Rows, input_rows, shows_inputs, token_rows
+from hf_schatten.adaptive.row_sample import RowSample
+from hf_schatten.adaptive.rows import Masks, Rows, input_rows, masks_of, shows_inputs, token_rows
 from hf_schatten.distributed.pieces import local
 from hf_schatten.matrices.backbones import outermost_models
 from hf_schatten.matrices.layout import matrix_name
@@ -114,7 +114,7 @@ class Probe:
     def _begin(self) -> None:
         """Start without samples, and with hooks where the model is whole: a copy may still be in the making."""
         self._samples: dict[str, RowSample] = {}
-        self._masks: dict[str, Tensor] = {}
+        self._masks: Masks = {}
         weakref.finalize(self, _EAGER_COMPILER.ask, id(self), False)
         _PROBES.add(self)
         self._functional = FunctionalUses(self._layers, self._offer_use)
@@ -179,11 +179,11 @@ class Probe:
         """Return the sampled inputs, (rows, features) each, and forget them.
 
         Keys are names of parameters, followed by the expert's number where they have experts. What has had no training
-        forward since the last call is missing.
+        forward since the last call is missing. Rows of a step that a loss scaler skipped may not be finite.
         """
-        sampled = rows_of(self._samples)
+        sampled = {name: sample.rows() for name, sample in self._samples.items()}
         self._forget()
-        return sampled
+        return {name: rows for name, rows in sampled.items() if rows is not None}
 
     def why_unsampled(self) -> str:
         """Return, as a sentence, why layers may have had no training forward, and what to do."""
@@ -203,8 +203,7 @@ class Probe:
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._armed and torch.is_grad_enabled() and not _inside_backward():
-            masks = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
-            self._masks = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor) and mask.ndim == 2}
+            self._masks = masks_of(kwargs)
 
     def _watch(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._armed and module.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():

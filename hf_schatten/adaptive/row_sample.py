@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from hf_schatten.optim.finite_gradients import are_all_finite
 
 # 2^32 divided by the golden ratio: i ↦ (i · this) mod 2^32 visits the integers evenly, whatever the stride, so that
 # "below a threshold" keeps an even share of every sequence and position.
@@ -62,36 +60,22 @@ class RowSample:
         return keep
 
     def rows(self) -> Tensor | None:
-        """Return the sample, (at most capacity, n), in stream order; None where nothing was kept.
-
-        Rows that are not finite are left out: those of a step that a loss scaler skips are in the stream too.
-        """
-        return rows_of({"": self}).get("")
-
-    def kept(self) -> Tensor | None:
-        """Return the same with rows that are not finite."""
-        if not self._pieces:
+        """Return the sample, (at most capacity, n), in stream order; None where nothing was kept."""
+        if not sum(len(index) for index, _ in self._pieces):
             return None
-        one = len(self._pieces) == 1
-        index, rows = self._pieces[0] if one else (torch.cat(column) for column in zip(*self._pieces, strict=True))
-        order = index.argsort()
-        kept = order[_hash(index[order]) < self._threshold]
-        if torch.equal(kept, torch.arange(len(index))):
-            return rows
-        return rows[kept.to(rows.device)]
+        if len(self._pieces) == 1:
+            return self._pieces[0][1]
+        index, rows = (torch.cat(column) for column in zip(*self._pieces, strict=True))
+        return rows[on_device_of(rows, index.argsort())]
 
     def _thinned(self, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         chosen = _hash(index) < self._threshold
-        return (index, rows) if chosen.all() else (index[chosen], rows[chosen.to(rows.device)])
+        return (index, rows) if chosen.all() else (index[chosen], rows[on_device_of(rows, chosen.nonzero().flatten())])
 
 
-def rows_of(samples: Mapping[str, RowSample]) -> dict[str, Tensor]:
-    """Return the rows of samples by name, without those that have none, after one wait for the device."""
-    kept = {name: rows for name, sample in samples.items() if (rows := sample.kept()) is not None}
-    for (name, rows), finite in zip(list(kept.items()), are_all_finite(kept.values()), strict=True):
-        if not finite:
-            kept[name] = rows[rows.isfinite().all(dim=1)]
-    return {name: rows for name, rows in kept.items() if len(rows)}
+def on_device_of(rows: Tensor, index: Tensor) -> Tensor:
+    """Return indices from the host where the rows are; nothing waits for the device."""
+    return index.to(rows.device, non_blocking=True)
 
 
 def _hash(index: Tensor) -> Tensor:

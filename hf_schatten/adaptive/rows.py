@@ -6,18 +6,27 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
+from hf_schatten.adaptive.row_sample import on_device_of
 from hf_schatten.distributed.pieces import experts_here, local
 from hf_schatten.matrices.anatomy import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS
 from hf_schatten.matrices.engines import UnsupportedEngineError
 from hf_schatten.private_api import apply_gate, has_gate
 
-Masks = Mapping[str, Tensor]
+
+class Mask(NamedTuple):
+    """Which tokens of a forward are real."""
+
+    shape: tuple[int, ...]  # (batch, length)
+    real: Tensor  # their positions, flattened, on the device
+
+
+Masks = Mapping[str, Mask]  # by argument name
 
 _CONVOLUTIONS = CONVOLUTIONS + TRANSPOSED_CONVOLUTIONS
 _EXPERTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -30,6 +39,16 @@ class Rows:
     expert: str  # whose rows they are, or the group of a convolution; "" for a layer without
     count: int
     pick: Callable[[Tensor], Tensor]  # from indices (k,) on the host, below `count`, to a copy of those rows, (k, n)
+
+
+def masks_of(arguments: Mapping[str, Any]) -> Masks:
+    """Return the two-dimensional attention masks among a model's arguments by keyword. Waits for the device."""
+    given = {name: arguments.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+    return {
+        name: Mask(tuple(mask.shape), mask.flatten().nonzero().flatten())
+        for name, mask in given.items()
+        if isinstance(mask, Tensor) and mask.ndim == 2
+    }
 
 
 def shows_inputs(name: str, module: nn.Module) -> bool:
@@ -54,7 +73,7 @@ def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks
 
     A linear layer has one row for each token, a convolution, for each of its groups, one for each position of its
     filters, and a layer of experts, for each of them, those of the tokens that are routed to it. Padding has none:
-    ``masks`` are the model's two-dimensional attention masks (batch, length) by argument name, nonzero for real ones.
+    ``masks`` are the model's.
     """
     attribute = name.rpartition(".")[2]
     if isinstance(module, _CONVOLUTIONS):
@@ -76,8 +95,8 @@ def input_rows(name: str, module: nn.Module, args: tuple[Any, ...], masks: Masks
 
 def _tokens(rows: Tensor, real: Tensor | None) -> Rows:
     if real is None:
-        return Rows("", len(rows), lambda index: rows[index.to(rows.device)])
-    return Rows("", len(real), lambda index: rows[real[index.to(real.device)]])
+        return Rows("", len(rows), lambda index: rows[on_device_of(rows, index)])
+    return Rows("", len(real), lambda index: rows[real[on_device_of(real, index)]])
 
 
 def _real_tokens(name: str, leading: torch.Size, masks: Masks) -> Tensor | None:
@@ -88,8 +107,8 @@ def _real_tokens(name: str, leading: torch.Size, masks: Masks) -> Tensor | None:
     in_decoder = any("decoder" in component for component in name.split("."))
     for argument in sorted(masks, key=lambda argument: argument.startswith("decoder") != in_decoder):
         mask = masks[argument]
-        if leading in (mask.shape, torch.Size([mask.numel()])):
-            return mask.flatten().nonzero().flatten()
+        if leading in (mask.shape, (math.prod(mask.shape),)):
+            return mask.real
     return None
 
 
@@ -111,7 +130,7 @@ def _patches(module: Any, inputs: Tensor) -> Rows:
     ]
 
     def pick(index: Tensor) -> Tensor:
-        index = index.to(examples.device)
+        index = on_device_of(examples, index)
         coordinates: list[Tensor] = []
         position = index
         for dim in reversed(range(dims)):

@@ -53,7 +53,9 @@ class UpdateSizes:
             alone: whether this process trains for itself.
         """
         if alone:
-            return {name: (rank, size / self._norms[name]) for name, (rank, size) in self._updates.items()}
+            ranks, sizes = (list(column) for column in zip(*self._updates.values(), strict=True))
+            norms = [self._norms[name] for name in self._updates]
+            return dict(zip(self._updates, zip(ranks, torch._foreach_div(sizes, norms), strict=True), strict=True))
         columns = (
             {name: rank for name, (rank, _) in self._updates.items()},
             {name: size for name, (_, size) in self._updates.items()},

@@ -47,10 +47,11 @@ def iterate_log_norms(X: Tensor, inverse_orders: Tensor, dtype: torch.dtype | No
 
     Args:
         X: (B, m, n) float32, m <= n, whose elements are 1 at most.
-        inverse_orders: 0 is the spectral norm.
+        inverse_orders: on the host; 0 is the spectral norm.
         dtype: of the products. Default: float16 on an accelerator, else float32.
     """
     powers, fitted = (_constant(tuple(values), X.device) for values in (_POWERS, _FITTED_NODES))
+    interpolation = _interpolation(tuple(inverse_orders.tolist()), X.device)
     X = X.to(dtype or _default_dtype(X)).contiguous()
     gram = symmetric_product(X, X.mT)
     log_traces = _log_traces_of_powers(gram)  # (B, powers)
@@ -60,8 +61,7 @@ def iterate_log_norms(X: Tensor, inverse_orders: Tensor, dtype: torch.dtype | No
     sixth_and_eighth = (log_traces - 2 * powers * log_norm)[:, 2:4].exp()
     sums = torch.cat([_features(X, gram, log_norm), sixth_and_eighth], -1) @ _weights(X.device).mT
     fitted_norms = log_norm + fitted * sums.clamp_min(torch.finfo(sums.dtype).tiny).log()
-    nodes, ascending = torch.cat([0.5 / powers, fitted]).sort()
-    return _interpolated(nodes, torch.cat([power_norms, fitted_norms], -1)[:, ascending], inverse_orders)
+    return torch.cat([power_norms, fitted_norms], -1) @ interpolation.mT
 
 
 def _default_dtype(X: Tensor) -> torch.dtype:
@@ -73,18 +73,28 @@ def _default_dtype(X: Tensor) -> torch.dtype:
 def _log_traces_of_powers(gram: Tensor) -> Tensor:
     """Logarithms of ``tr gram^power`` for `_POWERS`, (B, powers) float64."""
     trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, dtype=torch.float64)
-    norm = inner_products(gram, gram)[1].sqrt()
-    unit = (gram / norm[:, None, None]).to(gram.dtype)
-    log_scale = norm.double().log()  # gram^{2^j} = exp(log_scale) · unit, ‖unit‖_F = 1
-    logs = [trace.log(), 2 * log_scale]
+    power, squared_norm = gram, inner_products(gram, gram)[1]
+    found = [squared_norm]
     for _ in range(_SQUARINGS):
-        square = symmetric_product(unit, unit)
-        product, squared_norm = inner_products(unit, square)
-        logs.append(3 * log_scale + product.double().log())
-        log_scale = 2 * log_scale + 0.5 * squared_norm.double().log()
-        logs.append(2 * log_scale)
-        unit = square.div_(squared_norm.sqrt()[:, None, None])
-    return torch.stack(logs, -1)
+        unit = torch.div(power, squared_norm.sqrt()[:, None, None], out=torch.empty_like(power))
+        power = symmetric_product(unit, unit)
+        product, squared_norm = inner_products(unit, power)
+        found += [product, squared_norm]
+    logs = torch.stack(found, -1).double().log() @ _recurrence(gram.device).mT
+    return torch.cat([trace.log()[:, None], logs], -1)
+
+
+@lru_cache(maxsize=8)
+def _recurrence(device: torch.device) -> Tensor:
+    """What makes logarithms of traces of powers from those of what is found on the way, (powers - 1, found)."""
+    found = torch.eye(1 + 2 * _SQUARINGS, dtype=torch.float64)
+    log_scale = 0.5 * found[0]  # of gram^{2^j}, which has it as its norm
+    rows = [2 * log_scale]
+    for product, squared_norm in zip(found[1::2], found[2::2], strict=True):
+        rows.append(3 * log_scale + product)
+        log_scale = 2 * log_scale + 0.5 * squared_norm
+        rows.append(2 * log_scale)
+    return torch.stack(rows).to(device)
 
 
 def _features(X: Tensor, gram: Tensor, log_norm: Tensor) -> Tensor:
@@ -151,12 +161,18 @@ def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def _interpolated(nodes: Tensor, values: Tensor, x: Tensor) -> Tensor:
-    """Interpolate values (B, nodes) at ascending nodes to x (k,) by the cubic through the four nearest, (B, k)."""
-    left = (torch.searchsorted(nodes, x) - _STENCIL // 2).clamp(0, len(nodes) - _STENCIL)
-    index = left[:, None] + torch.arange(_STENCIL, device=x.device)  # (k, 4)
+@lru_cache(maxsize=16)
+def _interpolation(x: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return what interpolates between norms at powers and fitted nodes, by cubics through four of them, (k, …)."""
+    host = torch.device("cpu")
+    nodes = torch.cat([0.5 / _constant(tuple(_POWERS), host), _constant(tuple(_FITTED_NODES), host)])
+    points = _constant(x, host)
+    ascending = nodes.argsort()
+    left = (torch.searchsorted(nodes[ascending], points) - _STENCIL // 2).clamp(0, len(nodes) - _STENCIL)
+    index = ascending[left[:, None] + torch.arange(_STENCIL)]  # (k, 4)
     near = nodes[index]
-    apart = torch.eye(_STENCIL, dtype=torch.bool, device=x.device)
-    numerator = torch.where(apart, 1.0, (x[:, None] - near)[:, None, :])  # (k, 4, 4)
+    apart = torch.eye(_STENCIL, dtype=torch.bool)
+    numerator = torch.where(apart, 1.0, (points[:, None] - near)[:, None, :])  # (k, 4, 4)
     denominator = torch.where(apart, 1.0, near[:, :, None] - near[:, None, :])
-    return (values[:, index] * (numerator / denominator).prod(-1)).sum(-1)
+    weights = points.new_zeros(len(x), len(nodes))
+    return weights.scatter_(1, index, (numerator / denominator).prod(-1)).to(device)

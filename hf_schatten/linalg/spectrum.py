@@ -16,8 +16,8 @@ from hf_schatten.linalg.estimated_spectra import lanczos_spectrum
 from hf_schatten.linalg.iterate_norms import iterate_log_norms
 from hf_schatten.option_names import EstimatorName
 
-# From matrices (..., m, n) and inverse orders (k,), float64 in [0, 4/3] with 0 for the spectral norm, to (..., k)
-# float64 of log ‖X‖_order.
+# From matrices (..., m, n) and inverse orders (k,), on the host, float64 in [0, 4/3] with 0 for the spectral norm, to
+# (..., k) float64 of log ‖X‖_order. Nothing but a decomposition waits for the device.
 LogNormEstimator = Callable[[Tensor, Tensor], Tensor]
 
 # On a GPU, decompositions follow one another; `lanczos` needs one for each matrix, 3 ms on an H100. `iterates` takes
@@ -53,10 +53,11 @@ def log_schatten_norm(log_spectrum: Tensor, inverse_order: Tensor, log_multiplic
     Args:
         log_spectrum: (..., r) logarithms of singular values, -inf for a zero. The result, (..., k), is of its dtype,
             and -inf or NaN for a zero matrix.
-        inverse_order: (k,) values of 1/order, at least 0; 0 is the spectral norm.
+        inverse_order: (k,) values of 1/order, at least 0; 0 is the spectral norm. Of any device.
         log_multiplicity: (..., r) logarithms of how often each singular value counts, finite. Default: once.
     """
     largest = log_spectrum.amax(dim=-1, keepdim=True)
+    inverse_order = inverse_order.to(log_spectrum.device, non_blocking=True)
     # At 1/order = 0 the sum counts the multiplicity of the largest value and its factor is zero: any positive
     # stand-in for the divisor gives the exact limit.
     divisor = inverse_order.clamp_min(torch.finfo(log_spectrum.dtype).tiny).unsqueeze(-1)  # (k, 1)

@@ -25,7 +25,7 @@ from hf_schatten.optim.coupling import ScaledUpdates, coupling_of
 from hf_schatten.optim.finite_gradients import FiniteGradients, warn_of_skipped
 from hf_schatten.optim.groups import Groups
 from hf_schatten.optim.held import Parameters, held_by
-from hf_schatten.optim.matrix import SKIPPED, STEP, Matrix, layout_of, named_parameters
+from hf_schatten.optim.matrix import MOMENTUM, SKIPPED, STEP, Matrix, layout_of, named_parameters
 from hf_schatten.optim.momentum import Momenta
 from hf_schatten.optim.plan import Planner
 from hf_schatten.optim.policy import Policy, warn_of_missing
@@ -250,7 +250,7 @@ class SchattenP(Optimizer):
 
     def steps_taken(self) -> int:
         """Return how many steps the matrices have taken: the largest of their counters."""
-        return int(max((matrix.state[STEP].item() for matrix in self.matrices() if matrix.state), default=0))
+        return int(max((state[STEP].item() for state in self.held.states.values() if MOMENTUM in state), default=0))
 
     def skipped_steps(self) -> dict[str, int]:
         """Return how many steps each matrix parameter has skipped because its gradient was not finite, where any."""

@@ -223,9 +223,9 @@ class Operations(TorchDispatchMode):
 
 
 def operations_of(X):
-    LOG_NORM_ESTIMATORS["auto"](X, INVERSE_ORDERS.to(X.device))  # makes constants
+    LOG_NORM_ESTIMATORS["auto"](X, INVERSE_ORDERS)  # makes constants
     with Operations() as seen:
-        norms = LOG_NORM_ESTIMATORS["auto"](X, INVERSE_ORDERS.to(X.device))
+        norms = LOG_NORM_ESTIMATORS["auto"](X, INVERSE_ORDERS)
     assert norms.shape == (len(X), len(INVERSE_ORDERS))
     return seen.names
 
@@ -233,7 +233,7 @@ def operations_of(X):
 def test_an_accelerator_decomposes_no_matrices_one_by_one():
     """A device without memory stands for it: the same number of operations for one matrix and for many."""
     names = operations_of(torch.empty(48, 768, 3072, device="meta"))
-    assert len(names) == len(operations_of(torch.empty(1, 768, 3072, device="meta"))) < 400
+    assert len(names) == len(operations_of(torch.empty(1, 768, 3072, device="meta"))) < 200
     assert not [name for name in names if "linalg" in name and "vector_norm" not in name and "vecdot" not in name]
 
 
