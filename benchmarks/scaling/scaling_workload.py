@@ -250,9 +250,7 @@ class Workload:
         self._give_gradients(self.model.parameters())
         gradients = FiniteGradients(self.optimizer.param_groups)
         momenta, optimizer = Momenta(gradients), self.optimizer
-        for group in optimizer.param_groups:
-            if group["spectral"]:
-                momenta.count(group, gradients.of(group["params"]), optimizer.state)
+        momenta.count([group for group in optimizer.param_groups if group["spectral"]], optimizer.state)
         scaled = optimizer._coupling.start(Delivery([], list), momenta, optimizer._measured_direction)
         return gradients, momenta, partial(optimizer._compute, scaled, gradients)
 

@@ -67,6 +67,8 @@ class Agreement:
         Raises:
             RuntimeError: when the other processes do not come.
         """
+        if process_count() == 1:
+            return
         self._steps += 1
         parameters = [parameter for group in groups for parameter in group["params"]]
         if not self.together or any(map(is_sharded, parameters)):  # shards are of one model by their nature
@@ -76,8 +78,6 @@ class Agreement:
         if key == self._key and not often and self._steps % _INTERVAL:
             return
         self._key, first = key, self._key is None
-        if process_count() == 1:
-            return
         fallback = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         device = parameters[0].device if parameters else fallback
         of_steps = torch.tensor(_hash_of_steps(groups, options)).to(device)

@@ -109,13 +109,13 @@ class FiniteGradients:
         """Return 1 where the gradient is finite, else 0: a float64 scalar on its device."""
         return self._keep.of([parameter])[0]
 
-    def keeps(self, parameters: Sequence[Tensor], times: Sequence[int] | None = None) -> Tensor:
-        """Return the same of B parameters of one device, (B,), or each repeated so many times."""
-        return self._keep.of(parameters) if times is None else self._keep.all_of(parameters, times)
+    def keeps(self, parameters: Sequence[Tensor]) -> Tensor:
+        """Return the same of B parameters of one device, (B,)."""
+        return self._keep.of(parameters)
 
-    def zeros(self, parameters: Sequence[Tensor], times: int) -> Tensor:
+    def zeros(self, parameters: Sequence[Tensor], times: Sequence[int]) -> Tensor:
         """Return whether all of a gradient is zero, bool, of each parameter, or of each of its experts; repeated."""
-        return self._zero.all_of(parameters, [times] * len(parameters))
+        return self._zero.all_of(parameters, times)
 
     def gradient(self, parameter: Tensor, dtype: torch.dtype, otherwise: Tensor | float) -> Tensor:
         """Return what this process has of a gradient, or something else where it is not finite.

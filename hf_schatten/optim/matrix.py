@@ -205,14 +205,16 @@ def by_device(parameters: Iterable[Tensor]) -> dict[torch.device, list[Tensor]]:
     return alike
 
 
-def bias_corrections(steps: Sequence[Tensor], skipped: Tensor, decay: float, ahead: bool) -> Tensor:
+def bias_corrections(
+    steps: Sequence[Tensor], skipped: Tensor, decay: float | Tensor, ahead: float | Tensor = 0.0
+) -> Tensor:
     """Return the sums of the weights in averages of gradients, (B,) float64. Nothing waits for the device.
 
     Args:
         steps: the steps of each parameter, B scalars on the host.
         skipped: how many of them were skipped, (B,) on the device of the result.
-        decay: of the averages.
-        ahead: whether they have seen one gradient more than steps were taken.
+        decay: of the averages, a number or (B,).
+        ahead: how many gradients more they have seen than steps were taken, a number or (B,) on the host.
     """
     taken = torch.stack(list(steps)).double().add_(ahead).to(skipped.device, non_blocking=True) - skipped
     return 1 - decay ** taken.clamp_min(1)

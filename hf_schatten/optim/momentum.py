@@ -22,7 +22,7 @@ from hf_schatten.optim.matrix import (
     bias_corrections,
     by_device,
 )
-from hf_schatten.optim.numbers_of import NumbersOf
+from hf_schatten.optim.numbers_of import NumbersOf, repeated, vector
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
 
 
@@ -43,33 +43,44 @@ class Momenta:
         self._gradients = gradients
         self._divisors, self._presence = NumbersOf(), NumbersOf()  # float64
 
-    def count(self, group: Group, parameters: Sequence[Tensor], states: Mapping[Tensor, State]) -> None:
-        """Count a step of the parameters of a group, and take their gradients into what the preconditioner keeps."""
-        if "max_momentum" in group:  # torch's schedules that cycle the momentum cycle the first of the betas, AdamW's
-            group["momentum"] = group["betas"][0]
-        preconditioner = PRECONDITIONERS[group["precondition"]]
-        for together in by_device(parameters).values():
-            steps, counters = ([states[each][key] for each in together] for key in (STEP, SKIPPED))
-            torch._foreach_add_(steps, 1.0)
-            skipped = torch.stack(counters) + (1 - self._gradients.keeps(together))
-            torch._foreach_copy_(counters, skipped.unbind())
-            # The bias of a look-ahead is that of one step more.
-            self._divisors.add(together, bias_corrections(steps, skipped, group["momentum"], group["nesterov"]))
-            self._count_absence(group, together, [states[each][ABSENCE] for each in together])
-            for parameter in together:
+    def count(self, groups: Iterable[Group], states: Mapping[Tensor, State]) -> None:
+        """Count a step of the matrices of some groups, and take gradients into what their preconditioners keep."""
+        group_of: dict[Tensor, Group] = {}
+        for group in groups:
+            if "max_momentum" in group:  # torch's schedules of it cycle the first of the betas, which is AdamW's
+                group["momentum"] = group["betas"][0]
+            preconditioner = PRECONDITIONERS[group["precondition"]]
+            for parameter in self._gradients.of(group["params"]):
+                group_of[parameter] = group
                 preconditioner.advance(group, parameter, states[parameter], self._gradients)
+        for device, together in by_device(group_of).items():
+            self._count_on(
+                device, together, [group_of[each] for each in together], [states[each] for each in together]
+            )
 
-    def _count_absence(self, group: Group, parameters: Sequence[Tensor], absences: Sequence[Tensor]) -> None:
-        numbers = [len(absence) for absence in absences]  # of matrices
-        if not sum(numbers):
-            return
-        zero = self._gradients.zeros(parameters, len(group["parts"]) or 1).double()
-        rate = (1 - group["momentum"]) * self._gradients.keeps(parameters, numbers)
-        absence = torch.cat(list(absences)).lerp(zero, rate)
-        torch._foreach_copy_(list(absences), absence.split(numbers))
-        ahead = absence.lerp(zero, rate) if group["nesterov"] else absence
-        presence = (1 - ahead / self._divisors.all_of(parameters, numbers)).clamp_min(0.0)
-        self._presence.add(parameters, presence, numbers)
+    def _count_on(
+        self, device: torch.device, parameters: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
+    ) -> None:
+        steps, counters, absences = ([state[key] for state in states] for key in (STEP, SKIPPED, ABSENCE))
+        torch._foreach_add_(steps, 1.0)
+        skipped = torch.stack(counters) + (1 - self._gradients.keeps(parameters))
+        torch._foreach_copy_(counters, skipped.unbind())
+        decays, ahead = ([group[key] for group in groups] for key in ("momentum", "nesterov"))
+        # The bias of a look-ahead is that of one step more.
+        divisors = bias_corrections(steps, skipped, vector(decays, device), vector(ahead, steps[0].device))
+        self._divisors.add(parameters, divisors)
+
+        counts = list(map(len, absences))  # of matrices
+        zero = self._gradients.zeros(parameters, [len(group["parts"]) or 1 for group in groups]).double()
+        rates = [1 - decay for decay in decays]
+        ahead_rates = [rate * each for rate, each in zip(rates, ahead, strict=True)]
+        rate, ahead_rate = (
+            repeated(vector(each, device) * self._gradients.keeps(parameters), counts) for each in (rates, ahead_rates)
+        )
+        absence = torch.cat(absences).lerp(zero, rate)
+        torch._foreach_copy_(absences, absence.split(counts))
+        absence = absence.lerp(zero, ahead_rate)
+        self._presence.add(parameters, (1 - absence / repeated(divisors, counts)).clamp_min(0.0), counts)
 
     def presence(self, matrices: Sequence[Matrix]) -> Tensor:
         """Return the share of gradients other than zero in what is asked for of B matrices of one device, (B,)."""

@@ -64,6 +64,23 @@ class NumbersOf:
         return self._found[key]
 
 
+def vector(numbers: Iterable[float], device: torch.device) -> Tensor:
+    """Return numbers as float64 on a device: (B,), not to be written to, and kept for the next time."""
+    return _vector(tuple(numbers), device)
+
+
+def repeated(numbers: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return numbers (B,), each of them so many times, (N,)."""
+    if all(count == 1 for count in counts):
+        return numbers
+    return numbers[_index(tuple(number for number, count in enumerate(counts) for _ in range(count)), numbers.device)]
+
+
+@functools.lru_cache(maxsize=256)
+def _vector(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
+
+
 @functools.lru_cache(maxsize=256)  # the same ones at every step
 def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(positions).to(device, non_blocking=True)
+    return torch.tensor(positions, dtype=torch.long).to(device, non_blocking=True)

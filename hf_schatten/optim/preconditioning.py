@@ -96,7 +96,7 @@ class AdamPreconditioner(Preconditioner):
             matrix.stored(slot).copy_(matrix.of(matrix.state[SECOND_MOMENT]))
         for matrix, slot in zip(matrices, divisors, strict=True):
             counters = [matrix.state[STEP]], matrix.state[SKIPPED][None]
-            slot.div_(bias_corrections(*counters, matrix.group["betas"][1], ahead=False).to(momenta.dtype))
+            slot.div_(bias_corrections(*counters, matrix.group["betas"][1]).to(momenta.dtype))
             slot.sqrt_().add_(matrix.group["eps"])
         power = self.power(exponent_of(p).to(momenta.dtype))  # (B,)
         preconditioners = divisors.pow_(power[:, None, None])

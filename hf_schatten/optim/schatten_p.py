@@ -193,12 +193,10 @@ class SchattenP(Optimizer):
             held.before_update(self.policy, self)
         elif not self._calls:
             warn_of_missing(self.options)
+        momenta.count([group for group in groups if group["spectral"]], held.states)
         for group in groups:
-            parameters = gradients.of(group["params"])
-            if group["spectral"]:
-                momenta.count(group, parameters, held.states)
-            else:
-                adamw_step(group, parameters, held.states, gradients)
+            if not group["spectral"]:
+                adamw_step(group, gradients.of(group["params"]), held.states, gradients)
         for delivery in held.planner.deliveries(groups, held.states, self.matrices, gradients, self.alone):
             momenta.advance(delivery.elsewhere)
             compute = partial(
