@@ -1,4 +1,4 @@
-"""Whether tensors are finite: the same as asking every element."""
+"""Whether tensors are finite, or zero: the same as asking every element."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from hf_schatten.optim.finite_gradients import are_finite
+from hf_schatten.optim.finite_gradients import finite_and_zero
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, None])
@@ -17,7 +17,8 @@ def test_one_element_decides(bad, dtype, shape):
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
     X.view(-1)[-1] = torch.finfo(dtype).max if bad is None else bad  # whose square or sum would not be finite
-    (finite,) = are_finite([X])
+    (finite,), (zero,) = finite_and_zero([X])
+    assert not zero
     assert finite.dtype == torch.bool
     assert finite.shape == ()
     assert finite.item() == (bad is None)
@@ -28,6 +29,8 @@ def test_each_of_several_for_itself():
     tensors = [torch.randn(5, 6).mT, torch.randn(4, 4).bfloat16(), torch.empty(0, 3), torch.randn(9).double()]
     tensors += [X.clone() for X in tensors]
     tensors[4][2, 1], tensors[7][0] = math.nan, -math.inf
-    found = are_finite(tensors)
-    assert [finite.item() for finite in found] == [bool(X.isfinite().all()) for X in tensors]
-    assert are_finite([]) == []
+    tensors[5].zero_()
+    finite, zero = finite_and_zero(tensors)
+    assert [each.item() for each in finite] == [bool(X.isfinite().all()) for X in tensors]
+    assert [each.item() for each in zero] == [not X.any() for X in tensors]
+    assert finite_and_zero([]) == ([], [])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
-from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,8 +17,6 @@ from hf_schatten.optim.matrix import Group, by_device, named_parameters
 from hf_schatten.optim.numbers_of import NumbersOf
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 _SKIPPED_ONE = (
     "The gradients of %d of the matrices were not finite (NaN or infinite) on some steps, which were skipped: of %s, "
@@ -69,7 +66,7 @@ class FiniteGradients:
             self._zero.add(parameters, norms.eq(0))
 
     def _look_at_pieces(self, pieces: Mapping[Tensor, Sequence[Tensor]]) -> None:
-        finite, zero = _looked_at([piece for of_parameter in pieces.values() for piece in of_parameter])
+        finite, zero = finite_and_zero([piece for of_parameter in pieces.values() for piece in of_parameter])
         ends = list(accumulate(map(len, pieces.values()), initial=0))
         spans = dict(zip(pieces, map(slice, ends, ends[1:]), strict=True))
         zeros = {parameter: zero[span] for parameter, span in spans.items()}
@@ -128,18 +125,14 @@ class FiniteGradients:
         return torch.where(finite, gradient, otherwise)
 
 
-def are_finite(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return for each floating tensor whether all its elements are finite, bool scalars; nothing waits for the device.
+def finite_and_zero(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return for each floating tensor whether all its elements are finite, and whether all are zero: bool scalars.
 
-    Shapes, dtypes and devices may differ. An empty tensor is finite.
+    Shapes, dtypes and devices may differ. An empty tensor is both. Nothing waits for the device.
     """
-    return _looked_at(list(tensors))[0]
-
-
-def are_all_finite(tensors: Iterable[Tensor]) -> list[bool]:
-    """Return the same after one wait for the device on which they all are."""
-    found = are_finite(tensors)
-    return torch.stack(found).tolist() if found else []
+    flags = {device: _flags(together) for device, together in by_device(tensors).items()}
+    pairs = [next(flags[tensor.device]) for tensor in tensors]
+    return [finite for finite, _ in pairs], [zero for _, zero in pairs]
 
 
 def warn_of_skipped(skipped: Mapping[str, int]) -> None:
@@ -158,12 +151,6 @@ def _require_dense(name: str, gradient: Tensor) -> None:
         )
 
 
-def _looked_at(tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Return for each tensor whether all its elements are finite, and whether all are zero: bool scalars."""
-    flags = _by_device(tensors, _flags)
-    return tuple(map(list, zip(*flags, strict=True))) if flags else ([], [])  # type: ignore[return-value]
-
-
 def _flags(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     norms = _norms(tensors)
     return zip(norms.isfinite().unbind(), norms.eq(0).unbind(), strict=True)
@@ -179,13 +166,3 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     for index in (~norms.isfinite() | norms.eq(0)).nonzero().flatten().tolist():
         norms[index] = torch.linalg.vector_norm(sized[index], torch.inf)
     return norms
-
-
-def _by_device(tensors: Iterable[Tensor], operation: Callable[[list[Tensor]], Iterable[T]]) -> list[T]:
-    """Apply an operation from tensors to something for each to those of every device together."""
-    tensors = list(tensors)
-    alike: dict[torch.device, list[Tensor]] = {}
-    for tensor in tensors:
-        alike.setdefault(tensor.device, []).append(tensor)
-    found = {device: iter(operation(of_device)) for device, of_device in alike.items()}
-    return [next(found[tensor.device]) for tensor in tensors]
