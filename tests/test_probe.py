@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -264,6 +265,21 @@ def test_rows_are_copied_at_once_where_autograd_keeps_a_converted_copy(capacity)
     rows = probe.take()["first.weight"]
     assert len(rows) == min(capacity, 20)
     assert all((row == before).all(dim=1).any() for row in rows)
+
+
+def test_inputs_whose_rows_are_copied_at_once_are_let_go_before_backward():
+    """Else the inputs of all layers would add to the peak of memory."""
+    net = Net(None)
+    probe = armed_probe(net, 4)
+    memory = np.ones((20, 3), dtype=np.float32)  # of which a weak reference tells whether any tensor still has it
+    given = weakref.ref(memory)
+    batch = torch.from_numpy(memory)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = net(batch).sum()
+    del batch, memory
+    assert given() is None
+    loss.backward()
+    assert set(probe.take()) == {"first.weight", "second.weight"}
 
 
 @pytest.mark.parametrize("autocast", [False, True])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -48,16 +48,17 @@ class RowSample:
             index = _chosen(threshold, start, stop)
             return index, pick(index - start)
 
-        early = picked() if at_once else None
+        if not at_once:
+            return partial(self._keep, start, stop, picked)
+        early = picked()
+        return partial(self._keep, start, stop, lambda: early)  # does not keep what `pick` takes the rows from
 
-        def keep() -> None:
-            piece = early or picked()
-            self.seen += count
-            self._counted = _with_range(self._counted, start, stop)
-            self._threshold = _threshold(self._counted, self._capacity, self._threshold)
-            self._pieces = [self._thinned(*each) for each in (*self._pieces, piece)]
-
-        return keep
+    def _keep(self, start: int, stop: int, picked: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        piece = picked()
+        self.seen += stop - start
+        self._counted = _with_range(self._counted, start, stop)
+        self._threshold = _threshold(self._counted, self._capacity, self._threshold)
+        self._pieces = [self._thinned(*each) for each in (*self._pieces, piece)]
 
     def rows(self) -> Tensor | None:
         """Return the sample, (at most capacity, n), in stream order; None where nothing was kept."""
