@@ -135,6 +135,30 @@ def test_a_zero_gradient_keeps_p():
     assert set(run.optimizer.learned_p().values()) == {9.0}
 
 
+@pytest.mark.parametrize("estimator", ["exact", "lanczos", "iterates"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_is_not_measured(bad, estimator):
+    run = Regression(steps=1, p_interval=1, p_init=9.0, p_estimator=estimator)
+    run.model(run.batches[0]).square().mean().backward()
+    run.model[0].weight.grad[1, 2] = bad
+    run.optimizer.step()
+    p = run.optimizer.learned_p()
+    assert p["0.weight"] == p["2.weight"] != 9.0  # the median of those that were measured
+    weights = {matrix.name: matrix.statistics_weight.item() for matrix in run.optimizer.matrices()}
+    assert weights["0.weight"] == 0 < weights["2.weight"]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "lanczos", "iterates"])
+def test_rows_that_are_not_finite_do_not_count(estimator):
+    """Those of a step that a loss scaler skips."""
+    log_norms = LOG_NORM_ESTIMATORS[estimator]
+    torch.manual_seed(0)
+    gradient, rows = torch.randn(16, 12), torch.randn(32, 12)
+    spoiled = torch.cat([rows[:9], torch.full((1, 12), torch.inf), rows[9:], torch.full((1, 12), torch.nan)])
+    found, expected = (statistics_of([Sample(gradient, Inputs(each))], log_norms) for each in (spoiled, rows))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
 def test_a_phantom_step_of_zero_gradients_and_zero_lr_changes_nothing():
     """FSDP2's loading of optimizer state takes such a step to make the state, then loads over it."""
     run = Regression(steps=8, p_interval=4, p_first_step=1)

@@ -93,9 +93,8 @@ def measure_shards(
         statistics[row_of[name], 1] = inputs[name].curve(log_norms)
     with_gradient = [matrix for matrix in matrices if matrix.parameter.grad is not None]
     for matrix, gradient in on_owners(with_gradient, _gradient):
-        if gradient.isfinite().all():
-            as_used = gradient.mT if matrix.group["transposed"] else gradient
-            statistics[row_of[matrix.name], 0] = gradient_curves([as_used], log_norms)[0]
+        as_used = gradient.mT if matrix.group["transposed"] else gradient
+        statistics[row_of[matrix.name], 0] = gradient_curves([as_used], log_norms)[0]
     valid = statistics.isfinite().all(dim=-1)
     return replace(nothing, statistics=statistics.nan_to_num(0.0), valid=valid)
 
