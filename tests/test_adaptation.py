@@ -126,6 +126,15 @@ def test_a_layer_without_inputs_gets_the_median_p_and_is_named(caplog):
     assert "2.weight" in caplog.text
 
 
+def test_a_due_step_without_any_gradient_changes_nothing():
+    run = Regression(steps=2, p_interval=1, p_init=9.0)
+    run.step(0)
+    before = run.optimizer.learned_p()
+    run.optimizer.step()
+    assert run.optimizer.learned_p() == before
+    assert run.optimizer.policy.updates == {}
+
+
 def test_a_zero_gradient_keeps_p():
     run = Regression(steps=1, p_interval=1, p_init=9.0)
     run.model(run.batches[0])

@@ -53,9 +53,10 @@ class UpdateSizes:
             alone: whether this process trains for itself.
         """
         if alone:
-            ranks, sizes = (list(column) for column in zip(*self._updates.values(), strict=True))
             norms = [self._norms[name] for name in self._updates]
-            return dict(zip(self._updates, zip(ranks, torch._foreach_div(sizes, norms), strict=True), strict=True))
+            sizes = [size for _, size in self._updates.values()]
+            relative = torch._foreach_div(sizes, norms) if sizes else []
+            return {name: (self._updates[name][0], each) for name, each in zip(self._updates, relative, strict=True)}
         columns = (
             {name: rank for name, (rank, _) in self._updates.items()},
             {name: size for name, (_, size) in self._updates.items()},
