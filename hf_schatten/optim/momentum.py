@@ -61,7 +61,7 @@ class Momenta:
     def _count_on(
         self, device: torch.device, parameters: Sequence[Tensor], groups: Sequence[Group], states: Sequence[State]
     ) -> None:
-        steps, counters, absences = ([state[key] for state in states] for key in (STEP, SKIPPED, ABSENCE))
+        steps, counters = ([state[key] for state in states] for key in (STEP, SKIPPED))
         torch._foreach_add_(steps, 1.0)
         skipped = torch.stack(counters) + (1 - self._gradients.keeps(parameters))
         torch._foreach_copy_(counters, skipped.unbind())
@@ -70,16 +70,16 @@ class Momenta:
         divisors = bias_corrections(steps, skipped, vector(decays, device), vector(ahead, steps[0].device))
         self._divisors.add(parameters, divisors)
 
+        absences = [state[ABSENCE] for state in states]
         counts = list(map(len, absences))  # of matrices
         zero = self._gradients.zeros(parameters, [len(group["parts"]) or 1 for group in groups]).double()
+        keep = self._gradients.keeps(parameters)
         rates = [1 - decay for decay in decays]
-        ahead_rates = [rate * each for rate, each in zip(rates, ahead, strict=True)]
-        rate, ahead_rate = (
-            repeated(vector(each, device) * self._gradients.keeps(parameters), counts) for each in (rates, ahead_rates)
-        )
+        rates_ahead = [rate * each for rate, each in zip(rates, ahead, strict=True)]
+        rate, rate_ahead = (repeated(keep * vector(each, device), counts) for each in (rates, rates_ahead))
         absence = torch.cat(absences).lerp(zero, rate)
         torch._foreach_copy_(absences, absence.split(counts))
-        absence = absence.lerp(zero, ahead_rate)
+        absence = absence.lerp(zero, rate_ahead)  # with a gradient more, where the momentum looks ahead
         self._presence.add(parameters, (1 - absence / repeated(divisors, counts)).clamp_min(0.0), counts)
 
     def presence(self, matrices: Sequence[Matrix]) -> Tensor:
