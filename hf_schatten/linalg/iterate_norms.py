@@ -17,6 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from hf_schatten.linalg.constants import constant
 from hf_schatten.linalg.many_matrices import inner_products
 from hf_schatten.linalg.symmetric_product import commuting_product, symmetric_polynomial, symmetric_product
 
@@ -24,9 +25,7 @@ from hf_schatten.linalg.symmetric_product import commuting_product, symmetric_po
 # 1/1700 of the largest, where the float32 Gram matrix ends anyway.
 STEP = (3.4445, -4.7750, 2.0315)
 _STEPS = 6
-# Of them, those that act on iterates. With two, the 95th percentile of the error of s was 0.039 in float16, and 0.010
-# with three and with six.
-_DIRECT_STEPS = 3
+_DIRECT_STEPS = 3  # of them, those that act on iterates: with two, tests/linalg/test_spectrum.py fails in float16
 
 _SQUARINGS = 5
 # Orders 2, 4, 6, 8, 12, 16, … 128: twice the powers that products of two squares of squares reach.
@@ -50,7 +49,7 @@ def iterate_log_norms(X: Tensor, inverse_orders: Tensor, dtype: torch.dtype | No
         inverse_orders: on the host; 0 is the spectral norm.
         dtype: of the products. Default: float16 on an accelerator, else float32.
     """
-    powers, fitted = (_constant(tuple(values), X.device) for values in (_POWERS, _FITTED_NODES))
+    powers, fitted = (constant(tuple(values), X.device) for values in (_POWERS, _FITTED_NODES))
     interpolation = _interpolation(tuple(inverse_orders.tolist()), X.device)
     X = X.to(dtype or _default_dtype(X)).contiguous()
     gram = symmetric_product(X, X.mT)
@@ -138,7 +137,7 @@ def _scalar_features(x: Tensor) -> Tensor:
 def _weights(device: torch.device) -> Tensor:
     """Weights of the features at the fitted nodes, (nodes, features): ridge regression on a log-uniform grid."""
     x = fit_points()
-    target = x ** _constant(tuple(_FITTED_NODES), x.device)[:, None].reciprocal()  # (nodes, points)
+    target = x ** constant(tuple(_FITTED_NODES), x.device)[:, None].reciprocal()  # (nodes, points)
     precision = 1 / (target.clamp_min(_FIT_FLOOR) * FIT_POINTS**0.5)
     design = _scalar_features(x) * precision[..., None]  # (nodes, points, features)
     return ridge_regression(design, (target * precision)[..., None]).squeeze(-1).to(device)
@@ -157,16 +156,11 @@ def ridge_regression(design: Tensor, targets: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=16)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-@lru_cache(maxsize=16)
 def _interpolation(x: tuple[float, ...], device: torch.device) -> Tensor:
     """Return what interpolates between norms at powers and fitted nodes, by cubics through four of them, (k, …)."""
     host = torch.device("cpu")
-    nodes = torch.cat([0.5 / _constant(tuple(_POWERS), host), _constant(tuple(_FITTED_NODES), host)])
-    points = _constant(x, host)
+    nodes = torch.cat([0.5 / constant(tuple(_POWERS), host), constant(tuple(_FITTED_NODES), host)])
+    points = constant(x, host)
     ascending = nodes.argsort()
     left = (torch.searchsorted(nodes[ascending], points) - _STENCIL // 2).clamp(0, len(nodes) - _STENCIL)
     index = ascending[left[:, None] + torch.arange(_STENCIL)]  # (k, 4)

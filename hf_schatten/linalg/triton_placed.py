@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_schatten.linalg.constants import constant
 from hf_schatten.linalg.place import Place
 from hf_schatten.linalg.triton_launch import launched_where_it_lies
 
@@ -120,7 +120,7 @@ def advance_averages(
     """Take gradients into averages and write what is asked for; tensors of a list have one dtype."""
     table, aligned = _table(averages, places, keep.device)
     gradient_table, gradients_aligned = _table(gradients, gradient_places, keep.device)
-    own_rates, own_ahead = _numbers((tuple(rates), tuple(ahead)), torch.float64, keep.device)
+    own_rates, own_ahead = constant((tuple(rates), tuple(ahead)), keep.device)
     _advance_kernel[_tiles(places), len(places)](
         *(table, gradient_table, own_rates, own_ahead, keep),
         *(keep if divisors is None else divisors, keep if out is None else out),
@@ -218,7 +218,7 @@ def _largest_kernel(magnitudes, ends, found, BLOCK: tl.constexpr):
 def largest_magnitudes(tensors: Sequence[Tensor]) -> Tensor:
     """Return the largest magnitude in each of N contiguous tensors of one dtype, inf for NaN: (N,) float32."""
     device = tensors[0].device
-    addresses = _numbers(tuple(tensor.data_ptr() for tensor in tensors), torch.int64, device)
+    addresses = constant(tuple(tensor.data_ptr() for tensor in tensors), device, torch.int64)
     sizes, of_blocks, starts, ends, count = _blocks_of(tuple(tensor.numel() for tensor in tensors), device)
     magnitudes, found = (torch.empty(number, device=device, dtype=torch.float32) for number in (count, len(tensors)))
     _magnitude_kernel[(count,)](
@@ -269,9 +269,3 @@ def _table_of(addresses: Sequence[int], places: Sequence[Place], device: torch.d
         for address, place in zip(addresses, places, strict=True)
     )
     return torch.tensor(entries, dtype=torch.int64).to(device, non_blocking=True), aligned
-
-
-@functools.lru_cache(maxsize=256)
-def _numbers(numbers: Sequence[Any], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return numbers, or rows of them, on the device, from memory where they were asked for before."""
-    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)

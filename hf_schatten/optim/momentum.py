@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_schatten.distributed.pieces import is_sharded, local
+from hf_schatten.linalg.constants import constant
 from hf_schatten.linalg.many_matrices import advance_averages
 from hf_schatten.linalg.place import Place
 from hf_schatten.optim.finite_gradients import FiniteGradients
@@ -22,7 +23,7 @@ from hf_schatten.optim.matrix import (
     bias_corrections,
     by_device,
 )
-from hf_schatten.optim.numbers_of import NumbersOf, repeated, vector
+from hf_schatten.optim.numbers_of import NumbersOf, repeated
 from hf_schatten.optim.preconditioning import PRECONDITIONERS
 
 
@@ -67,7 +68,9 @@ class Momenta:
         torch._foreach_copy_(counters, skipped.unbind())
         decays, ahead = ([group[key] for group in groups] for key in ("momentum", "nesterov"))
         # The bias of a look-ahead is that of one step more.
-        divisors = bias_corrections(steps, skipped, vector(decays, device), vector(ahead, steps[0].device))
+        divisors = bias_corrections(
+            steps, skipped, constant(tuple(decays), device), constant(tuple(ahead), steps[0].device)
+        )
         self._divisors.add(parameters, divisors)
 
         absences = [state[ABSENCE] for state in states]
@@ -76,7 +79,7 @@ class Momenta:
         keep = self._gradients.keeps(parameters)
         rates = [1 - decay for decay in decays]
         rates_ahead = [rate * each for rate, each in zip(rates, ahead, strict=True)]
-        rate, rate_ahead = (repeated(keep * vector(each, device), counts) for each in (rates, rates_ahead))
+        rate, rate_ahead = (repeated(keep * constant(tuple(each), device), counts) for each in (rates, rates_ahead))
         absence = torch.cat(absences).lerp(zero, rate)
         torch._foreach_copy_(absences, absence.split(counts))
         absence = absence.lerp(zero, rate_ahead)  # with a gradient more, where the momentum looks ahead

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from hf_schatten.linalg.constants import constant
 
 
 class NumbersOf:
@@ -60,27 +61,13 @@ class NumbersOf:
                 vectors[:] = [torch.cat(vectors)]
             first, last = positions[0], positions[-1] + 1
             in_order = last - first == len(positions) and list(positions) == list(range(first, last))
-            self._found[key] = vectors[0][first:last] if in_order else vectors[0][_index(key[1], device)]
+            self._found[key] = vectors[0][first:last] if in_order else vectors[0][constant(key[1], device, torch.long)]
         return self._found[key]
-
-
-def vector(numbers: Iterable[float], device: torch.device) -> Tensor:
-    """Return numbers as float64 on a device: (B,), not to be written to, and kept for the next time."""
-    return _vector(tuple(numbers), device)
 
 
 def repeated(numbers: Tensor, counts: Sequence[int]) -> Tensor:
     """Return numbers (B,), each of them so many times, (N,)."""
     if all(count == 1 for count in counts):
         return numbers
-    return numbers[_index(tuple(number for number, count in enumerate(counts) for _ in range(count)), numbers.device)]
-
-
-@functools.lru_cache(maxsize=256)
-def _vector(numbers: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
-
-
-@functools.lru_cache(maxsize=256)  # the same ones at every step
-def _index(positions: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(positions, dtype=torch.long).to(device, non_blocking=True)
+    index = tuple(number for number, count in enumerate(counts) for _ in range(count))
+    return numbers[constant(index, numbers.device, torch.long)]
